@@ -1,0 +1,36 @@
+# make demo | test | lint | clean; everything is installed into .venv, once.
+PYTHON ?= python3
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS := constraints/$(if $(filter 3.11,$(MINOR)),py311,py312).txt
+INSTALLED := .venv/.installed-$(MINOR)
+BIN := .venv/bin
+
+.PHONY: demo test lint clean .venv
+
+demo: $(INSTALLED)
+	$(BIN)/python -m mixscvi.demo
+
+# One thread for each of the two processes: more fight over the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy mixscvi/mixture
+
+.venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'mixscvi needs Python 3.11 or newer; $(PYTHON) is $(or $(MINOR),not one).' \
+	    'Name another: make PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/python$(MINOR) || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -q --upgrade -c $(CONSTRAINTS) pip
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e . --group test --group lint
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache mixscvi-demo lightning_logs
+	find mixscvi tests -name __pycache__ -prune -exec rm -rf {} +
