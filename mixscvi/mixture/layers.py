@@ -1,0 +1,328 @@
+"""Layers that hold `A` networks of one shape and run them in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["StackedConv2d", "StackedLinear", "StackedMLP"]
+
+
+def _rows(parameter: Tensor, components: Tensor | None) -> Tensor:
+    """Those rows of a stacked parameter, or all."""
+    return parameter if components is None else parameter.index_select(0, components)
+
+
+class StackedLinear(nn.Module):
+    r"""`A` linear maps as one tensor: :math:`y_a = W_a x_a + b_a`.
+
+    An input that all maps share costs one matrix product with `A * n_out` outputs; an input of
+    their own costs one batched product.
+
+    Parameters
+    ----------
+    n_components
+        Number of maps, `A`.
+    n_in
+        Input features.
+    n_out
+        Output features of each map.
+    bias
+        Whether to add `b_a`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = StackedLinear(n_components=3, n_in=5, n_out=2)
+    >>> layer
+    StackedLinear(n_components=3, n_in=5, n_out=2, bias=True)
+    >>> layer(torch.zeros(7, 5)).shape, layer(torch.zeros(7, 3, 5)).shape
+    (torch.Size([7, 3, 2]), torch.Size([7, 3, 2]))
+    """
+
+    def __init__(self, n_components: int, n_in: int, n_out: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.n_components, self.n_in, self.n_out = n_components, n_in, n_out
+        self.weight = nn.Parameter(torch.empty(n_components, n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_components, n_out)) if bias else None
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Summarise the sizes."""
+        return (
+            f"n_components={self.n_components}, n_in={self.n_in}, n_out={self.n_out}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialise every map as :class:`torch.nn.Linear` initialises one."""
+        bound = 1 / math.sqrt(self.n_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+        """Apply the maps.
+
+        Parameters
+        ----------
+        x
+            One input for all maps, `(B, n_in)`, or one for each, `(B, S, n_in)`.
+        components
+            The `S` maps to apply, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        `(B, S, n_out)`.
+        """
+        weight = _rows(self.weight, components)
+        bias = None if self.bias is None else _rows(self.bias, components)
+        if x.dim() == 2:
+            flat_bias = None if bias is None else bias.flatten()
+            return F.linear(x, weight.flatten(0, 1), flat_bias).unflatten(-1, weight.shape[:2])
+        y = torch.einsum("bai,aoi->bao", x, weight)
+        return y if bias is None else y + bias
+
+
+class StackedConv2d(nn.Module):
+    """`A` two-dimensional convolutions as one grouped convolution.
+
+    Parameters
+    ----------
+    n_components
+        Number of convolutions, `A`.
+    in_channels, out_channels
+        Channels of each.
+    kernel_size, stride, padding, dilation
+        As in :class:`torch.nn.Conv2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = StackedConv2d(3, 1, 8, kernel_size=3, padding=1)
+    >>> layer(torch.zeros(7, 1, 28, 28)).shape, layer(torch.zeros(7, 3, 1, 28, 28)).shape
+    (torch.Size([7, 3, 8, 28, 28]), torch.Size([7, 3, 8, 28, 28]))
+    """
+
+    def __init__(
+        self,
+        n_components: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.n_components = n_components
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.weight = nn.Parameter(
+            torch.empty(n_components, out_channels, in_channels, kernel_size, kernel_size)
+        )
+        self.bias = nn.Parameter(torch.empty(n_components, out_channels))
+        bound = 1 / math.sqrt(in_channels * kernel_size**2)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Summarise the sizes."""
+        _, out_channels, in_channels, kernel_size, _ = self.weight.shape
+        return (
+            f"n_components={self.n_components}, in_channels={in_channels}, "
+            f"out_channels={out_channels}, kernel_size={kernel_size}, stride={self.stride}"
+        )
+
+    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+        """Apply the convolutions.
+
+        Parameters
+        ----------
+        x
+            One input for all, `(B, in_channels, height, width)`, or one for each,
+            `(B, S, in_channels, height, width)`.
+        components
+            The `S` convolutions to apply, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        `(B, S, out_channels, height', width')`.
+        """
+        weight, bias = _rows(self.weight, components), _rows(self.bias, components)
+        groups = 1 if x.dim() == 4 else weight.shape[0]
+        y = F.conv2d(
+            x if x.dim() == 4 else x.flatten(1, 2),
+            weight.flatten(0, 1),
+            bias.flatten(),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=groups,
+        )
+        return y.unflatten(1, (weight.shape[0], weight.shape[1]))
+
+
+def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor:
+    """Batch normalisation of `(B, S, H)` by a layer over `A * H` features.
+
+    `A` independent batch normalisations are exactly one over `A * H` features. With a subset of
+    components, the statistics and weights of those alone are used and updated.
+    """
+    if components is None:
+        return norm(x.flatten(1)).view_as(x)
+    if not isinstance(norm, nn.BatchNorm1d) or norm.momentum is None:
+        raise TypeError(
+            "a subset of components needs torch.nn.BatchNorm1d with a momentum, got "
+            f"{type(norm).__name__}"
+        )
+    running_mean, running_var, n_tracked = (
+        norm.get_buffer(name) for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    n_features = x.shape[-1]
+    index = (components[:, None] * n_features + torch.arange(n_features, device=x.device)).flatten()
+    mean, var = running_mean[index], running_var[index]
+    y = F.batch_norm(
+        x.flatten(1),
+        mean,
+        var,
+        norm.weight[index],
+        norm.bias[index],
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+    if norm.training:
+        with torch.no_grad():
+            running_mean[index] = mean
+            running_var[index] = var
+            n_tracked += 1
+    return y.view_as(x)
+
+
+class StackedMLP(nn.Module):
+    """`A` multilayer perceptrons side by side, layer by layer as scVI's fully connected layers.
+
+    Each hidden layer is linear, batch norm, layer norm, activation, dropout, those of them that
+    are asked for. No parameter, statistic or dropout mask is shared between components.
+
+    Parameters
+    ----------
+    n_components
+        Number of networks, `A`.
+    n_in
+        Input features, the same for all networks.
+    n_hidden
+        Width of every hidden layer.
+    n_layers
+        Number of hidden layers.
+    n_covariates
+        Extra input features (such as one-hot batches), appended as the last columns.
+    inject_covariates
+        Whether the covariates enter every layer, or the first alone.
+    dropout_rate
+        Probability that a hidden unit is dropped in training.
+    use_batch_norm, use_layer_norm
+        Normalisations; batch norm has scVI's momentum 0.01 and eps 0.001, layer norm no weights.
+    activation
+        Class of the activation.
+    bias
+        Whether the linear maps have one.
+    last_activation
+        Whether the last layer ends with activation and dropout, or with its normalisations.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = StackedMLP(4, n_in=20, n_hidden=8, n_layers=2, n_covariates=3)
+    >>> network(torch.zeros(6, 20), torch.zeros(6, 3)).shape
+    torch.Size([6, 4, 8])
+    """
+
+    def __init__(
+        self,
+        n_components: int,
+        n_in: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        inject_covariates: bool = True,
+        dropout_rate: float = 0.1,
+        use_batch_norm: bool = True,
+        use_layer_norm: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        bias: bool = True,
+        last_activation: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_components = n_components
+        self.last_activation = last_activation
+        self.n_covariates = n_covariates
+        self.inject_covariates = inject_covariates
+        self.linears = nn.ModuleList()
+        self.batch_norms = nn.ModuleList()
+        for layer in range(n_layers):
+            width = n_hidden if layer else n_in
+            extra = n_covariates if self.injects_into(layer) else 0
+            self.linears.append(StackedLinear(n_components, width + extra, n_hidden, bias=bias))
+            if use_batch_norm:
+                self.batch_norms.append(
+                    nn.BatchNorm1d(n_components * n_hidden, momentum=0.01, eps=0.001)
+                )
+        self.layer_norm = (
+            nn.LayerNorm(n_hidden, elementwise_affine=False) if use_layer_norm else nn.Identity()
+        )
+        self.activation = activation()
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def injects_into(self, layer: int) -> bool:
+        """Whether the covariates are an input of this layer."""
+        return self.n_covariates > 0 and (layer == 0 or self.inject_covariates)
+
+    def forward(
+        self,
+        x: Tensor,
+        covariates: Tensor | None = None,
+        components: Tensor | None = None,
+    ) -> Tensor:
+        """Run the networks.
+
+        Parameters
+        ----------
+        x
+            Inputs, `(B, n_in)`.
+        covariates
+            Extra inputs, `(B, n_covariates)`; required if the network was built with any.
+        components
+            The `S` networks to run, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        Hidden units, `(B, S, n_hidden)`.
+
+        Raises
+        ------
+        ValueError
+            If the network has covariates and none are given.
+        """
+        if self.n_covariates and covariates is None:
+            raise ValueError(f"covariates must have shape (B, {self.n_covariates}), got None")
+        h = x
+        for layer, linear in enumerate(self.linears):
+            if covariates is not None and self.injects_into(layer):
+                extra = (
+                    covariates if h.dim() == 2 else covariates[:, None].expand(-1, h.shape[1], -1)
+                )
+                h = torch.cat((h, extra), dim=-1)
+            h = linear(h, components)
+            if len(self.batch_norms):
+                h = _batch_norm(self.batch_norms[layer], h, components)
+            h = self.layer_norm(h)
+            if self.last_activation or layer + 1 < len(self.linears):
+                h = self.dropout(self.activation(h))
+        return h
