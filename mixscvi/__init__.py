@@ -1,0 +1,28 @@
+"""Single-cell variational inference with mixture posteriors."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixscvi import datasets
+    from mixscvi.model import MixSCVI
+
+__all__ = ["MixSCVI", "__version__", "datasets"]
+
+__version__ = version("mixscvi")
+
+
+def __getattr__(name: str) -> Any:
+    """Import each side of the package when it is first used: neither needs the other's."""
+    if name == "MixSCVI":
+        return importlib.import_module("mixscvi.model").MixSCVI
+    if name == "datasets":
+        return importlib.import_module("mixscvi.datasets")
+    raise AttributeError(f"module 'mixscvi' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
