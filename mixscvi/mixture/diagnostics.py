@@ -158,7 +158,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Returns
     -------
-    `(B,)`; minus infinity where the largest weights are all equal.
+    `(B,)`; minus infinity where the largest weights are equal to rounding, infinity where all but
+    a few underflow beside the largest.
 
     Raises
     ------
@@ -175,16 +176,21 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     0.5
     """
     n_draws = log_weights.shape[-1]
+    if n_draws < 25:
+        raise ValueError(f"log_weights must hold at least 25 draws per row, got {n_draws}")
     n_tail = math.ceil(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    if n_tail < 5:
-        raise ValueError(f"pareto_k needs at least 25 draws per row, got {n_draws}")
     shifted = log_weights.double() - log_weights.double().amax(-1, keepdim=True)
     largest = shifted.topk(n_tail + 1, dim=-1).values.flip(-1)
     exceedances = largest[..., 1:].exp() - largest[..., :1].exp()
-    flat = exceedances[..., -1] <= 0
+    # Log-weights are differences of large numbers: equal ones come out a few roundings apart.
+    rounding = 16 * torch.finfo(log_weights.dtype).eps * log_weights.abs().amax(-1).clamp_min(1)
+    flat = exceedances[..., -1] <= rounding
     exceedances = torch.where(flat[..., None], torch.ones_like(exceedances), exceedances)
     k = _generalised_pareto_shape(exceedances)
     k = (k * n_tail + 0.5 * 10) / (n_tail + 10)
+    # The cutoff weighs nothing beside the largest weight: a few draws stand for all.
+    outweighed = largest[..., 0] < math.log(torch.finfo(largest.dtype).tiny)
+    k = torch.where(outweighed, torch.inf, k)
     return torch.where(flat, -torch.inf, k).to(log_weights.dtype)
 
 
@@ -197,9 +203,7 @@ def _generalised_pareto_shape(sorted_values: Tensor) -> Tensor:
     n = sorted_values.shape[-1]
     n_grid = 30 + int(math.sqrt(n))
     grid = torch.arange(1, n_grid + 1, dtype=sorted_values.dtype, device=sorted_values.device)
-    quartile = sorted_values[..., int(n / 4 + 0.5) - 1, None].clamp_min(
-        torch.finfo(sorted_values.dtype).tiny
-    )
+    quartile = sorted_values[..., int(n / 4 + 0.5) - 1, None].clamp_min(1e-300)
     theta = 1 / sorted_values[..., -1:] + (1 - (n_grid / (grid - 0.5)).sqrt()) / (3 * quartile)
     k = torch.log1p(-theta[..., None] * sorted_values[..., None, :]).mean(-1)
     profile = n * ((-theta / k).log() - k - 1)

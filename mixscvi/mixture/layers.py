@@ -260,6 +260,8 @@ class StackedMLP(nn.Module):
         last_activation: bool = True,
     ) -> None:
         super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"n_layers must be at least 1, got {n_layers}")
         self.n_components = n_components
         self.last_activation = last_activation
         self.n_covariates = n_covariates
@@ -283,6 +285,31 @@ class StackedMLP(nn.Module):
     def injects_into(self, layer: int) -> bool:
         """Whether the covariates are an input of this layer."""
         return self.n_covariates > 0 and (layer == 0 or self.inject_covariates)
+
+    def train_covariates_only(self, *, freeze_first_layer: bool = True) -> None:
+        """Freeze every parameter but the weights of the covariates.
+
+        Parameters
+        ----------
+        freeze_first_layer
+            Whether the first layer's other weights are frozen as well.
+        """
+
+        def covariate_columns(grad: Tensor) -> Tensor:
+            kept = torch.zeros_like(grad)
+            kept[..., -self.n_covariates :] = grad[..., -self.n_covariates :]
+            return kept
+
+        for layer, linear in enumerate(self.linears):
+            weight = linear.get_parameter("weight")
+            whole = layer == 0 and not freeze_first_layer
+            for parameter in linear.parameters():
+                parameter.requires_grad_(whole)
+            if self.injects_into(layer) and not whole:
+                weight.requires_grad_(True)
+                weight.register_hook(covariate_columns)
+        for parameter in self.batch_norms.parameters():
+            parameter.requires_grad_(False)
 
     def forward(
         self,
@@ -308,10 +335,11 @@ class StackedMLP(nn.Module):
         Raises
         ------
         ValueError
-            If the network has covariates and none are given.
+            If there are not as many covariates as the network was built for.
         """
-        if self.n_covariates and covariates is None:
-            raise ValueError(f"covariates must have shape (B, {self.n_covariates}), got None")
+        if (0 if covariates is None else covariates.shape[-1]) != self.n_covariates:
+            got = None if covariates is None else tuple(covariates.shape)
+            raise ValueError(f"covariates must have shape (B, {self.n_covariates}), got {got}")
         h = x
         for layer, linear in enumerate(self.linears):
             if covariates is not None and self.injects_into(layer):

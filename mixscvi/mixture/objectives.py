@@ -217,8 +217,8 @@ def siwae_standard_error(log_weights: Tensor) -> Tensor:
     n_samples, _, n_sampled = log_weights.shape
     if n_samples < 2:
         raise ValueError(
-            "a standard error needs at least two draws per component, got L=1: raise the number "
-            "of draws"
+            "log_weights must hold at least two draws per component for a standard error, got L=1: "
+            "raise the number of draws"
         )
     relative = (log_weights - siwae(log_weights)[None, :, None]).exp()
     return (relative.var(0).sum(-1) / n_samples).sqrt() / n_sampled

@@ -42,7 +42,7 @@ class MixturePosterior(Distribution):
     component_scale
         Component standard deviations, positive, same shape.
     validate_args
-        Whether torch checks shapes and values of every argument; costs a pass over the data.
+        Whether torch checks the values of the two parameters; costs a pass over them.
 
     Notes
     -----

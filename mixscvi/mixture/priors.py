@@ -8,7 +8,7 @@ class here.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +39,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-class Prior(nn.Module):
+class Prior(nn.Module, ABC):
     """What every prior offers."""
 
     @abstractmethod
