@@ -7,10 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixscvi import datasets
+    from mixscvi import datasets, images, pl
     from mixscvi.model import MixSCVI
 
-__all__ = ["MixSCVI", "__version__", "datasets"]
+__all__ = ["MixSCVI", "__version__", "datasets", "images", "pl"]
 
 __version__ = version("mixscvi")
 
@@ -19,8 +19,8 @@ def __getattr__(name: str) -> Any:
     """Import each side of the package when it is first used: neither needs the other's."""
     if name == "MixSCVI":
         return importlib.import_module("mixscvi.model").MixSCVI
-    if name == "datasets":
-        return importlib.import_module("mixscvi.datasets")
+    if name in ("datasets", "images", "pl"):
+        return importlib.import_module(f"mixscvi.{name}")
     raise AttributeError(f"module 'mixscvi' has no attribute {name!r}")
 
 

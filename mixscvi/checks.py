@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,11 +171,11 @@ def check_genes(var_names: Sequence[str], trained_on: Sequence[str]) -> None:
     given, expected = [str(g) for g in var_names], [str(g) for g in trained_on]
     if given == expected:
         return
-    missing = [gene for gene in expected if gene not in set(given)]
+    missing = list((Counter(expected) - Counter(given)).elements())
+    surplus = list((Counter(given) - Counter(expected)).elements())
     if missing:
         detail = f"{len(missing)} genes are missing, first: {', '.join(missing[:_NAMES_SHOWN])}"
-    elif len(given) != len(expected):
-        surplus = [gene for gene in given if gene not in set(expected)]
+    elif surplus:
         detail = f"it has {len(surplus)} other genes, first: {', '.join(surplus[:_NAMES_SHOWN])}"
     else:
         place = next(i for i, (a, b) in enumerate(zip(given, expected, strict=True)) if a != b)

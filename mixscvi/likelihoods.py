@@ -35,6 +35,63 @@ def _log_gamma_terms(x: Tensor, theta: Tensor) -> Tensor:
     return total[:, None] if total.dim() == 1 else total.movedim(1, 0)
 
 
+def _sum_to_dispersion(weights: Tensor, values: Tensor, theta: Tensor) -> Tensor:
+    """Sum `weights[..., None] * values` over the axes that the draws of a dispersion share."""
+    if theta.dim() == 1:
+        return weights.flatten() @ values.flatten(0, -2)
+    if theta.dim() == 3:
+        return torch.einsum("lbs,lbsg->bg", weights, values)[:, None]
+    return weights[..., None] * values
+
+
+class _DenseTerms(torch.autograd.Function):
+    """All but the log-gamma terms of a (zero-inflated) negative binomial, summed over genes.
+
+    Value and gradients share their logarithms, so both are computed in one go, in closed form and
+    mostly in place: about half the time of recording the operations and replaying them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mu: Tensor, theta: Tensor, zi_logits: Tensor | None) -> Tensor:
+        counts = x[:, None]
+        total = mu + (theta + _EPS)
+        log_total = total.log()
+        log_ratio = (theta + _EPS).log() - log_total
+        kept = theta * log_ratio  # log-probability that a count which did not drop out is zero
+        value = (mu + _EPS).log_().sub_(log_total).mul_(counts)
+        zero = counts == 0
+        if zi_logits is None:
+            value += kept
+        else:
+            kept -= zi_logits
+            value += torch.where(zero, F.softplus(kept), kept)
+            value -= F.softplus(-zi_logits)
+        if any(ctx.needs_input_grad):
+            # d value / d kept: how surely a zero is one that did not drop out
+            certain = None if zi_logits is None else torch.where(zero, kept.sigmoid_(), 1.0)
+            weight = theta if certain is None else certain * theta
+            inverse = total.reciprocal_()
+            d_mu = counts / (mu + _EPS) - (weight + counts) * inverse
+            d_theta = log_ratio.add_(theta / (theta + _EPS)).sub_(theta * inverse)
+            if certain is not None:
+                d_theta *= certain
+            d_theta -= counts * inverse
+            d_zi = None if certain is None else (-zi_logits).sigmoid_().sub_(certain)
+            ctx.save_for_backward(theta, d_mu, d_theta, d_zi)
+        return value.sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        theta, d_mu, d_theta, d_zi = ctx.saved_tensors
+        return (
+            None,
+            grad[..., None] * d_mu,
+            _sum_to_dispersion(grad, d_theta, theta),
+            None if d_zi is None else grad[..., None] * d_zi,
+        )
+
+
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     r"""Negative binomial log-likelihood, with mean `mu` and inverse dispersion `theta`.
 
@@ -62,11 +119,7 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     >>> nb_log_prob(x, torch.ones(1, 1, 4, 2), torch.ones(2)).shape
     torch.Size([1, 1, 4])
     """
-    counts = x[:, None]
-    log_total = (theta + mu + _EPS).log()
-    dense = theta * ((theta + _EPS).log() - log_total)
-    dense = dense + counts * ((mu + _EPS).log() - log_total)
-    return dense.sum(-1) + _log_gamma_terms(x, theta)
+    return _DenseTerms.apply(x, mu, theta, None) + _log_gamma_terms(x, theta)
 
 
 def zinb_log_prob(x: Tensor, mu: Tensor, theta: Tensor, zi_logits: Tensor) -> Tensor:
@@ -99,12 +152,7 @@ def zinb_log_prob(x: Tensor, mu: Tensor, theta: Tensor, zi_logits: Tensor) -> Te
     >>> zinb_log_prob(x, torch.ones(1, 1, 4, 2), torch.ones(2), torch.zeros(1, 1, 4, 2)).shape
     torch.Size([1, 1, 4])
     """
-    counts = x[:, None]
-    log_total = (theta + mu + _EPS).log()
-    kept_zero = theta * ((theta + _EPS).log() - log_total) - zi_logits
-    positive = kept_zero + counts * ((mu + _EPS).log() - log_total)
-    dense = torch.where(counts == 0, F.softplus(kept_zero), positive) - F.softplus(-zi_logits)
-    return dense.sum(-1) + _log_gamma_terms(x, theta)
+    return _DenseTerms.apply(x, mu, theta, zi_logits) + _log_gamma_terms(x, theta)
 
 
 def poisson_log_prob(x: Tensor, rate: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -34,7 +35,7 @@ from mixscvi.checks import (
 )
 from mixscvi.encoding import FactorizedMixture
 from mixscvi.evaluation import EvaluationMixin
-from mixscvi.mixture import Estimator
+from mixscvi.mixture import Estimator, Prior
 from mixscvi.module import MixVAE
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ class _DataSplitter(DataSplitter):
         return super().train_dataloader()
 
 
+def _once_trained(method: Callable) -> Callable:
+    """Make a method of scvi-tools refuse an untrained model, whose numbers mean nothing."""
+
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        self._check_if_trained(warn=False)
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class MixSCVI(EvaluationMixin, SCVI):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
@@ -96,7 +108,8 @@ class MixSCVI(EvaluationMixin, SCVI):
         Number of components, `A`. 4 is a good start; more tighten the bound at more cost.
     n_sampled_components
         Components that a training step draws from, `S`; ``None`` for all. Fewer make a step
-        cheaper: choose it for many components.
+        cheaper: choose it for many components. :meth:`get_elbo` then draws from `S` as well, with
+        all components in the denominator: an unbiased estimate of the bound.
     estimator
         ``"all_to_all"`` is exact and right for a few components. ``"some_to_all"`` draws from `S`
         of them and stays unbiased: the choice for many. ``"some_to_some"`` forgets the others for
@@ -107,9 +120,10 @@ class MixSCVI(EvaluationMixin, SCVI):
     prior
         ``"normal"`` is scVI's. ``"mog"``, a mixture of Gaussians, suits clustered data.
         ``"vamp"``, the posteriors of learned pseudo-cells, suits large data whose latent density
-        is far from one Gaussian.
+        is far from one Gaussian. A :class:`mixscvi.mixture.Prior` over `D` dimensions is taken as
+        it is, and trained.
     n_prior_components
-        Components of the prior, or pseudo-cells, `K`. Ignored with the normal prior.
+        Components of the mixture of Gaussians, or pseudo-cells, `K`.
     n_flow_steps
         Steps of the inverse autoregressive flow on z; 0 for none. Choose 2 when components stay
         correlated; the latent mean is then a Monte-Carlo average.
@@ -147,6 +161,12 @@ class MixSCVI(EvaluationMixin, SCVI):
     _module_cls = MixVAE
     _data_splitter_cls = _DataSplitter
 
+    get_elbo = _once_trained(SCVI.get_elbo)
+    get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
+    get_normalized_expression = _once_trained(SCVI.get_normalized_expression)
+    posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
+    get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
+
     def __init__(
         self,
         adata: AnnData | None = None,
@@ -164,7 +184,7 @@ class MixSCVI(EvaluationMixin, SCVI):
         n_sampled_components: int | None = None,
         estimator: Literal["all_to_all", "some_to_all", "some_to_some"] = "all_to_all",
         component_encoder: Literal["separate", "amortized"] = "separate",
-        prior: Literal["normal", "mog", "vamp"] = "normal",
+        prior: Literal["normal", "mog", "vamp"] | Prior = "normal",
         n_prior_components: int = 50,
         n_flow_steps: int = 0,
         n_samples: int = 1,
@@ -175,9 +195,10 @@ class MixSCVI(EvaluationMixin, SCVI):
         n_samples = check_positive_int("n_samples", n_samples)
         n_flow_steps = check_positive_int("n_flow_steps", n_flow_steps, least=0)
         n_prior_components = check_positive_int("n_prior_components", n_prior_components)
-        check_choice("estimator", estimator, tuple(Estimator))
+        check_choice("estimator", estimator, [str(name) for name in Estimator])
         check_choice("component_encoder", component_encoder, ("separate", "amortized"))
-        check_choice("prior", prior, ("normal", "mog", "vamp"))
+        if not isinstance(prior, Prior):
+            check_choice("prior", prior, ("normal", "mog", "vamp"))
         check_choice("objective", objective, ("miselbo", "siwae"))
         if n_sampled_components is not None:
             n_sampled_components = check_positive_int("n_sampled_components", n_sampled_components)
@@ -214,11 +235,12 @@ class MixSCVI(EvaluationMixin, SCVI):
             objective=objective,
             **kwargs,
         )
+        prior_name = prior if isinstance(prior, str) else type(prior).__name__
         self._model_summary_string = self._model_summary_string.replace(
             "SCVI model", "MixSCVI model", 1
         ).removesuffix(".") + (
             f", n_components: {n_components}, estimator: {estimator}, component_encoder: "
-            f"{component_encoder}, prior: {prior}, n_flow_steps: {n_flow_steps}."
+            f"{component_encoder}, prior: {prior_name}, n_flow_steps: {n_flow_steps}."
         )
         self.var_names_ = [str(gene) for gene in self.get_var_names()]
         if adata is not None and self.minified_data_type is None:
@@ -226,6 +248,61 @@ class MixSCVI(EvaluationMixin, SCVI):
             if prior == "vamp":
                 self._initialise_pseudo_cells(adata, n_prior_components)
         self.init_params_ = self._get_init_params(locals())
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """Say where the counts, batches and covariates stand in an AnnData.
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts, `(n, G)`.
+        layer
+            Layer with the counts; ``X`` if ``None``.
+        batch_key
+            Column of ``obs`` with the batches to integrate over.
+        labels_key
+            Column of ``obs`` with labels, for ``dispersion="gene-label"``.
+        size_factor_key
+            Column of ``obs`` with size factors, positive, in the place of library sizes.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns of ``obs`` with further covariates.
+
+        Raises
+        ------
+        ValueError
+            If a saved model is being loaded onto other genes than it was trained on.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        """
+        source = kwargs.get("source_registry")
+        if source is not None:
+            trained_on = source["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
+            check_genes(adata.var_names, trained_on["column_names"])
+        super().setup_anndata(
+            adata,
+            layer=layer,
+            batch_key=batch_key,
+            labels_key=labels_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            **kwargs,
+        )
 
     def _initialise_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
         if n_pseudo > adata.n_obs:
@@ -277,11 +354,8 @@ class MixSCVI(EvaluationMixin, SCVI):
         """Minibatches of cells in order, from `adata` or the user's own loader."""
         self._check_if_trained(warn=False)
         if dataloader is not None:
-            if adata is not None or indices is not None or batch_size is not None:
-                raise ValueError(
-                    "dataloader stands in the place of adata, indices and batch_size: give one "
-                    "or the other"
-                )
+            if adata is not None:
+                raise ValueError("dataloader stands in the place of adata: give one or the other")
             return iter(dataloader)
         adata = self._validate_anndata(adata)
         return iter(
@@ -312,7 +386,8 @@ class MixSCVI(EvaluationMixin, SCVI):
         batch_size
             Cells per minibatch.
         dataloader
-            Minibatches of the user's own, in the place of the former three.
+            Minibatches of the user's own, in the place of `adata`; `indices` and `batch_size` are
+            then ignored, as in scvi-tools.
         **data_loader_kwargs
             Passed to the data loader.
 
@@ -500,6 +575,43 @@ class MixSCVI(EvaluationMixin, SCVI):
         if self.module.is_scvi or self.module.flow is None:
             return aggregated
         return TransformedDistribution(aggregated, [self.module.flow.transform])
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: AnnData | None = None,
+        reference_model: str | SCVI | None = None,
+        registry: dict | None = None,
+        inplace_subset_query_vars: bool = False,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        unfrozen: bool = False,
+        freeze_dropout: bool = False,
+        freeze_expression: bool = True,
+        **kwargs,
+    ) -> MixSCVI:
+        """Map query cells onto a trained reference (scArches); see ``SCVI.load_query_data``.
+
+        What scArches trains of scVI's encoder it trains of every component's: the weights of the
+        covariates, and those of expression with ``freeze_expression=False``.
+        """
+        model = super().load_query_data(
+            adata=adata,
+            reference_model=reference_model,
+            registry=registry,
+            inplace_subset_query_vars=inplace_subset_query_vars,
+            accelerator=accelerator,
+            device=device,
+            unfrozen=unfrozen,
+            freeze_dropout=freeze_dropout,
+            freeze_expression=freeze_expression,
+            **kwargs,
+        )
+        if not model.module.is_scvi and not unfrozen:
+            model.module.z_encoder.encoder.trunk.train_covariates_only(
+                freeze_first_layer=freeze_expression
+            )
+        return model
 
     def minify_adata(
         self,

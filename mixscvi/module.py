@@ -30,6 +30,7 @@ from mixscvi.mixture import (
     ImportanceDraws,
     InverseAutoregressiveFlow,
     MixturePosterior,
+    Prior,
     SeparateEncoder,
     StandardNormal,
     VampPrior,
@@ -41,8 +42,8 @@ from mixscvi.mixture import (
 __all__ = ["FORMS", "MixVAE"]
 
 _COMPONENT_ENCODERS = {"separate": SeparateEncoder, "amortized": AmortizedEncoder}
-_OBJECTIVES = {"miselbo": importance_weighted_miselbo, "siwae": siwae}
 FORMS = {"siwae": siwae, "paper": importance_weighted_miselbo}
+_OBJECTIVES = {"siwae": siwae, "miselbo": importance_weighted_miselbo}
 _ELEMENTS_PER_DECODE = 2**22
 _FLOW_WIDTH = 8  # elements that a flow holds for each of its inputs, roughly
 
@@ -75,7 +76,8 @@ class MixVAE(VAE):
         ``"separate"``: `A` encoders in one stack. ``"amortized"``: one trunk and a learned code
         per component.
     prior
-        ``"normal"``, ``"mog"`` (mixture of Gaussians) or ``"vamp"`` (VampPrior).
+        ``"normal"``, ``"mog"`` (mixture of Gaussians), ``"vamp"`` (VampPrior), or a
+        :class:`~mixscvi.mixture.Prior` of the user's own, over `D` dimensions.
     n_prior_components
         Components of the prior, or pseudo-cells of the VampPrior, `K`.
     n_flow_steps
@@ -123,7 +125,7 @@ class MixVAE(VAE):
         n_sampled_components: int | None = None,
         estimator: Literal["all_to_all", "some_to_all", "some_to_some"] = "all_to_all",
         component_encoder: Literal["separate", "amortized"] = "separate",
-        prior: Literal["normal", "mog", "vamp"] = "normal",
+        prior: Literal["normal", "mog", "vamp"] | Prior = "normal",
         n_prior_components: int = 50,
         n_flow_steps: int = 0,
         n_samples: int = 1,
@@ -193,7 +195,9 @@ class MixVAE(VAE):
             n_cat_list,
             latent_distribution,
         )
-        if prior == "normal":
+        if isinstance(prior, Prior):
+            self.prior = prior
+        elif prior == "normal":
             self.prior = StandardNormal(n_latent)
         elif prior == "mog":
             self.prior = GaussianMixture(n_latent, n_prior_components)
@@ -382,7 +386,9 @@ class MixVAE(VAE):
         transform_batch: Tensor | None = None,
     ) -> dict[str, Distribution | None]:
         """Decode draws of any leading shape in one call; see ``VAE.generative``."""
-        if z.dim() == 2 or (self.is_scvi and z.dim() == 3):
+        # scvi-tools' own path for several draws cannot take an embedded batch.
+        scvi_takes = self.is_scvi and z.dim() == 3 and self.batch_representation == "one-hot"
+        if z.dim() == 2 or scvi_takes:
             return super().generative(
                 z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch
             )

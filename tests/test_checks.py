@@ -1,0 +1,156 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csc_matrix, csr_array, csr_matrix
+
+from mixscvi.checks import (
+    check_choice,
+    check_counts,
+    check_genes,
+    check_positive,
+    check_positive_int,
+)
+
+FORMATS = {
+    "dense": np.asarray,
+    "csr": csr_matrix,
+    "csc": csc_matrix,
+    "csr_array": csr_array,
+    "float64": lambda x: np.asarray(x, dtype=np.float64),
+}
+
+
+def names(n):
+    return pd.Index([f"cell{i}" for i in range(n)])
+
+
+def counts(n=9):
+    return (np.arange(n * 4).reshape(n, 4) % 5).astype(np.float32)
+
+
+@pytest.mark.parametrize("value", [1, 4, np.int64(4), np.int32(1)])
+def test_positive_int_returns_a_plain_int(value):
+    result = check_positive_int("n_components", value)
+    assert result == value
+    assert type(result) is int
+
+
+@pytest.mark.parametrize("value", [2.5, 4.0, True, np.True_, "4", None, [4]])
+def test_positive_int_refuses_other_types(value):
+    with pytest.raises(TypeError, match="n_components must be an integer"):
+        check_positive_int("n_components", value)
+
+
+@pytest.mark.parametrize("value", [0, -1, np.int64(-3)])
+def test_positive_int_refuses_small_values(value):
+    with pytest.raises(ValueError, match=rf"n_components .*at least 1, got .*{int(value)}"):
+        check_positive_int("n_components", value)
+
+
+def test_positive_int_takes_another_least_value():
+    assert check_positive_int("n_flow_steps", 0, least=0) == 0
+    with pytest.raises(ValueError, match="at least 0"):
+        check_positive_int("n_flow_steps", -1, least=0)
+
+
+def test_choice_names_argument_value_and_choices():
+    assert check_choice("prior", "mog", ("normal", "mog")) == "mog"
+    with pytest.raises(ValueError, match="prior must be one of 'normal', 'mog', got 'vamp'"):
+        check_choice("prior", "vamp", ("normal", "mog"))
+
+
+@pytest.mark.parametrize("value", [None, 3, ["mog"]])
+def test_choice_refuses_what_is_no_string(value):
+    with pytest.raises(ValueError, match="prior must be one of"):
+        check_choice("prior", value, ("normal", "mog"))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_good_counts_pass(form):
+    x = form(counts())
+    before = x.copy()
+    check_counts(x, names(9), source="adata.X")
+    assert abs(x - before).max() == 0
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(-1.0, "negative"), (np.nan, "NaN or inf"), (np.inf, "NaN or inf"), (-np.inf, "NaN or inf")],
+)
+def test_bad_values_name_the_source_and_the_first_cells(form, value, what):
+    x = counts()
+    x[[2, 7], 3] = value
+    expected = rf"^adata\.layers\['c'\] has {what}.* in 2 of 9 cells, first: 'cell2', 'cell7': "
+    with pytest.raises(ValueError, match=expected):
+        check_counts(form(x), names(9), source="adata.layers['c']")
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_empty_cells(form):
+    x = counts(12)
+    x[2:9] = 0
+    expected = "no counts at all in 7 of 12 cells, first: 'cell2', .*'cell6' and 2 more"
+    with pytest.raises(ValueError, match=expected):
+        check_counts(form(x), names(12), source="adata.X")
+    check_counts(form(x), names(12), source="adata.X", allow_empty=True)
+
+
+def test_allowed_negative_values_pass_but_nan_does_not():
+    x = counts()
+    x[1, 1] = -0.5
+    check_counts(x, names(9), source="adata.X", allow_negative=True)
+    x[4, 0] = np.nan
+    with pytest.raises(ValueError, match="first: 'cell4'"):
+        check_counts(x, names(9), source="adata.X", allow_negative=True)
+
+
+def test_a_cell_of_stored_zeros_is_empty():
+    x = csr_matrix(counts())
+    x.data[x.indptr[3] : x.indptr[4]] = 0
+    with pytest.raises(ValueError, match="no counts at all in 1 of 9 cells, first: 'cell3'"):
+        check_counts(x, names(9), source="adata.X")
+
+
+@pytest.mark.parametrize("form", [np.asarray, csr_matrix])
+def test_rows_beyond_the_first_slice_are_read(form, monkeypatch):
+    monkeypatch.setattr("mixscvi.checks._ROWS_AT_ONCE", 4)
+    x = counts()
+    check_counts(form(x), names(9), source="adata.X")
+    x[8, 0] = -2
+    with pytest.raises(ValueError, match="1 of 9 cells, first: 'cell8'"):
+        check_counts(form(x), names(9), source="adata.X")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_positive_factors(value):
+    factors = np.ones((6, 1))
+    check_positive(factors, names(6), source="adata.obs['factor']")
+    factors[4] = value
+    expected = r"adata\.obs\['factor'\] must be positive .* 1 of 6 cells, first: 'cell4'"
+    with pytest.raises(ValueError, match=expected):
+        check_positive(factors, names(6), source="adata.obs['factor']")
+
+
+@pytest.mark.parametrize(
+    ("given", "detail"),
+    [
+        (["a", "b"], "1 genes are missing, first: c"),
+        (["a", "b", "c", "d"], "1 other genes, first: d"),
+        (["a", "c", "b"], "another order, first at 1: c, expected b"),
+        (["a", "b", "x"], "1 genes are missing, first: c"),
+    ],
+)
+def test_genes_name_the_first_difference(given, detail):
+    with pytest.raises(ValueError, match=detail):
+        check_genes(pd.Index(given), ["a", "b", "c"])
+
+
+def test_equal_genes_pass_whatever_holds_them():
+    check_genes(pd.Index(["a", "b"]), np.array(["a", "b"]))
+    check_genes([1, 2], ["1", "2"])
+
+
+def test_a_repeated_gene_is_named():
+    with pytest.raises(ValueError, match="1 other genes, first: a"):
+        check_genes(["a", "b", "a"], ["a", "b"])
