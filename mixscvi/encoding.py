@@ -175,6 +175,6 @@ class PseudoCells(nn.Module):
         """Encoder inputs: `(K, n_dense)`, then weights `(K, n_cat)` for each covariate."""
         dense = self.dense
         if self.non_negative:
-            expression = F.softplus(dense[:, : self.n_genes], beta=self._SHARPNESS)
-            dense = torch.cat((expression, dense[:, self.n_genes :]), dim=-1)
+            expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)
+            dense = torch.cat((F.softplus(expression, beta=self._SHARPNESS), rest), dim=-1)
         return dense, *(logits.softmax(-1) for logits in self.cat_logits)

@@ -21,18 +21,20 @@ _EPS = 1e-8  # scvi-tools adds it inside of every logarithm; the same here, or v
 
 def _log_gamma_terms(x: Tensor, theta: Tensor) -> Tensor:
     """Sum over genes of lgamma(x + theta) - lgamma(theta) - lgamma(x + 1), which is 0 at x = 0."""
-    cell, gene = x.nonzero(as_tuple=True)
-    count = x[cell, gene]
+    n_genes = x.shape[-1]
+    (nonzero,) = torch.where(x.flatten() != 0)
+    cell = nonzero // n_genes
+    count = x.flatten().index_select(0, nonzero)
     if theta.dim() == 1:
-        theta_nz = theta[gene]
+        theta_nz = theta.index_select(0, nonzero % n_genes)
     elif theta.dim() == 3:
-        theta_nz = theta[cell, 0, gene]
+        theta_nz = theta.flatten().index_select(0, nonzero)
     else:
-        theta_nz = theta[:, cell, :, gene]  # advanced indices in front: (nnz, L, S)
-        count = count[:, None, None]
+        theta_nz = theta.permute(1, 3, 0, 2).flatten(0, 1).index_select(0, nonzero)  # (nnz, L, S)
+        count = count.view(-1, 1, 1)
     terms = torch.lgamma(count + theta_nz) - torch.lgamma(theta_nz) - torch.lgamma(count + 1)
     total = terms.new_zeros(x.shape[0], *terms.shape[1:]).index_add(0, cell, terms)
-    return total[:, None] if total.dim() == 1 else total.movedim(1, 0)
+    return total.unsqueeze(1) if total.dim() == 1 else total.movedim(1, 0)
 
 
 def _sum_to_dispersion(weights: Tensor, values: Tensor, theta: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ def _sum_to_dispersion(weights: Tensor, values: Tensor, theta: Tensor) -> Tensor
     if theta.dim() == 1:
         return weights.flatten() @ values.flatten(0, -2)
     if theta.dim() == 3:
-        return torch.einsum("lbs,lbsg->bg", weights, values)[:, None]
-    return weights[..., None] * values
+        return torch.einsum("lbs,lbsg->bg", weights, values).unsqueeze(1)
+    return weights.unsqueeze(-1) * values
 
 
 class _DenseTerms(torch.autograd.Function):
@@ -53,7 +55,7 @@ class _DenseTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, mu: Tensor, theta: Tensor, zi_logits: Tensor | None) -> Tensor:
-        counts = x[:, None]
+        counts = x.unsqueeze(1)
         total = mu + (theta + _EPS)
         log_total = total.log()
         log_ratio = (theta + _EPS).log() - log_total
@@ -86,9 +88,9 @@ class _DenseTerms(torch.autograd.Function):
         theta, d_mu, d_theta, d_zi = ctx.saved_tensors
         return (
             None,
-            grad[..., None] * d_mu,
+            grad.unsqueeze(-1) * d_mu,
             _sum_to_dispersion(grad, d_theta, theta),
-            None if d_zi is None else grad[..., None] * d_zi,
+            None if d_zi is None else grad.unsqueeze(-1) * d_zi,
         )
 
 
@@ -176,4 +178,4 @@ def poisson_log_prob(x: Tensor, rate: Tensor) -> Tensor:
     tensor([[[-2., -2., -2., -2.]]])
     """
     log_factorials = torch.lgamma(x + 1).sum(-1)
-    return (torch.xlogy(x[:, None], rate) - rate).sum(-1) - log_factorials[:, None]
+    return (torch.xlogy(x.unsqueeze(1), rate) - rate).sum(-1) - log_factorials.unsqueeze(1)

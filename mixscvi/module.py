@@ -398,7 +398,7 @@ class MixVAE(VAE):
             if per_cell is None:
                 return None
             if per_cell.dim() == 2 and z.dim() == 4:
-                per_cell = per_cell[:, None]
+                per_cell = per_cell.unsqueeze(1)
             return per_cell.expand(*lead, per_cell.shape[-1]).flatten(0, -2)
 
         outputs = super().generative(
@@ -423,10 +423,10 @@ class MixVAE(VAE):
             return self.px_r.exp()
         if self.dispersion == "gene-batch":
             batch = tensors[REGISTRY_KEYS.BATCH_KEY].squeeze(-1).long()
-            return self.px_r.exp().t()[batch][:, None]
+            return self.px_r.exp().t().index_select(0, batch).unsqueeze(1)
         if self.dispersion == "gene-label":
             label = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1).long()
-            return self.px_r.exp().t()[label][:, None]
+            return self.px_r.exp().t().index_select(0, label).unsqueeze(1)
         return px.theta
 
     def _log_likelihood(self, px: Distribution, tensors: dict[str, Tensor]) -> Tensor:
@@ -438,7 +438,7 @@ class MixVAE(VAE):
             return nb_log_prob(x, px.mu, self._dispersion(px, tensors))
         if self.gene_likelihood == "poisson":
             return poisson_log_prob(x, px.rate)
-        return px.log_prob(x[:, None]).sum(-1)
+        return px.log_prob(x.unsqueeze(1)).sum(-1)
 
     @unsupported_if_adata_minified
     def loss(

@@ -730,16 +730,17 @@ DEVICE_CASES = {
 }
 
 
-def loss_on_fakes(module, *, left_behind=()):
-    """Run loss and gradient on fakes on another device, some parameters left on the CPU.
+def loss_on_fakes(module, *, device="meta", left_behind=()):
+    """Run the loss on fakes on another device, some parameters left on the CPU.
 
-    The fakes are on "meta", another device than the CPU to every operation: on fakes of "cuda" a
-    build of torch without it aborts, in batch normalisation and wherever gradients are recorded.
+    "meta" is another device than the CPU to every operation, and takes gradients. On fakes of
+    "cuda" a build of torch without it aborts, in batch normalisation's training and wherever
+    gradients are recorded, so those run the loss alone.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    def fake(value, device="meta"):
+    def fake(value, device=device):
         empty = torch.empty(value.shape, dtype=value.dtype, device=device)
         return torch.nn.Parameter(empty) if isinstance(value, torch.nn.Parameter) else empty
 
@@ -748,12 +749,14 @@ def loss_on_fakes(module, *, left_behind=()):
     shape_env = ShapeEnv(allow_dynamic_output_shape_ops=True)
     with FakeTensorMode(shape_env=shape_env):
         parts = {
-            name: fake(value, "cpu" if name in left_behind else "meta")
+            name: fake(value, "cpu" if name in left_behind else device)
             for name, value in parts.items()
         }
         tensors = {name: fake(value) for name, value in tensors.items()}
-        _, _, losses = torch.func.functional_call(module, parts, (tensors,))
-        losses.loss.backward()
+        with torch.set_grad_enabled(device == "meta"):
+            _, _, losses = torch.func.functional_call(module, parts, (tensors,))
+        if device == "meta":
+            losses.loss.backward()
     gradients = {name: part.grad for name, part in parts.items() if part.grad is not None}
     return losses, gradients
 
@@ -775,6 +778,16 @@ def test_loss_keeps_to_one_device(name, training):
     for term in losses.kl_local.values():
         assert term.device.type == "meta"
         assert term.shape == (6,)
+
+
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_loss_runs_on_cuda_fakes(name):
+    kwargs = DEVICE_CASES[name]
+    module = make_module(**{"gene_likelihood": "zinb", **COVARIATES, **kwargs}).eval()
+    losses, _ = loss_on_fakes(module, device="cuda")
+    assert losses.loss.device.type == "cuda"
+    assert losses.reconstruction_loss["reconstruction_loss"].shape == (6,)
+    assert {term.device.type for term in losses.kl_local.values()} == {"cuda"}
 
 
 @pytest.mark.parametrize("name", ["prior.loc", "prior.log_scale", "px_r"])

@@ -184,7 +184,9 @@ def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor
         norm.get_buffer(name) for name in ("running_mean", "running_var", "num_batches_tracked")
     )
     n_features = x.shape[-1]
-    index = (components[:, None] * n_features + torch.arange(n_features, device=x.device)).flatten()
+    index = (
+        components.unsqueeze(-1) * n_features + torch.arange(n_features, device=x.device)
+    ).flatten()
     mean, var = running_mean[index], running_var[index]
     y = F.batch_norm(
         x.flatten(1),
@@ -344,7 +346,9 @@ class StackedMLP(nn.Module):
         for layer, linear in enumerate(self.linears):
             if covariates is not None and self.injects_into(layer):
                 extra = (
-                    covariates if h.dim() == 2 else covariates[:, None].expand(-1, h.shape[1], -1)
+                    covariates
+                    if h.dim() == 2
+                    else covariates.unsqueeze(1).expand(-1, h.shape[1], -1)
                 )
                 h = torch.cat((h, extra), dim=-1)
             h = linear(h, components)
