@@ -1,0 +1,134 @@
+"""How a trained model is kept: saved whole or not at all, minified, mapped onto new cells."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from lightning import LightningDataModule
+    from scvi.model import SCVI
+
+__all__ = ["PersistenceMixin"]
+
+_STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
+
+
+class PersistenceMixin:
+    """Methods of :class:`mixscvi.MixSCVI` that stand before scvi-tools' of the same name."""
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: AnnData | None = None,
+        reference_model: str | SCVI | None = None,
+        registry: dict | None = None,
+        inplace_subset_query_vars: bool = False,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        unfrozen: bool = False,
+        freeze_dropout: bool = False,
+        freeze_expression: bool = True,
+        **kwargs,
+    ) -> Self:
+        """Map query cells onto a trained reference (scArches); see ``SCVI.load_query_data``.
+
+        What scArches trains of scVI's encoder it trains of every component's: the weights of the
+        covariates, and those of expression with ``freeze_expression=False``.
+        """
+        model = super().load_query_data(
+            adata=adata,
+            reference_model=reference_model,
+            registry=registry,
+            inplace_subset_query_vars=inplace_subset_query_vars,
+            accelerator=accelerator,
+            device=device,
+            unfrozen=unfrozen,
+            freeze_dropout=freeze_dropout,
+            freeze_expression=freeze_expression,
+            **kwargs,
+        )
+        if not model.module.is_scvi and not unfrozen:
+            model.module.z_encoder.encoder.trunk.train_covariates_only(
+                freeze_first_layer=freeze_expression
+            )
+        return model
+
+    def minify_adata(
+        self,
+        minified_data_type: str = "latent_posterior_parameters",
+        use_latent_qzm_key: str = "X_latent_qzm",
+        use_latent_qzv_key: str = "X_latent_qzv",
+    ) -> None:
+        """Replace the counts by the posterior's parameters; see ``SCVI.minify_adata``.
+
+        A mixture is not its mean and variance, so the parameters of all components are computed
+        here and stored, `2 * A * D` numbers a cell; the two keys are read with one component
+        alone.
+        """
+        if self.module.is_scvi:
+            super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+            return
+        loc, scale = self.get_latent_mixture()
+        original = self.adata
+        original.obsm[_STORED_LOC] = loc.reshape(len(loc), -1)
+        original.obsm[_STORED_VAR] = np.square(scale).reshape(len(loc), -1)
+        try:
+            super().minify_adata(minified_data_type, _STORED_LOC, _STORED_VAR)
+        finally:
+            for holder in (original, self.adata):
+                holder.obsm.pop(_STORED_LOC, None)
+                holder.obsm.pop(_STORED_VAR, None)
+
+    def save(
+        self,
+        dir_path: str | os.PathLike,
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        save_kwargs: dict | None = None,
+        legacy_mudata_format: bool = False,
+        datamodule: LightningDataModule | None = None,
+        **anndata_write_kwargs,
+    ) -> None:
+        """Save the model; see ``SCVI.save``.
+
+        Files are written beside `dir_path` and renamed into it when complete, so an interrupt
+        leaves what was there.
+
+        Raises
+        ------
+        ValueError
+            If `dir_path` exists and `overwrite` is false.
+        """
+        target = Path(dir_path)
+        if target.exists() and not overwrite:
+            raise ValueError(
+                f"dir_path {str(target)!r} already exists: choose another, or overwrite=True"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            complete = staging / "complete"
+            super().save(
+                str(complete),
+                prefix=prefix,
+                save_anndata=save_anndata,
+                save_kwargs=save_kwargs,
+                legacy_mudata_format=legacy_mudata_format,
+                datamodule=datamodule,
+                **anndata_write_kwargs,
+            )
+            if target.exists():
+                for file in complete.iterdir():
+                    file.replace(target / file.name)
+            else:
+                complete.rename(target)
+        finally:
+            shutil.rmtree(staging)
