@@ -20,7 +20,12 @@ from mixscvi.mixture.diagnostics import (
     pareto_k,
     specialisation,
 )
-from mixscvi.mixture.encoders import AmortizedEncoder, GaussianHeads, SeparateEncoder
+from mixscvi.mixture.encoders import (
+    AmortizedEncoder,
+    CodedHeads,
+    GaussianHeads,
+    SeparateEncoder,
+)
 from mixscvi.mixture.flows import InverseAutoregressiveFlow
 from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedMLP
 from mixscvi.mixture.objectives import (
@@ -36,6 +41,7 @@ from mixscvi.mixture.priors import GaussianMixture, Prior, StandardNormal, VampP
 
 __all__ = [
     "AmortizedEncoder",
+    "CodedHeads",
     "Estimator",
     "GaussianHeads",
     "GaussianMixture",

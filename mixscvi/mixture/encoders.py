@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixscvi.mixture.layers import StackedLinear, StackedMLP
+from mixscvi.mixture.layers import StackedLinear, StackedMLP, rows
 from mixscvi.mixture.posterior import MixturePosterior
 
-__all__ = ["AmortizedEncoder", "GaussianHeads", "SeparateEncoder"]
+__all__ = ["AmortizedEncoder", "CodedHeads", "GaussianHeads", "SeparateEncoder"]
 
 
 class GaussianHeads(nn.Module):
@@ -129,20 +129,78 @@ class SeparateEncoder(nn.Module):
         return self.heads(self.trunk(x, covariates, components), components)
 
 
+class CodedHeads(nn.Module):
+    r"""Means and scales of `A` Gaussians that share hidden units and differ by a code each.
+
+    The heads of component a are a base and `R` modes, weighted by its code c_a, with an offset:
+
+    .. math:: \mu_a, \log \sigma_a^2 = \Big(W_0 + \sum_{r=1}^{R} c_{ar} W_r\Big) h + b_0 + b_a
+
+    The modes are applied to a cell once, so a component costs `R * D` products a cell, whatever
+    the width of the network, and `R + 2 D` parameters.
+
+    Parameters
+    ----------
+    n_components
+        Number of Gaussians, `A`.
+    n_hidden
+        Hidden units.
+    n_latent
+        Latent dimensions, `D`.
+    n_modes
+        Length of a code, `R`.
+    code_scale
+        Standard deviation of what the codes add at the start, beside a base of one.
+    var_activation, var_eps
+        See :class:`GaussianHeads`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> heads = CodedHeads(400, n_hidden=8, n_latent=2)
+    >>> heads(torch.zeros(6, 8))
+    MixturePosterior(batch_shape=(6,), n_components=400, n_latent=2)
+    """
+
+    def __init__(
+        self,
+        n_components: int,
+        n_hidden: int,
+        n_latent: int,
+        *,
+        n_modes: int = 16,
+        code_scale: float = 0.5,
+        var_activation: Callable[[Tensor], Tensor] | None = None,
+        var_eps: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.n_modes, self.n_latent = n_modes, n_latent
+        self.base = nn.Linear(n_hidden, 2 * n_latent)
+        self.modes = nn.Linear(n_hidden, n_modes * 2 * n_latent, bias=False)
+        self.codes = nn.Parameter(code_scale / n_modes**0.5 * torch.randn(n_components, n_modes))
+        self.offsets = nn.Parameter(torch.zeros(n_components, 2 * n_latent))
+        self.var_activation = torch.exp if var_activation is None else var_activation
+        self.var_eps = var_eps
+
+    def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
+        """Map shared hidden units `(B, n_hidden)` to a mixture of the components asked for."""
+        codes = rows(self.codes, components)
+        offsets = rows(self.offsets, components)
+        modes = self.modes(hidden).unflatten(-1, (self.n_modes, 2 * self.n_latent))
+        raw = torch.einsum("brd,ar->bad", modes, codes) + offsets + self.base(hidden).unsqueeze(1)
+        loc, raw_var = raw.chunk(2, dim=-1)
+        return MixturePosterior(loc, (self.var_activation(raw_var) + self.var_eps).sqrt())
+
+
 class AmortizedEncoder(nn.Module):
-    r"""One trunk for all components; each component is a learned code of `n_hidden` numbers.
+    r"""One network for all components, which differ by a learned code each.
 
-    The code joins the trunk's last hidden layer as the weights of one more one-hot input would,
-    but behind the normalisations:
-
-    .. math:: h_a(x) = \mathrm{dropout}(\phi(t(x) + c_a)), \qquad
-        \mu_a, \sigma_a = \mathrm{heads}(h_a)
-
-    where t(x) is the last layer's normalised pre-activation. Codes in front of a batch norm would
-    be subtracted again with the batch mean whenever a step draws one component alone; behind it
-    they survive, and the trunk runs once per cell, whatever `A` is. Choose it for many
-    components. The construction follows Hotti et al., arXiv 2406.07083; where the code enters is
-    our choice, for the reason given.
+    The trunk runs once per cell, whatever `A` is, and :class:`CodedHeads` tell the components
+    apart. Choose it for many components, or for few cells. The idea of a shared network that is
+    told the component is that of Hotti et al., arXiv 2406.07083, where it is an input of the
+    network, which then runs `A` times; that the code turns the heads instead is our choice. In
+    front of a batch norm, a code would also be subtracted again with the batch mean whenever a
+    step draws one component alone.
 
     Parameters
     ----------
@@ -154,12 +212,8 @@ class AmortizedEncoder(nn.Module):
         Latent dimensions, `D`.
     n_hidden
         Width of the hidden layers.
-    n_layers
-        Number of hidden layers.
-    code_scale
-        Standard deviation of the codes at the start; sets how far components begin apart.
-    dropout_rate, activation
-        As in :class:`~mixscvi.mixture.layers.StackedMLP`.
+    n_modes, code_scale
+        See :class:`CodedHeads`.
     var_activation, var_eps
         See :class:`GaussianHeads`.
     **mlp_kwargs
@@ -180,31 +234,23 @@ class AmortizedEncoder(nn.Module):
         n_latent: int,
         *,
         n_hidden: int = 128,
-        n_layers: int = 1,
+        n_modes: int = 16,
         code_scale: float = 0.5,
-        dropout_rate: float = 0.1,
-        activation: Callable[[], nn.Module] = nn.ReLU,
         var_activation: Callable[[Tensor], Tensor] | None = None,
         var_eps: float = 1e-4,
         **mlp_kwargs: Any,
     ) -> None:
         super().__init__()
         self.n_components = n_components
-        self.trunk = StackedMLP(
-            1,
-            n_in,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            dropout_rate=dropout_rate,
-            activation=activation,
-            last_activation=False,
-            **mlp_kwargs,
-        )
-        self.codes = nn.Parameter(code_scale * torch.randn(n_components, n_hidden))
-        self.activation = activation()
-        self.dropout = nn.Dropout(dropout_rate)
-        self.heads = GaussianHeads(
-            1, n_hidden, n_latent, var_activation=var_activation, var_eps=var_eps
+        self.trunk = StackedMLP(1, n_in, n_hidden=n_hidden, **mlp_kwargs)
+        self.heads = CodedHeads(
+            n_components,
+            n_hidden,
+            n_latent,
+            n_modes=n_modes,
+            code_scale=code_scale,
+            var_activation=var_activation,
+            var_eps=var_eps,
         )
 
     def forward(
@@ -214,6 +260,4 @@ class AmortizedEncoder(nn.Module):
         components: Tensor | None = None,
     ) -> MixturePosterior:
         """Encode `(B, n_in)` inputs into the components asked for."""
-        codes = self.codes if components is None else self.codes.index_select(0, components)
-        shared = self.trunk(x, covariates)
-        return self.heads(self.dropout(self.activation(shared + codes)))
+        return self.heads(self.trunk(x, covariates).squeeze(1), components)

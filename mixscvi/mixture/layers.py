@@ -9,11 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["StackedConv2d", "StackedLinear", "StackedMLP"]
+__all__ = ["StackedConv2d", "StackedLinear", "StackedMLP", "rows"]
 
 
-def _rows(parameter: Tensor, components: Tensor | None) -> Tensor:
-    """Those rows of a stacked parameter, or all."""
+def rows(parameter: Tensor, components: Tensor | None) -> Tensor:
+    """Take those rows of a parameter with a row per component, or all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows(torch.eye(3), torch.tensor([2]))
+    tensor([[0., 0., 1.]])
+    """
     return parameter if components is None else parameter.index_select(0, components)
 
 
@@ -79,8 +86,8 @@ class StackedLinear(nn.Module):
         -------
         `(B, S, n_out)`.
         """
-        weight = _rows(self.weight, components)
-        bias = None if self.bias is None else _rows(self.bias, components)
+        weight = rows(self.weight, components)
+        bias = None if self.bias is None else rows(self.bias, components)
         if x.dim() == 2:
             flat_bias = None if bias is None else bias.flatten()
             return F.linear(x, weight.flatten(0, 1), flat_bias).unflatten(-1, weight.shape[:2])
@@ -153,7 +160,7 @@ class StackedConv2d(nn.Module):
         -------
         `(B, S, out_channels, height', width')`.
         """
-        weight, bias = _rows(self.weight, components), _rows(self.bias, components)
+        weight, bias = rows(self.weight, components), rows(self.bias, components)
         groups = 1 if x.dim() == 4 else weight.shape[0]
         y = F.conv2d(
             x if x.dim() == 4 else x.flatten(1, 2),
@@ -234,8 +241,6 @@ class StackedMLP(nn.Module):
         Class of the activation.
     bias
         Whether the linear maps have one.
-    last_activation
-        Whether the last layer ends with activation and dropout, or with its normalisations.
 
     Examples
     --------
@@ -259,13 +264,11 @@ class StackedMLP(nn.Module):
         use_layer_norm: bool = False,
         activation: Callable[[], nn.Module] = nn.ReLU,
         bias: bool = True,
-        last_activation: bool = True,
     ) -> None:
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}")
         self.n_components = n_components
-        self.last_activation = last_activation
         self.n_covariates = n_covariates
         self.inject_covariates = inject_covariates
         self.linears = nn.ModuleList()
@@ -354,7 +357,5 @@ class StackedMLP(nn.Module):
             h = linear(h, components)
             if len(self.batch_norms):
                 h = _batch_norm(self.batch_norms[layer], h, components)
-            h = self.layer_norm(h)
-            if self.last_activation or layer + 1 < len(self.linears):
-                h = self.dropout(self.activation(h))
+            h = self.dropout(self.activation(self.layer_norm(h)))
         return h

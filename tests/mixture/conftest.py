@@ -63,7 +63,6 @@ class ReferenceMLP(nn.Module):
         super().__init__()
         self.n_covariates, self.inject = stack.n_covariates, stack.inject_covariates
         self.layers, self.linears, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        n_layers = len(stack.linears)
         for index, stacked in enumerate(stack.linears):
             linear = nn.Linear(stacked.n_in, stacked.n_out, bias=stacked.bias is not None).double()
             linear.weight.data.copy_(stacked.weight[component])
@@ -81,8 +80,7 @@ class ReferenceMLP(nn.Module):
                 layer.append(norm)
             if isinstance(stack.layer_norm, nn.LayerNorm):
                 layer.append(nn.LayerNorm(stacked.n_out, elementwise_affine=False))
-            if stack.last_activation or index + 1 < n_layers:
-                layer.append(nn.ReLU())
+            layer.append(nn.ReLU())
             self.layers.append(layer)
         self.train(stack.training)
 

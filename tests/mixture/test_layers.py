@@ -158,7 +158,6 @@ VARIANTS = {
     "covariates": {"n_covariates": 2},
     "covariates, both norms": {"n_covariates": 2, "use_layer_norm": True},
     "covariates, first layer": {"n_covariates": 2, "inject_covariates": False},
-    "open end": {"last_activation": False, "use_layer_norm": True},
 }
 
 
