@@ -1,7 +1,7 @@
 """What a training step costs as components are added: time and peak memory, in one run.
 
-Steps of all models are interleaved, so that the machine's drift falls on all alike; what to quote is
-the ratio to the same network with one component.
+Steps of all models are interleaved, so that drift of the machine falls on all alike; quote the
+ratio to the same network with one component.
 
     python benchmarks/cost_of_components.py    # writes results/cost_of_components.csv
 """

@@ -1,0 +1,276 @@
+"""The command line: ``python -m mixscvi.images``, installed as ``mixscvi-images``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mixscvi.images.configs import PRESETS, BudgetName, Preset, RunConfig
+from mixscvi.images.encoders import ComponentEncoder
+
+EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
+Run = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Where the images come from."""
+
+    data_folder: Path | None = None
+    """Folder of the idx files, or the one above; fetched when not given."""
+
+
+def _protocol(
+    max_epochs: int | None, warmup_epochs: int | None, train_images: int | None
+) -> dict[str, int]:
+    changes = {
+        "max_epochs": max_epochs,
+        "warmup_epochs": warmup_epochs,
+        "n_train": train_images,
+    }
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+@dataclass
+class Train(Data):
+    """Train a model: validation bound, early stopping, checkpoints, a CSV log."""
+
+    output: Path
+    """Folder of the run."""
+    preset: Preset = "vanilla"
+    """Model of the papers."""
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, or a .npy file of (n, height, width) images."""
+    components: int = 1
+    """Components A."""
+    sampled: int | None = None
+    """Components S that a step draws from; all when not given (1 with some_to_...)."""
+    estimator: EstimatorName = "all_to_all"
+    """Which components a step draws from, and which form the denominator."""
+    component_encoder: ComponentEncoder = "separate"
+    """Separate encoders, or one with a code per component."""
+    budget: BudgetName = "cpu"
+    """Sizes and protocol."""
+    objective: Literal["miselbo", "iwae"] = "miselbo"
+    """iwae: the control with one widened encoder and A importance samples."""
+    ensemble: bool = False
+    """The control with components trained apart against a frozen decoder."""
+    max_epochs: int | None = None
+    """Instead of the budget's."""
+    warmup_epochs: int | None = None
+    """Epochs of the KL's warm-up, instead of the budget's."""
+    train_images: int | None = None
+    """Number of images to train on, instead of the budget's."""
+    seed: int = 0
+    resume: bool = False
+    """Go on where an interrupted run was."""
+
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        sampled = self.sampled
+        if sampled is None and self.estimator != "all_to_all":
+            sampled = 1
+        return RunConfig.of(
+            self.preset,
+            budget=self.budget,
+            n_components=self.components,
+            n_sampled=sampled,
+            estimator=self.estimator,
+            component_encoder=self.component_encoder,
+            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+            objective=self.objective,
+            ensemble=self.ensemble,
+            dataset=self.dataset,
+            seed=self.seed,
+        )
+
+    def run(self) -> None:
+        """Train."""
+        from mixscvi.images.models import build
+        from mixscvi.images.runs import parameter_counts, run_data
+        from mixscvi.images.training import train
+
+        config = self.config()
+        data = run_data(config, data_folder=self.data_folder)
+        counts = parameter_counts(build(config, data.image_shape))
+        print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
+        train(config, self.output, data=data, resume=self.resume, progress=sys.stderr.isatty())
+        _show(json.loads((self.output / "summary.json").read_text()))
+
+
+@dataclass
+class Evaluate(Data):
+    """Test NLL with standard errors, and diagnostics."""
+
+    run_folder: Run
+    """Folder of the run."""
+    draws: int | None = None
+    """Importance samples per image, of all components together."""
+    seed: int = 0
+
+    def run(self) -> None:
+        """Evaluate."""
+        from mixscvi.images.evaluation import evaluate
+
+        _show(
+            evaluate(
+                self.run_folder, draws=self.draws, data_folder=self.data_folder, seed=self.seed
+            )
+        )
+
+
+@dataclass
+class Probe(Data):
+    """Linear classification of the labels from the latents."""
+
+    run_folder: Run
+    """Folder of the run."""
+    against: Path | None = None
+    """Folder of a run with one component, whose posterior samples are the comparison."""
+    seed: int = 0
+
+    def run(self) -> None:
+        """Probe."""
+        from mixscvi.images.probe import probe
+
+        _show(
+            probe(
+                self.run_folder,
+                against=self.against,
+                data_folder=self.data_folder,
+                seed=self.seed,
+            )
+        )
+
+
+@dataclass
+class Sample:
+    """Draw images from the model; a PixelCNN's are drawn pixel by pixel."""
+
+    run_folder: Run
+    """Folder of the run."""
+    images: int = 64
+    """How many."""
+    seed: int = 0
+
+    def run(self) -> None:
+        """Sample."""
+        from mixscvi.images.report import sample
+
+        print(sample(self.run_folder, n_images=self.images, seed=self.seed))
+
+
+@dataclass
+class Reconstruct(Data):
+    """Test images above their reconstructions, one row for each component."""
+
+    run_folder: Run
+    """Folder of the run."""
+    images: int = 8
+    """How many."""
+    seed: int = 0
+
+    def run(self) -> None:
+        """Reconstruct."""
+        from mixscvi.images.report import reconstruct
+
+        print(
+            reconstruct(
+                self.run_folder,
+                n_images=self.images,
+                data_folder=self.data_folder,
+                seed=self.seed,
+            )
+        )
+
+
+@dataclass
+class Sweep(Data):
+    """Train and evaluate presets x components x seeds; goes on where it stopped."""
+
+    output: Path
+    """Folder of the runs."""
+    results: Path | None = None
+    """Path of the CSV, the table and the figure, without an ending; OUTPUT/sweep if not given."""
+    presets: tuple[Preset, ...] = tuple(PRESETS)
+    components: tuple[int, ...] = (1, 2, 4)
+    seeds: int = 3
+    """Number of seeds, from 0."""
+    dataset: str = "mnist"
+    budget: BudgetName = "cpu"
+    component_encoder: ComponentEncoder = "separate"
+    draws: int | None = None
+    """Importance samples per image, instead of the budget's."""
+    max_epochs: int | None = None
+    """Instead of the budget's."""
+    warmup_epochs: int | None = None
+    """Epochs of the KL's warm-up, instead of the budget's."""
+    train_images: int | None = None
+    """Number of images to train on, instead of the budget's."""
+
+    command: tyro.conf.Suppress[str | None] = None
+
+    def run(self) -> None:
+        """Sweep."""
+        from mixscvi.images.report import sweep_table
+        from mixscvi.images.sweep import sweep
+
+        rows = sweep(
+            self.output,
+            presets=self.presets,
+            components=self.components,
+            seeds=self.seeds,
+            results=self.results,
+            draws=self.draws,
+            data_folder=self.data_folder,
+            progress=lambda line: print(line, flush=True),
+            command=self.command,
+            dataset=self.dataset,
+            budget=self.budget,
+            component_encoder=self.component_encoder,
+            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+        )
+        print(sweep_table(rows), end="")
+
+
+def _show(result: dict) -> None:
+    print(json.dumps(result, indent=2))
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; what the user can mend ends in one line, not in a traceback."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        prog="mixscvi-images",
+        description="The mixture cookbook on binary images.",
+    )
+    if isinstance(command, Sweep):
+        given = sys.argv[1:] if arguments is None else arguments
+        command.command = shlex.join(["mixscvi-images", *given])
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    try:
+        command.run()
+    except (OSError, ValueError) as error:
+        sys.exit(f"mixscvi-images: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Decoders p(x | z) of binary images.
+
+A decoder is called with the images and the draws, and gives their log-likelihood; a new one is
+one more class here, with :meth:`log_prob` and :meth:`sample`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixscvi.images.networks import MaskedConv2d, gated_mlp
+
+__all__ = ["BernoulliDecoder", "PixelCNNDecoder"]
+
+
+def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
+    """Log-probability of images `(B, P)` under logits `(L, B, S, P)`, summed over pixels."""
+    on = torch.einsum("lbsp,bp->lbs", logits, x)
+    return on - F.softplus(logits).sum(-1)
+
+
+class BernoulliDecoder(nn.Module):
+    r"""Pixels independent given the latents.
+
+    .. math:: \log p(x \mid z) = \sum_i x_i \ell_i(z) - \log(1 + e^{\ell_i(z)})
+
+    Parameters
+    ----------
+    n_latent
+        Latent dimensions of all levels together.
+    image_shape
+        Height and width.
+    hidden
+        Widths of the gated layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> decoder = BernoulliDecoder(2, (5, 7), hidden=(8, 8))
+    >>> x, z = torch.zeros(3, 1, 5, 7), torch.zeros(10, 3, 4, 2)
+    >>> decoder.log_prob(x, z).shape  # (L, B, S)
+    torch.Size([10, 3, 4])
+    """
+
+    def __init__(
+        self, n_latent: int, image_shape: tuple[int, int], hidden: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.logits = gated_mlp(n_latent, hidden, image_shape[0] * image_shape[1])
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z) of `(B, 1, height, width)` and `(L, B, S, n_latent)`: `(L, B, S)`."""
+        return _bernoulli_log_prob(self.logits(z), x.flatten(1))
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pixels' probabilities given `(N, n_latent)`, `(N, 1, height, width)`: no noise added."""
+        return self.logits(z).sigmoid().unflatten(-1, (1, *self.image_shape))
+
+
+class PixelCNNDecoder(nn.Module):
+    r"""Pixels in the order of reading, each given those before it and the latents.
+
+    .. math:: \log p(x \mid z) = \sum_i \log p(x_i \mid x_{<i}, z)
+
+    The first half of the masked layers sees the image alone: it runs once per image, and all
+    draws of all components share what it found. There the latents join, as feature maps of the
+    whole image, and the second half runs on every draw. Layers are residual; nothing normalises
+    across pixels or images. van den Oord et al. 2016.
+
+    Parameters
+    ----------
+    n_latent
+        Latent dimensions of all levels together.
+    image_shape
+        Height and width.
+    n_hidden
+        Width of the gated layer from the latents to their feature maps.
+    n_layers
+        Masked layers.
+    n_channels
+        Their channels, `C`.
+    n_maps
+        Feature maps of the latents.
+
+    Examples
+    --------
+    >>> import torch
+    >>> decoder = PixelCNNDecoder(2, (5, 7), n_hidden=8, n_layers=4, n_channels=6)
+    >>> x, z = torch.zeros(3, 1, 5, 7), torch.zeros(10, 3, 4, 2)
+    >>> decoder.log_prob(x, z).shape  # (L, B, S)
+    torch.Size([10, 3, 4])
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        image_shape: tuple[int, int],
+        *,
+        n_hidden: int,
+        n_layers: int,
+        n_channels: int,
+        n_maps: int = 2,
+    ) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+
+        def layers(n: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                MaskedConv2d(n_channels, n_channels, kernel_size=3, kind="B") for _ in range(n)
+            )
+
+        n_image = n_layers // 2
+        self.first = MaskedConv2d(1, n_channels, kernel_size=7, kind="A")
+        self.image_layers = layers(n_image - 1)
+        self.latent_maps = gated_mlp(
+            n_latent, (n_hidden,), image_shape[0] * image_shape[1] * n_maps
+        )
+        self.latent_mix = nn.Linear(n_maps, n_channels)
+        self.joint_layers = layers(n_layers - n_image)
+        self.last = nn.Linear(n_channels, 1)
+
+    def logits(self, x: Tensor, z: Tensor) -> Tensor:
+        """Logits of all pixels of `(B, 1, height, width)` given `(L, B, S, n_latent)`.
+
+        Returns
+        -------
+        `(L, B, S, height * width)`; the i-th depends on the pixels before i alone.
+        """
+        # Channels are the last axis in memory: on a CPU, few of them are twice as fast so, and
+        # the linear maps over them are plain matrix products.
+        image = self.first(x.to(memory_format=torch.channels_last))
+        for layer in self.image_layers:
+            image = image + layer(F.relu(image))
+        maps = self.latent_maps(z).unflatten(-1, (*self.image_shape, -1))
+        joint = self.latent_mix(maps) + image.movedim(1, -1).unsqueeze(1)
+        h = joint.flatten(0, 2).movedim(-1, 1)
+        for layer in self.joint_layers:
+            h = h + layer(F.relu(h))
+        return self.last(F.relu(h).movedim(1, -1)).flatten(1).unflatten(0, z.shape[:3])
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z) of `(B, 1, height, width)` and `(L, B, S, n_latent)`: `(L, B, S)`."""
+        return _bernoulli_log_prob(self.logits(x, z), x.flatten(1))
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images drawn pixel by pixel given `(N, n_latent)`: zeros and ones, `(N, 1, h, w)`."""
+        height, width = self.image_shape
+        x = z.new_zeros(len(z), 1, height, width)
+        for row in range(height):
+            for column in range(width):
+                # Rows below the pixel's own would be computed for nothing, but the latents' maps
+                # have the whole image's size.
+                logits = self.logits(x, z[None, :, None])[0, :, 0, row * width + column]
+                x[:, 0, row, column] = torch.bernoulli(logits.sigmoid(), generator=generator)
+        return x

@@ -1,0 +1,207 @@
+"""Test likelihood and diagnostics of a run, streamed over images and draws."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixscvi.images.datasets import ImageData, epoch_seed
+from mixscvi.images.models import ImageVAE
+from mixscvi.images.runs import load_run, run_data, write
+from mixscvi.mixture import (
+    ImportanceDraws,
+    active_units,
+    component_elbo,
+    effective_sample_size,
+    importance_weighted_miselbo,
+    miselbo,
+    pareto_k,
+    siwae,
+    siwae_standard_error,
+    specialisation,
+)
+
+__all__ = ["evaluate", "image_statistics"]
+
+# Decoder rows (draws x images) at a time: bounds the memory, whatever is asked for.
+_ROWS = 1000
+_IMAGES = 50
+_SAVE_EVERY = 50  # blocks
+
+
+def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
+    """Bounds and diagnostics of every image from draws of every component.
+
+    Parameters
+    ----------
+    draws
+        Log-densities, each `(L, B, A)`, with at least 25 draws per image.
+
+    Returns
+    -------
+    `(B,)` each, in nats but for ``ess`` (draws) and ``k_hat``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> statistics = image_statistics(ImportanceDraws(*torch.randn(3, 10, 7, 4)))
+    >>> list(statistics)
+    ['siwae', 'siwae_se', 'paper', 'miselbo', 'elbo', 'jsd', 'ess', 'k_hat']
+    """
+    log_weights = draws.log_weights
+    rows = log_weights.transpose(0, 1).flatten(1)
+    unknown = torch.full_like(rows[:, 0], torch.nan)
+    return {
+        "siwae": siwae(log_weights),
+        "siwae_se": siwae_standard_error(log_weights) if len(log_weights) > 1 else unknown,
+        "paper": importance_weighted_miselbo(log_weights),
+        "miselbo": miselbo(log_weights),
+        "elbo": component_elbo(draws.log_joint, draws.log_own).mean(-1),
+        "jsd": specialisation(draws.log_own, draws.log_mixture).mean(-1),
+        "ess": effective_sample_size(rows),
+        "k_hat": pareto_k(rows),
+    }
+
+
+class _Progress:
+    """What an evaluation has done so far, on file so that it can be continued."""
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.done: list[dict[str, Tensor]] = []
+        self.blocks: list[ImportanceDraws] = []
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            if state["key"] == key:
+                self.done = state["done"]
+                self.blocks = [ImportanceDraws(*block) for block in state["blocks"]]
+
+    def save(self) -> None:
+        blocks = [tuple(block) for block in self.blocks]
+        state = {"key": self.key, "done": self.done, "blocks": blocks}
+        write(self.path, lambda path: torch.save(state, path))
+
+
+def _evaluate_images(
+    model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], progress: _Progress
+) -> dict[str, Tensor]:
+    """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
+    n_components = model.mixture.n_components
+    size = max(1, _ROWS // (len(x) * n_components))
+    prior = model.prior_distribution()
+    for block in range(len(progress.blocks), math.ceil(n_samples / size)):
+        generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
+        n_block = min(size, n_samples - block * size)
+        draws = model.importance_draws(x, n_block, prior=prior, generator=generator)
+        # Sums of some hundred terms: kept in double precision, they lose nothing further.
+        progress.blocks.append(ImportanceDraws(*(part.double().cpu() for part in draws)))
+        if (block + 1) % _SAVE_EVERY == 0:
+            progress.save()
+    merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*progress.blocks, strict=True)))
+    loc, _ = model.component_parameters(x)
+    return image_statistics(merged) | {"mean": loc.mean(1).cpu()}
+
+
+@torch.no_grad()
+def evaluate(
+    folder: str | Path,
+    *,
+    draws: int | None = None,
+    data: ImageData | None = None,
+    data_folder: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate the best model of a finished run on its test images.
+
+    Draws are streamed, so memory does not grow with their number; an evaluation that was
+    interrupted goes on where it was, to the same result. It writes ``evaluation.json`` and
+    ``evaluation.csv`` (one row per image) into the run's folder.
+
+    Parameters
+    ----------
+    folder
+        The run.
+    draws
+        Importance samples per image, of all components together (rounded up to as many for
+        each); the budget's number when ``None``.
+    data
+        The user's own images, if the run was trained on such.
+    data_folder
+        Where the idx files are; they are fetched when ``None``.
+    seed
+        Seed of the draws.
+
+    Returns
+    -------
+    Averages over the test images, in nats: ``nll`` (SIWAE, consistent) and ``nll_paper``
+    (averaged over components outside of the logarithm), each with its standard error over images
+    (``_se``), and for ``nll`` that of the draws (``nll_monte_carlo_se``); ``miselbo``, ``elbo``
+    (mean over components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
+    of images), ``active_units`` and what was evaluated.
+    """
+    folder = Path(folder)
+    config, model = load_run(folder)
+    data = run_data(config, data, data_folder)
+    n_components = model.mixture.n_components
+    n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
+    if n_samples * n_components < 25:
+        raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
+    key = {"n_samples": n_samples, "seed": seed, "n_images": len(data.test), "rows": _ROWS}
+    progress = _Progress(folder / "evaluation.partial.pt", key)
+    groups = data.test.split(_IMAGES)
+    for group in range(len(progress.done), len(groups)):
+        statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), progress)
+        progress.done.append(statistics)
+        progress.blocks = []
+        progress.save()
+    names = list(progress.done[0])
+    images = {name: torch.cat([done[name] for done in progress.done]) for name in names}
+    result = _averages(images) | {
+        "draws": n_samples * n_components,
+        "n_images": len(data.test),
+        "dataset": data.name,
+        "seed": seed,
+    }
+    _write_rows(folder / "evaluation.csv", images)
+    write(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    progress.path.unlink()
+    return result
+
+
+def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
+    n = len(images["siwae"])
+
+    def standard_error(values: Tensor) -> float:
+        return float(values.std() / math.sqrt(n)) if n > 1 else math.nan
+
+    k_hat = images["k_hat"]
+    return {
+        "nll": -float(images["siwae"].mean()),
+        "nll_se": standard_error(images["siwae"]),
+        "nll_monte_carlo_se": float(images["siwae_se"].square().sum().sqrt() / n),
+        "nll_paper": -float(images["paper"].mean()),
+        "nll_paper_se": standard_error(images["paper"]),
+        "miselbo": float(images["miselbo"].mean()),
+        "elbo": float(images["elbo"].mean()),
+        "jsd": float(images["jsd"].mean()),
+        "ess": float(images["ess"].mean()),
+        "k_hat_median": float(k_hat.median()),
+        "k_hat_above_0.7": float((k_hat > 0.7).double().mean()),
+        "active_units": int(active_units(images["mean"]).sum()),
+    }
+
+
+def _write_rows(path: Path, images: dict[str, Tensor]) -> None:
+    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *columns])
+    writer.writerows(zip(range(len(images["siwae"])), *columns.values(), strict=True))
+    write(path, text.getvalue())

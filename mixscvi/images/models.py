@@ -1,0 +1,322 @@
+"""ImageVAE: encoder x components x flow x levels x prior x decoder, composed on the core."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from mixscvi.images.configs import Mixture, Parts, RunConfig, Sizes
+from mixscvi.images.encoders import ConditionalEncoder, ImageEncoder
+from mixscvi.images.parts import (
+    ConditionalPrior,
+    make_decoder,
+    make_prior,
+    trunk_maker,
+    widened,
+)
+from mixscvi.mixture import (
+    Estimator,
+    ImportanceDraws,
+    InverseAutoregressiveFlow,
+    MixturePosterior,
+    mixture_log_prob,
+)
+
+__all__ = ["ImageVAE", "LatentDraws", "build", "count_parameters"]
+
+
+class LatentDraws(NamedTuple):
+    """Draws from the sampled components, and their densities."""
+
+    z: Tensor
+    """The levels side by side, the upper one first, `(L, B, S, n_levels * D)`."""
+    cross_log_prob: Tensor
+    """Joint log-density of all levels under every component, `(L, B, S, A)`."""
+    own_log_prob: Tensor
+    """The same under the component that the draw came from, `(L, B, S)`."""
+    log_prior: Tensor
+    """log p(z) of all levels, `(L, B, S)`."""
+
+
+class ImageVAE(nn.Module):
+    r"""Variational autoencoder of binary images with a mixture posterior.
+
+    One level: q_a(z | x), a Gaussian pushed through the shared flow. Two levels:
+    :math:`q_a(z_1, z_2 \mid x) = q_a(z_2 \mid x)\, q_a(z_1 \mid x, z_2)`, so the density of
+    component j at a draw of component s is the sum of both levels' log-densities, and the
+    mixture is formed of that sum. Each level has a flow of its own if there is any; its
+    determinant is the same under every component.
+
+    Parameters
+    ----------
+    image_shape
+        Height and width.
+    parts
+        What the model is composed of.
+    mixture
+        Components, and how they are sampled.
+    sizes
+        Sizes of the networks.
+    prior_has_own_encoder
+        Whether a VampPrior uses an encoder of one component, not the posterior's: for
+        components that are trained against a prior that stands still.
+
+    References
+    ----------
+    Kviman et al., arXiv 2209.15514; Tomczak & Welling 2018 for the hierarchy.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mixscvi.images.configs import BUDGETS, PRESETS, Mixture
+    >>> mixture = Mixture(n_components=4)
+    >>> model = ImageVAE((8, 8), PRESETS["composite"], mixture, BUDGETS["smoke"].sizes)
+    >>> draws = model.draw(torch.zeros(5, 1, 8, 8), n_samples=2)
+    >>> draws.z.shape, draws.cross_log_prob.shape
+    (torch.Size([2, 5, 4, 6]), torch.Size([2, 5, 4, 4]))
+    >>> model.log_weights(torch.zeros(5, 1, 8, 8), draws).shape
+    torch.Size([2, 5, 4])
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int],
+        parts: Parts,
+        mixture: Mixture,
+        sizes: Sizes,
+        *,
+        prior_has_own_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_shape, self.parts, self.mixture, self.sizes = image_shape, parts, mixture, sizes
+        self.estimator = Estimator(mixture.estimator)
+        n_latent, n_hidden = sizes.n_latent, sizes.hidden[-1]
+        make_trunk = trunk_maker(image_shape, parts, sizes)
+        encode = functools.partial(
+            ImageEncoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
+        )
+        self.encoder = encode(n_components=mixture.n_components)
+        self.lower_encoder = self.lower_prior = None
+        if parts.n_levels == 2:
+            self.lower_encoder = ConditionalEncoder(
+                make_trunk,
+                mixture.n_components,
+                n_latent,
+                n_hidden=widened(n_hidden, sizes.encoder_width),
+                component_encoder=mixture.component_encoder,
+            )
+            self.lower_prior = ConditionalPrior(n_latent, n_hidden)
+        self.flows = nn.ModuleList(
+            InverseAutoregressiveFlow(
+                n_latent, parts.n_flow_steps, hidden_features=sizes.flow_hidden
+            )
+            for _ in range(parts.n_levels if parts.n_flow_steps else 0)
+        )
+        self.prior = make_prior(image_shape, parts, sizes)
+        own = prior_has_own_encoder and parts.prior == "vamp"
+        self.prior_encoder = encode(n_components=1) if own else None
+        self.decoder = make_decoder(image_shape, parts, sizes)
+
+    def _flow(self, level: int, base: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.flows:
+            return base, base.new_zeros(())
+        z, log_det = self.flows[level](base)
+        return z, log_det
+
+    def prior_distribution(self) -> Distribution:
+        """p(z) of the upper level; build it once for many draws."""
+        return self.prior(self.prior_encoder or self.encoder)
+
+    def choose(self, generator: torch.Generator | None = None) -> Tensor | None:
+        """Components for a training step, `(S,)` on the CPU; ``None`` for all."""
+        return self.estimator.choose(self.mixture.n_components, self.mixture.n_drawn, generator)
+
+    def draw(
+        self,
+        x: Tensor,
+        n_samples: int = 1,
+        components: Tensor | None = None,
+        *,
+        prior: Distribution | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LatentDraws:
+        """Draw latents from components, and evaluate every component at every draw.
+
+        Parameters
+        ----------
+        x
+            Binary images, `(B, 1, height, width)`.
+        n_samples
+            Draws per component, `L`.
+        components
+            The `S` components to draw from, `(S,)`; all `A` when ``None``. With ``some_to_some``
+            they alone are encoded, and `A` of the result is `S`.
+        prior
+            What :meth:`prior_distribution` gave; built here when ``None``.
+        generator
+            Source of the noise, on the device of `x`; torch's own when ``None``.
+        """
+        encoded, drawn = None, components
+        if components is not None:
+            components = components.to(x.device)
+            some = self.estimator is Estimator.SOME_TO_SOME
+            encoded, drawn = (components, None) if some else (None, components)
+        posterior = self.encoder(x, components=encoded)
+        base = posterior.rsample_stratified(n_samples, drawn, generator)
+        z, log_det = self._flow(0, base)
+        cross = posterior.cross_log_prob(base) - log_det.unsqueeze(-1)
+        log_prior = (prior or self.prior_distribution()).log_prob(z)
+        if drawn is None:
+            drawn = torch.arange(posterior.n_components, device=x.device)
+        if self.lower_encoder is not None:
+            conditional = self.lower_encoder(x, z, encoded)
+            base = _own(conditional, drawn).rsample_stratified(1, generator=generator).squeeze(0)
+            lower, log_det = self._flow(1, base)
+            cross = cross + conditional.component_log_prob(base) - log_det.unsqueeze(-1)
+            given_upper = self.lower_prior(z.flatten(0, 2)).log_prob(lower.flatten(0, 2))
+            log_prior = log_prior + given_upper.view_as(log_prior)
+            z = torch.cat((z, lower), -1)
+        own = cross.gather(-1, drawn.unsqueeze(-1).expand(*cross.shape[:-1], 1)).squeeze(-1)
+        return LatentDraws(z, cross, own, log_prior)
+
+    def log_weights(
+        self, x: Tensor, draws: LatentDraws, *, beta: float = 1.0, apart: bool = False
+    ) -> Tensor:
+        r"""Log-weights of draws, :math:`\log p(x|z) + \beta (\log p(z) - \log q(z|x))`.
+
+        Parameters
+        ----------
+        x
+            Binary images, `(B, 1, height, width)`.
+        draws
+            What :meth:`draw` returned for them.
+        beta
+            Weight of the KL term.
+        apart
+            Whether q is the draw's own component alone, and not the mixture.
+
+        Returns
+        -------
+        `(L, B, S)`, in nats.
+        """
+        log_q = draws.own_log_prob if apart else mixture_log_prob(draws.cross_log_prob)
+        return self.decoder.log_prob(x, draws.z) + beta * (draws.log_prior - log_q)
+
+    def importance_draws(
+        self,
+        x: Tensor,
+        n_samples: int,
+        *,
+        prior: Distribution | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ImportanceDraws:
+        """Log-densities of `L` draws from every component, for bounds and diagnostics."""
+        draws = self.draw(x, n_samples, prior=prior, generator=generator)
+        return ImportanceDraws(
+            self.decoder.log_prob(x, draws.z) + draws.log_prior,
+            draws.own_log_prob,
+            mixture_log_prob(draws.cross_log_prob),
+        )
+
+    def component_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and scales of the base components of all levels, each `(B, A, n_levels * D)`.
+
+        The lower level is conditioned on the upper one's mean.
+        """
+        upper = self.encoder(x)
+        if self.lower_encoder is None:
+            return upper.component_loc, upper.component_scale
+        z, _ = self._flow(0, upper.component_loc.unsqueeze(0))
+        drawn = torch.arange(upper.n_components, device=x.device)
+        lower = _own(self.lower_encoder(x, z), drawn)
+        return (
+            torch.cat((upper.component_loc, lower.component_loc.squeeze(0)), -1),
+            torch.cat((upper.component_scale, lower.component_scale.squeeze(0)), -1),
+        )
+
+    def sample(self, n_images: int, seed: int = 0) -> Tensor:
+        """Draw images from the model, `(n_images, 1, height, width)`."""
+        with torch.no_grad(), torch.random.fork_rng():
+            # torch's distributions take no generator.
+            torch.manual_seed(seed)
+            z = self.prior_distribution().sample((n_images,))
+            if self.lower_prior is not None:
+                z = torch.cat((z, self.lower_prior(z).sample()), -1)
+            return self.decoder.sample(z)
+
+
+def _own(conditional: MixturePosterior, drawn: Tensor) -> MixturePosterior:
+    """Of posteriors `(L, B, S)` x `A`, each draw's own component: `(L, B)` x `S`."""
+    shape = conditional.component_loc.shape
+    index = drawn.view(-1, 1, 1).expand(*shape[:-2], 1, shape[-1])
+    return MixturePosterior(
+        conditional.component_loc.gather(-2, index).squeeze(-2),
+        conditional.component_scale.gather(-2, index).squeeze(-2),
+    )
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    """Number of parameters.
+
+    Examples
+    --------
+    >>> count_parameters(torch.nn.Linear(3, 2))
+    8
+    """
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def _n_encoder_parameters(
+    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
+) -> int:
+    # No numbers are needed, only shapes; masks of a flow are the exception, and no encoders.
+    with torch.device("meta"):
+        model = ImageVAE(image_shape, replace(parts, n_flow_steps=0), mixture, sizes)
+    return count_parameters(model.encoder) + count_parameters(model.lower_encoder)
+
+
+def big_iwae_sizes(
+    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
+) -> Sizes:
+    """Sizes whose encoder of one component has as many parameters as that of the mixture.
+
+    Widths are whole numbers, so the counts agree to within one unit of width.
+    """
+    target = _n_encoder_parameters(image_shape, parts, mixture, sizes)
+    low, high = 1.0, float(4 * mixture.n_components)
+    for _ in range(20):
+        middle = (low + high) / 2
+        wide = replace(sizes, encoder_width=middle)
+        few = _n_encoder_parameters(image_shape, parts, Mixture(), wide) < target
+        low, high = (middle, high) if few else (low, middle)
+    return replace(sizes, encoder_width=high)
+
+
+def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
+    """Make the model of a run, its weights drawn from the run's seed.
+
+    Examples
+    --------
+    >>> from mixscvi.images.configs import RunConfig
+    >>> model = build(RunConfig.of("vanilla", budget="smoke", n_components=4), (8, 8))
+    >>> model.encoder.trunk.layers[0]
+    StackedLinear(n_components=4, n_in=64, n_out=24, bias=True)
+    """
+    mixture, sizes = config.mixture, config.sizes
+    if config.objective == "iwae":
+        sizes = big_iwae_sizes(image_shape, config.parts, mixture, sizes)
+        mixture = Mixture()
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return ImageVAE(
+            image_shape,
+            config.parts,
+            mixture,
+            sizes,
+            prior_has_own_encoder=config.ensemble,
+        )

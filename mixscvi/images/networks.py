@@ -1,0 +1,193 @@
+"""Gated and masked layers, the bricks of encoders and decoders.
+
+None of them mixes statistics across images or pixels: a likelihood must be one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixscvi.mixture import StackedConv2d, StackedLinear
+
+__all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
+
+
+def gate(h: Tensor) -> Tensor:
+    """First half of the last axis, gated by the logistic function of its second half.
+
+    Examples
+    --------
+    >>> import torch
+    >>> gate(torch.tensor([4.0, 0.0]))
+    tensor([2.])
+    """
+    return F.glu(h, -1)
+
+
+def gated_mlp(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
+    """A multilayer perceptron with gated hidden layers and a linear last one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> gated_mlp(5, (8, 8), 3)(torch.zeros(7, 5)).shape
+    torch.Size([7, 3])
+    """
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(n_in, 2 * width), nn.GLU(-1)]
+        n_in = width
+    return nn.Sequential(*layers, nn.Linear(n_in, n_out))
+
+
+class DenseTrunk(nn.Module):
+    """`A` gated perceptrons on one image, up to the last layer's pre-activations.
+
+    Parameters
+    ----------
+    n_components
+        Number of networks, `A`; 1 for a trunk that all components share.
+    image_shape
+        Height and width.
+    hidden
+        Widths of the hidden layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> trunk = DenseTrunk(4, (5, 7), hidden=(8, 6))
+    >>> trunk(torch.zeros(3, 1, 5, 7)).shape  # two halves, to be gated
+    torch.Size([3, 4, 12])
+    """
+
+    def __init__(
+        self, n_components: int, image_shape: tuple[int, int], hidden: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        widths = [image_shape[0] * image_shape[1], *hidden]
+        self.layers = nn.ModuleList(
+            StackedLinear(n_components, n_in, 2 * n_out)
+            for n_in, n_out in zip(widths, hidden, strict=False)
+        )
+        self.n_hidden = hidden[-1]
+
+    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+        """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+        h = self.layers[0](x.flatten(1), components)
+        for layer in self.layers[1:]:
+            h = layer(gate(h), components)
+        return h
+
+
+class ConvTrunk(nn.Module):
+    """`A` gated convolutional networks on one image, up to the last pre-activations.
+
+    Each layer is one convolution, grouped by component from the second on.
+
+    Parameters
+    ----------
+    n_components
+        Number of networks, `A`; 1 for a trunk that all components share.
+    image_shape
+        Height and width.
+    layers
+        Output channels, kernel size and stride of each layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> trunk = ConvTrunk(4, (8, 8), layers=((6, 3, 2), (5, 3, 2)))
+    >>> trunk(torch.zeros(3, 1, 8, 8)).shape  # two halves of 5 channels, 2 x 2 pixels
+    torch.Size([3, 4, 40])
+    """
+
+    def __init__(
+        self,
+        n_components: int,
+        image_shape: tuple[int, int],
+        layers: tuple[tuple[int, int, int], ...],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        n_in, (height, width) = 1, image_shape
+        for channels, kernel_size, stride in layers:
+            self.layers.append(
+                StackedConv2d(
+                    n_components,
+                    n_in,
+                    2 * channels,
+                    kernel_size=kernel_size,
+                    stride=stride,
+                    padding=kernel_size // 2,
+                )
+            )
+            n_in = channels
+            height, width = -(-height // stride), -(-width // stride)
+        self.n_hidden = n_in * height * width
+
+    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+        """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+        # Grouped convolutions are up to twice as fast with the channels last in memory.
+        h = self.layers[0](x.to(memory_format=torch.channels_last), components)
+        for layer in self.layers[1:]:
+            h = layer(F.glu(h, 2), components)
+        return h.flatten(2)
+
+
+class MaskedConv2d(nn.Module):
+    """Convolution that sees no pixel after its own, in the order of reading.
+
+    The rows of the kernel below its centre are masked whole, so they are neither stored nor
+    multiplied: a 3 x 3 kernel costs what one of 2 x 3 does.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels.
+    kernel_size
+        Odd height and width of the whole kernel.
+    kind
+        ``"A"`` hides the centre too, as the first layer must; ``"B"`` shows it.
+
+    References
+    ----------
+    van den Oord et al. 2016, Pixel Recurrent Neural Networks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = MaskedConv2d(1, 2, kernel_size=3, kind="A")
+    >>> layer.mask
+    tensor([[1., 1., 1.],
+            [1., 0., 0.]])
+    >>> layer(torch.zeros(5, 1, 28, 28)).shape
+    torch.Size([5, 2, 28, 28])
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel_size: int, kind: Literal["A", "B"]
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.reach = kernel_size // 2
+        mask = torch.ones(self.reach + 1, kernel_size)
+        mask[-1, self.reach + (kind == "B") :] = 0
+        self.register_buffer("mask", mask, persistent=False)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *mask.shape))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        n_seen = self.reach * kernel_size + self.reach + (kind == "B")
+        bound = 1 / math.sqrt(in_channels * n_seen)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in_channels, height, width)` to `(..., out_channels, height, width)`."""
+        # Padding both sides and dropping the surplus rows spares a padded copy of the input.
+        y = F.conv2d(x, self.weight * self.mask, self.bias, padding=self.reach)
+        return y.narrow(-2, 0, x.shape[-2])

@@ -1,0 +1,135 @@
+"""Linear classification of the labels from the latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
+from mixscvi.images.models import ImageVAE
+from mixscvi.images.runs import load_run, run_data, write
+
+__all__ = ["linear_accuracy", "parameter_features", "probe", "sample_features"]
+
+_BATCH = 200
+
+
+@torch.no_grad()
+def parameter_features(model: ImageVAE, images: Tensor) -> np.ndarray:
+    """Means and variances of all components, `(n, 2 * A * n_levels * D)`."""
+    rows = []
+    for x in ImageBatches(images, _BATCH):
+        loc, scale = model.component_parameters(x)
+        rows.append(torch.cat((loc, scale.square()), -1).flatten(1).cpu().numpy())
+    return np.concatenate(rows)
+
+
+@torch.no_grad()
+def sample_features(
+    model: ImageVAE, images: Tensor, n_samples: int, *, seed: int = 0
+) -> np.ndarray:
+    """Draws of every component side by side, `(n, L * A * n_levels * D)`."""
+    rows = []
+    prior = model.prior_distribution()
+    for batch, x in enumerate(ImageBatches(images, _BATCH)):
+        generator = torch.Generator(x.device).manual_seed(epoch_seed(seed, batch, "probe"))
+        z = model.draw(x, n_samples, prior=prior, generator=generator).z
+        rows.append(z.transpose(0, 1).flatten(1).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def linear_accuracy(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Test accuracy of a linear support vector machine (C = 0.025) on standardised features.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[-2.0], [-1.0], [1.0], [2.0]])
+    >>> linear_accuracy(x, np.array([0, 0, 1, 1]), x, np.array([0, 0, 1, 1]))
+    1.0
+    """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+
+    classifier = make_pipeline(
+        StandardScaler(), LinearSVC(C=0.025, dual=False, random_state=0, max_iter=10_000)
+    )
+    return float(classifier.fit(train, train_labels).score(test, test_labels))
+
+
+def probe(
+    folder: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: ImageData | None = None,
+    data_folder: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Classify the labels linearly from a run's latents; train on train, test on test images.
+
+    Parameters
+    ----------
+    folder
+        The run. Its features are the means and variances of its `A` components.
+    against
+        A run with one component, of which `2 A` posterior samples are as many features. Without
+        it, `2` samples of each of the run's own components are.
+    data, data_folder
+        As in :func:`~mixscvi.images.evaluation.evaluate`.
+    seed
+        Seed of the samples.
+
+    Returns
+    -------
+    Accuracies ``parameters`` and ``samples``, the number of features of both, and how many
+    images they come from; also written into the run's ``probe.json``.
+
+    Raises
+    ------
+    ValueError
+        If the data have no labels, or `against` has more than one component.
+    """
+    folder = Path(folder)
+    config, model = load_run(folder)
+    data = run_data(config, data, data_folder)
+    if data.labels is None:
+        raise ValueError(f"the probe needs labels, and the data {data.name!r} have none")
+    other, n_samples = model, 2
+    if against is not None:
+        _, other = load_run(against)
+        if other.mixture.n_components != 1:
+            raise ValueError(
+                f"against must be a run with one component, {against} has "
+                f"{other.mixture.n_components}"
+            )
+        n_samples = 2 * model.mixture.n_components
+    # Grey levels are binarised with a seed: the encoders know binary images only.
+    (train_images,) = ImageBatches(data.train, len(data.train), seed=None)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, 0, "probe images"))
+    train_images = torch.bernoulli(train_images, generator=generator)
+    accuracies, n_features = {}, {}
+    for name, features in {
+        "parameters": lambda images: parameter_features(model, images),
+        "samples": lambda images: sample_features(other, images, n_samples, seed=seed),
+    }.items():
+        train, test = features(train_images), features(data.test)
+        n_features[name] = train.shape[1]
+        accuracies[name] = linear_accuracy(train, data.labels["train"], test, data.labels["test"])
+    result = accuracies | {
+        "n_features": n_features,
+        "against": None if against is None else str(against),
+        "n_train": len(train_images),
+        "n_test": len(data.test),
+        "dataset": data.name,
+        "seed": seed,
+    }
+    write(folder / "probe.json", json.dumps(result, indent=2) + "\n")
+    return result

@@ -1,0 +1,197 @@
+"""Tables and pictures of runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixscvi.images.datasets import ImageData
+from mixscvi.images.runs import load_run, run_data, write
+
+__all__ = [
+    "csv_text",
+    "markdown_table",
+    "picture_grid",
+    "reconstruct",
+    "sample",
+    "sweep_figure",
+    "sweep_table",
+]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV text, the columns in the order of their first appearance.
+
+    Examples
+    --------
+    >>> print(csv_text([{"a": 1}, {"a": 2, "b": 3}]), end="")
+    a,b
+    1,
+    2,3
+    """
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table.
+
+    Examples
+    --------
+    >>> print(markdown_table([{"A": 1, "NLL": 90.25}]), end="")
+    | A | NLL |
+    | --- | --- |
+    | 1 | 90.25 |
+    """
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _groups(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["preset"], int(row["components"])].append(row)
+    return dict(sorted(groups.items(), key=lambda item: (_order(item[0][0]), item[0][1])))
+
+
+def _order(preset: str) -> int:
+    from mixscvi.images.configs import PRESETS
+
+    return [*PRESETS].index(preset)
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sweep's rows, averaged over seeds: one line for each preset and number of components.
+
+    The last column is the mean difference to one component at equal seeds.
+    """
+    alone = {
+        (row["preset"], int(row["seed"])): float(row["nll"])
+        for row in rows
+        if int(row["components"]) == 1
+    }
+    lines = []
+    for (preset, n_components), group in _groups(rows).items():
+        nll = [float(row["nll"]) for row in group]
+        gains = [
+            float(row["nll"]) - alone[preset, int(row["seed"])]
+            for row in group
+            if (preset, int(row["seed"])) in alone
+        ]
+
+        def mean(name: str, digits: int = 2, group: list = group) -> str:
+            return f"{statistics.fmean(float(row[name]) for row in group):.{digits}f}"
+
+        lines.append(
+            {
+                "preset": preset,
+                "A": n_components,
+                "seeds": len(group),
+                "NLL": f"{statistics.fmean(nll):.2f} ± {_spread(nll):.2f}",
+                "NLL (paper form)": mean("nll_paper"),
+                "-ELBO": f"{-float(mean('elbo')):.2f}",
+                "JSD": mean("jsd"),
+                "ESS": mean("ess", 1),
+                "k-hat": mean("k_hat_median"),
+                "active": mean("active_units", 1),
+                "NLL against A = 1": f"{statistics.fmean(gains):+.2f}" if gains else "",
+            }
+        )
+    return markdown_table(lines)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw NLL against the number of components, a panel per preset, every seed a dot."""
+    from matplotlib.figure import Figure
+
+    groups = _groups(rows)
+    presets = list(dict.fromkeys(preset for preset, _ in groups))
+    figure = Figure(figsize=(2.4 * len(presets), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(presets), squeeze=False)[0]
+    for axis, preset in zip(axes, presets, strict=True):
+        numbers = [n for name, n in groups if name == preset]
+        values = [[float(row["nll"]) for row in groups[preset, n]] for n in numbers]
+        for n, group in zip(numbers, values, strict=True):
+            axis.plot([n] * len(group), group, "o", color="0.6", markersize=4)
+        axis.plot(numbers, [statistics.fmean(group) for group in values], "o-", color="C0")
+        axis.set(title=preset, xlabel="components A", xticks=numbers)
+    axes[0].set_ylabel("test NLL (nats)")
+    write(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
+
+
+def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> None:
+    """Write images `(n, 1, height, width)` in [0, 1] as one picture, row by row."""
+    from matplotlib.image import imsave
+
+    n, _, height, width = images.shape
+    n_rows = math.ceil(n / n_columns)
+    grid = np.ones((n_rows * (height + 1) + 1, n_columns * (width + 1) + 1))
+    for i, image in enumerate(images[:, 0].cpu().numpy()):
+        top = i // n_columns * (height + 1) + 1
+        left = i % n_columns * (width + 1) + 1
+        grid[top : top + height, left : left + width] = image
+    enlarged = np.kron(grid, np.ones((2, 2)))
+    write(
+        Path(path),
+        lambda partial: imsave(partial, enlarged, cmap="gray", vmin=0, vmax=1, format="png"),
+    )
+
+
+def sample(folder: str | Path, *, n_images: int = 64, seed: int = 0) -> Path:
+    """Write a grid of images drawn from a run's model; a PixelCNN's are drawn pixel by pixel.
+
+    Returns
+    -------
+    The picture, ``samples.png`` in the run's folder.
+    """
+    path = Path(folder) / "samples.png"
+    picture_grid(load_run(folder)[1].sample(n_images, seed), path)
+    return path
+
+
+@torch.no_grad()
+def reconstruct(
+    folder: str | Path,
+    *,
+    n_images: int = 8,
+    data: ImageData | None = None,
+    data_folder: str | Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write test images above their reconstructions, one row for each component.
+
+    Returns
+    -------
+    The picture, ``reconstructions.png`` in the run's folder.
+    """
+    config, model = load_run(folder)
+    x = run_data(config, data, data_folder).test[:n_images]
+    generator = torch.Generator(x.device).manual_seed(seed)
+    z = model.draw(x, generator=generator).z[0]
+    # (A, B, ...): a row of the picture is a component.
+    rows = model.decoder.sample(z.transpose(0, 1).flatten(0, 1), generator)
+    path = Path(folder) / "reconstructions.png"
+    picture_grid(torch.cat((x, rows)), path, n_columns=len(x))
+    return path

@@ -1,0 +1,84 @@
+"""What a run leaves behind, and how it is read again.
+
+A run is a folder:
+
+| file | holds |
+| --- | --- |
+| config.json | the whole configuration |
+| last.ckpt | everything that resuming needs, as of the last finished epoch |
+| best.pt | the weights with the best validation bound |
+| log.csv | one row per epoch |
+| summary.json | written last: its presence says that the run is finished |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mixscvi.images.configs import RunConfig
+from mixscvi.images.datasets import ImageData, load
+from mixscvi.images.models import ImageVAE, build, count_parameters
+
+__all__ = ["load_run", "parameter_counts", "prepare", "run_data", "write"]
+
+
+def write(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Write a file beside its place, then rename it: it is never seen half written."""
+    beside = path.with_name(f".{path.name}.partial")
+    if isinstance(content, str):
+        beside.write_text(content)
+    else:
+        content(beside)
+    os.replace(beside, path)
+
+
+def run_data(
+    config: RunConfig, data: ImageData | None = None, data_folder: str | Path | None = None
+) -> ImageData:
+    """The images of a run: the user's own or loaded, cut to the protocol's numbers."""
+    data = load(config.dataset, data_folder) if data is None else data
+    protocol = config.protocol
+    return data.subset(protocol.n_train, protocol.n_validation, protocol.n_test)
+
+
+def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
+    """Make a run's folder, unless it holds another run; whether a checkpoint is there."""
+    saved = folder / "config.json"
+    if (folder / "summary.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a finished run: choose another folder, or delete it first"
+        )
+    if saved.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{folder} holds an unfinished run: resume it (resume=True, --resume), choose "
+                "another folder, or delete it first"
+            )
+        if RunConfig.from_json(saved.read_text()) != config:
+            raise ValueError(f"{saved} holds another configuration than the one to resume with")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(saved, config.to_json())
+    return (folder / "last.ckpt").exists()
+
+
+def parameter_counts(model: ImageVAE) -> dict[str, int]:
+    """Parameters of each part, and of the whole."""
+    counts = {name: count_parameters(part) for name, part in model.named_children()}
+    return {name: n for name, n in counts.items() if n} | {"total": count_parameters(model)}
+
+
+def load_run(folder: str | Path) -> tuple[RunConfig, ImageVAE]:
+    """Configuration and best model of a finished run, in evaluation mode."""
+    folder = Path(folder)
+    if not (folder / "summary.json").exists():
+        raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
+    config = RunConfig.from_json((folder / "config.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    model = build(config, tuple(summary["image_shape"]))
+    model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
+    return config, model.eval()

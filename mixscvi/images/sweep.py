@@ -1,0 +1,143 @@
+"""Many runs, one table: presets x numbers of components x seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixscvi.images.configs import RunConfig
+from mixscvi.images.datasets import ImageData
+from mixscvi.images.evaluation import evaluate
+from mixscvi.images.report import csv_text, sweep_figure, sweep_table
+from mixscvi.images.runs import run_data, write
+from mixscvi.images.training import train
+
+__all__ = ["sweep"]
+
+_RESULTS = (
+    "nll",
+    "nll_se",
+    "nll_monte_carlo_se",
+    "nll_paper",
+    "miselbo",
+    "elbo",
+    "jsd",
+    "ess",
+    "k_hat_median",
+    "k_hat_above_0.7",
+    "active_units",
+    "draws",
+    "n_images",
+)
+
+
+def _configs(
+    presets: Sequence[str], components: Sequence[int], seeds: int, **kwargs: Any
+) -> Iterator[RunConfig]:
+    # Seeds outermost: an interrupted sweep has all presets once before any of them twice.
+    for seed, preset, n_components in itertools.product(range(seeds), presets, components):
+        yield RunConfig.of(preset, n_components=n_components, seed=seed, **kwargs)
+
+
+def sweep(
+    folder: str | Path,
+    *,
+    presets: Sequence[str],
+    components: Sequence[int] = (1, 2, 4),
+    seeds: int = 3,
+    results: str | Path | None = None,
+    draws: int | None = None,
+    data: ImageData | None = None,
+    data_folder: str | Path | None = None,
+    progress: Callable[[str], object] | None = None,
+    command: str | None = None,
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Train and evaluate every combination; what is done is not done again.
+
+    After each run, the table of all that are done is written anew, as CSV, Markdown and figure.
+
+    Parameters
+    ----------
+    folder
+        Where the runs go, a folder each.
+    presets, components
+        What to combine.
+    seeds
+        Number of seeds, from 0.
+    results
+        Path of the results without its ending; ``sweep`` in `folder` when ``None``.
+    draws
+        Importance samples per test image; the budget's number when ``None``.
+    data, data_folder
+        As in :func:`~mixscvi.images.training.train`.
+    progress
+        Called with a line of text after each run.
+    command
+        What made the results, to stand below their table.
+    **kwargs
+        Passed to :meth:`~mixscvi.images.configs.RunConfig.of`: ``budget``, ``dataset``, ...
+
+    Returns
+    -------
+    One row per run.
+    """
+    folder = Path(folder)
+    results = folder / "sweep" if results is None else Path(results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for config in _configs(presets, components, seeds, **kwargs):
+        if data is None:
+            data = run_data(config, None, data_folder)
+        name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
+        row = _run(config, folder / name, data, draws)
+        rows.append(row)
+        write(results.with_suffix(".csv"), csv_text(rows))
+        note = "" if command is None else f"\n`{command}`\n"
+        write(results.with_suffix(".md"), sweep_table(rows) + note)
+        sweep_figure(rows, results.with_suffix(".png"))
+        if progress is not None:
+            progress(f"{config.dataset} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
+    return rows
+
+
+def _run(config: RunConfig, folder: Path, data: ImageData, draws: int | None) -> dict[str, Any]:
+    cost_file = folder / "cost.json"
+    started = time.perf_counter()
+    if not (folder / "summary.json").exists():
+        train(config, folder, data=data, resume=True)
+    elif RunConfig.from_json((folder / "config.json").read_text()) != config:
+        raise ValueError(f"{folder} holds a run of another configuration")
+    if not (folder / "evaluation.json").exists():
+        evaluate(folder, data=data, draws=draws)
+        cost = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        write(cost_file, json.dumps(cost) + "\n")
+    result = json.loads((folder / "evaluation.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "dataset": config.dataset,
+        "preset": config.preset,
+        "budget": config.budget,
+        "components": config.mixture.n_components,
+        "estimator": config.mixture.estimator,
+        "component_encoder": config.mixture.component_encoder,
+        "seed": config.seed,
+        **{name: result[name] for name in _RESULTS},
+        "epochs": summary["epochs"],
+        "validation_bound": summary["best_validation_bound"],
+        "parameters": summary["parameters"]["total"],
+        **json.loads(cost_file.read_text()),
+    }

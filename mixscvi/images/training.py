@@ -1,0 +1,275 @@
+"""How a run is trained and resumed.
+
+All randomness of an epoch comes from generators seeded by the run's seed and the epoch's number,
+so a checkpoint at an epoch's end holds the state of every generator in two integers, and a
+resumed run takes the very steps that an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch import Tensor
+
+from mixscvi.images.configs import Mixture, RunConfig
+from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
+from mixscvi.images.models import ImageVAE, build
+from mixscvi.images.runs import load_run, parameter_counts, prepare, run_data, write
+from mixscvi.mixture import miselbo, siwae
+
+__all__ = ["ImageTraining", "train"]
+
+
+class ImageTraining(lightning.LightningModule):
+    """The training of one model by MISELBO, or by one of the two controls' objectives.
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        The run.
+    data
+        The images.
+    """
+
+    def __init__(self, model: ImageVAE, config: RunConfig, data: ImageData) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        batch_size = config.protocol.batch_size
+        self.batches = ImageBatches(data.train, batch_size, config.seed)
+        self.validation_batches = ImageBatches(data.validation, batch_size)
+        self.train_bound: list[Tensor] = []
+
+    def train_dataloader(self) -> ImageBatches:
+        """Minibatches to train on, binarised anew in each epoch."""
+        return self.batches
+
+    def val_dataloader(self) -> ImageBatches:
+        """Minibatches to validate on."""
+        return self.validation_batches
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL term in this epoch."""
+        return min(1.0, (self.current_epoch + 1) / max(1, self.config.protocol.warmup_epochs))
+
+    def bound(
+        self,
+        x: Tensor,
+        *,
+        beta: float = 1.0,
+        components: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training objective of each image, `(B,)`, in nats."""
+        n_samples = self.config.mixture.n_components if self.config.objective == "iwae" else 1
+        draws = self.model.draw(x, n_samples, components, generator=generator)
+        log_weights = self.model.log_weights(x, draws, beta=beta, apart=self.config.ensemble)
+        return siwae(log_weights) if self.config.objective == "iwae" else miselbo(log_weights)
+
+    def _generator(self, purpose: str, device: torch.device | str) -> torch.Generator:
+        seed = epoch_seed(self.config.seed, self.current_epoch, purpose)
+        return torch.Generator(device).manual_seed(seed)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's random streams."""
+        self.batches.epoch = self.current_epoch
+        self.noise = self._generator("noise", self.device)
+        self.choice = self._generator("choice", "cpu")
+        self.train_bound = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of a minibatch."""
+        components = self.model.choose(self.choice)
+        bound = self.bound(batch, beta=self.beta, components=components, generator=self.noise)
+        loss = -bound.mean()
+        self.train_bound.append(-loss.detach())
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the noise of the validation: the same in every epoch, to compare like with like."""
+        self.noise_validation = torch.Generator(self.device).manual_seed(self.config.seed)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Add a minibatch to the validation bound."""
+        bound = self.bound(batch, generator=self.noise_validation)
+        self.log("validation_bound", bound.mean(), batch_size=len(batch), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on whatever is not frozen."""
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.Adam(learned, lr=self.config.protocol.learning_rate, fused=True)
+
+
+class _Recorder(Callback):
+    """Log, best weights and checkpoint at the end of every epoch, in this order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best = state_dict["rows"], state_dict["best"]
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        bound = float(trainer.callback_metrics["validation_bound"])
+        row = {
+            "epoch": trainer.current_epoch,
+            "kl_weight": pl_module.beta,
+            "train_bound": float(torch.stack(pl_module.train_bound).mean()),
+            "validation_bound": bound,
+        }
+        self.rows.append(row)
+        if bound > self.best:
+            self.best = bound
+            weights = pl_module.model.state_dict()
+            write(self.folder / "best.pt", lambda path: torch.save(weights, path))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write(self.folder / "log.csv", text.getvalue())
+        write(self.folder / "last.ckpt", lambda path: trainer.save_checkpoint(path, False))
+
+
+class _Patience(EarlyStopping):
+    """Early stopping that begins to count when the KL's weight has reached 1."""
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if pl_module.beta == 1:
+            super().on_validation_end(trainer, pl_module)
+
+
+def _trained_alone(config: RunConfig, folder: Path, data: ImageData, *, progress: bool) -> ImageVAE:
+    """The model of one component, trained as usual, whose decoder the ensemble is to share."""
+    if (folder / "summary.json").exists():
+        return load_run(folder)[1]
+    alone = replace(config, ensemble=False, mixture=Mixture())
+    return train(alone, folder, data=data, resume=True, progress=progress)
+
+
+def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
+    """Take over all but the posterior's encoders from a trained model, and freeze it.
+
+    The flow is frozen too: learned, it would let the components learn from each other.
+    """
+    for name in ("decoder", "prior", "lower_prior", "flows"):
+        if (part := getattr(model, name)) is not None:
+            part.load_state_dict(getattr(alone, name).state_dict())
+            part.requires_grad_(False)
+    if model.prior_encoder is not None:
+        model.prior_encoder.load_state_dict(alone.encoder.state_dict())
+        model.prior_encoder.requires_grad_(False)
+
+
+def train(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    data: ImageData | None = None,
+    data_folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> ImageVAE:
+    """Train a model and record the run.
+
+    Parameters
+    ----------
+    config
+        The run.
+    folder
+        Where to record it. A finished run is never overwritten.
+    data
+        Images of the user's own; ``config.dataset`` is loaded when ``None``.
+    data_folder
+        Where its idx files are; they are fetched when ``None``.
+    resume
+        Whether to go on where an interrupted run was at the end of its last epoch.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    The model with the best validation bound, in evaluation mode.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a finished run, or an unfinished one and ``resume`` is off.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> grey = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.of("vanilla", budget="smoke", n_components=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model = images.train(config, folder, data=data)
+    ...     result = images.evaluate(folder, data=data, draws=40)
+    >>> sorted(result)[:4]
+    ['active_units', 'dataset', 'draws', 'elbo']
+    """
+    folder = Path(folder)
+    data = run_data(config, data, data_folder)
+    checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
+    model = build(config, data.image_shape)
+    if config.parts.prior == "vamp":
+        generator = torch.Generator().manual_seed(config.seed)
+        size = (config.sizes.n_prior_components,)
+        rows = torch.randint(len(data.train), size, generator=generator)
+        model.prior.pseudo_inputs.start_from(data.train[rows])
+    if config.ensemble:
+        alone = _trained_alone(config, folder / "alone", data, progress=progress)
+        _freeze_generative_half(model, alone)
+    recorder = _Recorder(folder)
+    protocol = config.protocol
+    with warnings.catch_warnings():
+        # A run on a few minibatches is no mistake, nor is one on the CPU.
+        warnings.filterwarnings("ignore", message=".*(number of training batches|not used).*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer = lightning.Trainer(
+            max_epochs=protocol.max_epochs,
+            callbacks=[
+                _Patience(
+                    "validation_bound",
+                    mode="max",
+                    patience=protocol.patience,
+                    check_on_train_epoch_end=False,
+                ),
+                recorder,
+            ],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+        trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
+    summary = {
+        "epochs": len(recorder.rows),
+        "best_validation_bound": recorder.best,
+        "image_shape": list(data.image_shape),
+        "parameters": parameter_counts(model),
+    }
+    write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return load_run(folder)[1]

@@ -1,0 +1,154 @@
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from mixscvi.images.datasets import ImageBatches, ImageData, binarise, load, read_idx
+
+
+def idx(array: np.ndarray) -> bytes:
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
+
+
+@pytest.fixture
+def array() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
+
+
+def test_reads_plain_and_gzipped(tmp_path, array):
+    (tmp_path / "a").write_bytes(idx(array))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(idx(array)))
+    np.testing.assert_array_equal(read_idx(tmp_path / "a"), array)
+    np.testing.assert_array_equal(read_idx(tmp_path / "a.gz"), array)
+
+
+@pytest.mark.parametrize("name", ["images", "images.gz"])
+def test_truncated_file_is_named_and_how_to_get_it(tmp_path, array, name):
+    raw = idx(array) if name == "images" else gzip.compress(idx(array))
+    (tmp_path / name).write_bytes(raw[:-20])
+    with pytest.raises(ValueError, match=rf"{name} is a? ?truncated or damaged.*fetch it again"):
+        read_idx(tmp_path / name)
+
+
+@pytest.mark.parametrize("raw", [b"", b"<html>", b"\0\0\x08\x03\0\0"])
+def test_no_idx_file(tmp_path, raw):
+    (tmp_path / "page").write_bytes(raw)
+    with pytest.raises(ValueError, match="page is"):
+        read_idx(tmp_path / "page")
+
+
+def test_missing_file_is_named_and_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.*Fetch https://"):
+        load("fashion-mnist", tmp_path)
+
+
+def test_failed_fetch_names_the_file_and_the_way_around(monkeypatch):
+    import pooch
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    with pytest.raises(OSError, match="train-images.*--data-folder"):
+        load("mnist")
+
+
+def test_fetched_files_are_checked_by_hash(monkeypatch, tmp_path, array):
+    import pooch
+
+    asked = []
+
+    def retrieve(url, known_hash, **kwargs):
+        asked.append((url, known_hash))
+        path = tmp_path / "file.gz"
+        path.write_bytes(gzip.compress(idx(array)))
+        return str(path)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with pytest.raises(ValueError, match="12 images"):
+        load("mnist")
+    assert len(asked) == 4
+    assert all(
+        url.endswith(".gz") and known.startswith("md5:") and len(known) == 36
+        for url, known in asked
+    )
+
+
+def test_unknown_dataset():
+    with pytest.raises(ValueError, match="'mnits'"):
+        load("mnits")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_the_real_files(data_folder, name):
+    data = load(name, data_folder / "images")
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [
+        50_000,
+        10_000,
+        10_000,
+    ]
+    assert data.image_shape == (28, 28)
+    assert set(data.test.unique().tolist()) == {0.0, 1.0}
+    assert data.train.unique().numel() > 200
+    assert [len(labels) for labels in data.labels.values()] == [50_000, 10_000, 10_000]
+    again = load(name, data_folder / "images" / name)
+    assert torch.equal(data.test, again.test)
+
+
+def test_arrays_of_the_users_own(tmp_path):
+    images = np.random.default_rng(0).random((60, 5, 7))
+    labels = np.arange(60)
+    data = ImageData.from_arrays(images, labels, n_validation=10, n_test=15)
+    assert data.image_shape == (5, 7)
+    np.testing.assert_allclose(data.train[:, 0], images[:35], rtol=1e-6)
+    assert data.labels["test"].tolist() == list(range(45, 60))
+    small = data.subset(3, None, 2)
+    assert len(small.train) == 3 and len(small.validation) == 10
+    assert small.labels["test"].tolist() == [45, 46]
+
+    np.save(tmp_path / "mine.npy", images)
+    loaded = load(str(tmp_path / "mine.npy"))
+    assert (len(loaded.train), len(loaded.test), loaded.name) == (40, 10, "mine")
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (np.zeros((5, 3)), "shape"),
+        (np.zeros((5, 3, 3, 3)), "shape"),
+        (np.full((30, 3, 3), 2.0), r"\[0, 1\]"),
+        (np.full((30, 3, 3), np.nan), r"\[0, 1\]"),
+        (np.zeros((5, 3, 3)), "5 images"),
+    ],
+)
+def test_arrays_that_are_no_images(images, match):
+    with pytest.raises(ValueError, match=match):
+        ImageData.from_arrays(images, n_validation=3, n_test=3)
+
+
+def test_binarisation_has_the_grey_level_as_its_mean():
+    grey = torch.linspace(0, 1, 11, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mean = binarise(grey.expand(20_000, 11), generator).mean(0)
+    torch.testing.assert_close(mean, grey, atol=0.015, rtol=0)
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    images = torch.rand(25, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def epoch(seed: int, number: int) -> torch.Tensor:
+        batches = ImageBatches(images, 10, seed)
+        batches.epoch = number
+        assert len(batches) == 3
+        return torch.cat(list(batches))
+
+    assert torch.equal(epoch(0, 1), epoch(0, 1))
+    assert not torch.equal(epoch(0, 1), epoch(0, 2))
+    assert not torch.equal(epoch(0, 1), epoch(1, 1))
+    assert torch.equal(torch.cat(list(ImageBatches(images, 10))), images)

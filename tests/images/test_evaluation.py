@@ -1,0 +1,138 @@
+import csv
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mixscvi.images import ImageData, RunConfig, evaluate, evaluation, load_run, train
+from mixscvi.images.evaluation import image_statistics
+from mixscvi.mixture import ImportanceDraws
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    grey = np.random.default_rng(0).random((50, 3, 3))
+    return ImageData.from_arrays(grey, n_validation=10, n_test=12)
+
+
+def run(folder, data, preset="vanilla", n_components=2, **kwargs):
+    config = RunConfig.of(
+        preset,
+        budget="smoke",
+        n_components=n_components,
+        protocol={"max_epochs": 1},
+        **kwargs,
+    )
+    train(config, folder, data=data)
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "composite"])
+def test_the_likelihood_is_one(tmp_path, preset):
+    """On a 3 x 3 lattice the evaluated p(x) of all 512 images sum to 1."""
+    pixels = np.array(list(itertools.product([0.0, 1.0], repeat=9))).reshape(512, 3, 3)
+    data = ImageData.from_arrays(np.concatenate((pixels[:60], pixels)), n_validation=10, n_test=512)
+    config = RunConfig.of(preset, budget="smoke", n_components=2)
+    protocol = replace(config.protocol, max_epochs=1, n_test=None)
+    train(replace(config, protocol=protocol), tmp_path, data=data)
+    result = evaluate(tmp_path, data=data, draws=200)
+    with open(tmp_path / "evaluation.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == result["n_images"] == 512
+    p = np.exp([float(row["siwae"]) for row in rows])
+    error = np.sqrt(np.sum((p * [float(row["siwae_se"]) for row in rows]) ** 2))
+    assert error < 0.02
+    assert p.sum() == pytest.approx(1, abs=4 * error)
+
+
+def test_what_it_writes_and_returns(tmp_path, data):
+    result = evaluate(run(tmp_path, data), data=data, draws=51)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert result["draws"] == 52  # as many for each component
+    assert result["n_images"] == 12
+    assert -result["nll"] > -result["nll_paper"] > result["miselbo"] > result["elbo"]
+    assert result["miselbo"] - result["elbo"] == pytest.approx(result["jsd"])
+    assert 0 < result["nll_monte_carlo_se"] < result["nll_se"]
+    assert 1 <= result["ess"] <= 52
+    assert not (tmp_path / "evaluation.partial.pt").exists()
+
+
+def test_one_component_has_one_form_and_no_divergence(tmp_path, data):
+    result = evaluate(run(tmp_path, data, n_components=1), data=data, draws=30)
+    assert result["nll"] == pytest.approx(result["nll_paper"])
+    assert result["jsd"] == pytest.approx(0)
+
+
+def test_streamed_in_any_number_of_blocks(tmp_path, data, monkeypatch):
+    """Blocks have seeds of their own, so only the expectation is the same; one block is exact."""
+    run(tmp_path, data)
+    whole = evaluate(tmp_path, data=data, draws=4000)
+    monkeypatch.setattr(evaluation, "_ROWS", 600)
+    blocks = evaluate(tmp_path, data=data, draws=4000)
+    assert blocks["nll"] != whole["nll"]
+    assert blocks["nll"] == pytest.approx(whole["nll"], abs=5 * whole["nll_monte_carlo_se"])
+
+
+@pytest.mark.parametrize("when", [1, 4, 7])
+def test_continued_is_uninterrupted(tmp_path, data, monkeypatch, when):
+    run(tmp_path, data, "composite")
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    monkeypatch.setattr(evaluation, "_ROWS", 100)
+    monkeypatch.setattr(evaluation, "_SAVE_EVERY", 1)
+    whole = evaluate(tmp_path, data=data, draws=60)
+    original, calls = evaluation.ImageVAE.importance_draws, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == when:
+            raise RuntimeError("killed")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation.ImageVAE, "importance_draws", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate(tmp_path, data=data, draws=60)
+    assert when == 1 or (tmp_path / "evaluation.partial.pt").exists()
+    assert evaluate(tmp_path, data=data, draws=60) == whole
+    # What was done was not done again.
+    assert len(calls) == 8 + 1
+
+
+def test_another_number_of_draws_starts_anew(tmp_path, data):
+    run(tmp_path, data)
+    expected = evaluate(tmp_path, data=data, draws=40)
+    torch.save(
+        {"key": {"n_samples": 7}, "done": [], "blocks": []}, tmp_path / "evaluation.partial.pt"
+    )
+    assert evaluate(tmp_path, data=data, draws=40) == expected
+
+
+def test_too_few_draws(tmp_path, data):
+    run(tmp_path, data)
+    with pytest.raises(ValueError, match="draws must be at least 25"):
+        evaluate(tmp_path, data=data, draws=24)
+
+
+def test_statistics_against_plain_formulas():
+    torch.manual_seed(0)
+    joint, own, mixture = torch.randn(3, 20, 5, 2, dtype=torch.float64)
+    statistics = image_statistics(ImportanceDraws(joint, own, mixture))
+    weights = (joint - mixture).exp()
+    torch.testing.assert_close(statistics["siwae"], weights.mean((0, 2)).log())
+    torch.testing.assert_close(statistics["paper"], weights.mean(0).log().mean(-1))
+    torch.testing.assert_close(statistics["elbo"], (joint - own).mean((0, 2)))
+    torch.testing.assert_close(statistics["jsd"], (own - mixture).mean((0, 2)))
+    ess = weights.sum((0, 2)) ** 2 / (weights**2).sum((0, 2))
+    torch.testing.assert_close(statistics["ess"], ess)
+
+
+def test_evaluation_is_in_evaluation_mode_and_leaves_the_run_alone(tmp_path, data):
+    run(tmp_path, data)
+    before = (tmp_path / "best.pt").read_bytes()
+    first = evaluate(tmp_path, data=data, draws=30)
+    torch.rand(5)
+    assert evaluate(tmp_path, data=data, draws=30) == first
+    assert (tmp_path / "best.pt").read_bytes() == before
+    assert not load_run(tmp_path)[1].training

@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mixscvi.images.__main__ import main
+
+SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Idx files of small images with two classes, in the place of MNIST."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def write(name, array):
+        header = bytes([0, 0, 8, array.ndim])
+        header += b"".join(n.to_bytes(4, "big") for n in array.shape)
+        (folder / name).write_bytes(header + array.astype(np.uint8).tobytes())
+
+    for part, n in (("train", 10_200), ("t10k", 30)):
+        labels = rng.integers(0, 2, n)
+        write(f"{part}-labels-idx1-ubyte", labels)
+        write(
+            f"{part}-images-idx3-ubyte",
+            rng.integers(0, 256, (n, 6, 5)) // (1 + labels)[:, None, None],
+        )
+    return folder
+
+
+def test_every_command(tmp_path, folder, capsys):
+    data = ("--data-folder", str(folder))
+    run, one = str(tmp_path / "run"), str(tmp_path / "one")
+    composite = ("--preset", "composite", "--dataset", "fashion-mnist", "--components", "3")
+    main(["train", "--output", run, *composite, "--estimator", "some_to_all", *SMOKE, *data])
+    output = capsys.readouterr().out
+    assert output.startswith("parameters: encoder ")
+    summary = json.loads(output[output.index("{") :])
+    assert summary["epochs"] == 1
+
+    main(["evaluate", run, "--draws", "60", *data])
+    assert json.loads(capsys.readouterr().out)["draws"] == 60
+    main(["train", "--output", one, "--dataset", "fashion-mnist", *SMOKE, *data])
+    main(["probe", run, "--against", one, *data])
+    main(["sample", run, "--images", "3"])
+    main(["reconstruct", run, "--images", "4", *data])
+    for name in ("probe.json", "samples.png", "reconstructions.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
+    arguments = ["sweep", "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "table")]
+    arguments += ["--presets", "vanilla", "flow", "--seeds", "2", *SMOKE]
+    arguments += ["--data-folder", str(folder), "--components"]
+    main([*arguments, "1"])
+    log = tmp_path / "runs" / "vanilla-A1-seed0" / "log.csv"
+    written = log.stat().st_mtime_ns
+    first = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(first) == 1 + 2 * 2
+
+    main([*arguments, "1", "2"])
+    assert log.stat().st_mtime_ns == written
+    rows = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2
+    assert set(first) <= set(rows)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 4 + 2
+    assert table[-1].startswith("`mixscvi-images sweep --output ")
+    assert (tmp_path / "table.png").stat().st_size > 0
+    assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])
+def test_controls(tmp_path, folder, control, capsys):
+    run = str(tmp_path / "run")
+    data = ("--data-folder", str(folder))
+    main(["train", "--output", run, "--components", "2", *control, *SMOKE, *data])
+    main(["evaluate", run, "--draws", "50", *data])
+    assert '"nll"' in capsys.readouterr().out
+
+
+def test_images_of_the_users_own(tmp_path):
+    images = np.random.default_rng(0).random((80, 7, 4))
+    np.save(tmp_path / "mine.npy", images)
+    run = str(tmp_path / "run")
+    main(["train", "--output", run, "--dataset", str(tmp_path / "mine.npy"), *SMOKE])
+    main(["evaluate", run, "--draws", "40"])
+    main(["sample", run, "--images", "2"])
+
+
+def test_resume(tmp_path, folder):
+    arguments = ["train", "--output", str(tmp_path), *SMOKE, "--data-folder", str(folder)]
+    main(arguments)
+    weights = torch.load(tmp_path / "best.pt", weights_only=True)
+    (tmp_path / "summary.json").unlink()
+    main([*arguments, "--resume"])
+    again = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["evaluate", "nowhere"], "nowhere holds no finished run"),
+        (["train", "--output", "x", "--dataset", "mnits"], "'mnits'"),
+        (["train", "--output", "x", "--data-folder", "nowhere"], "train-images-idx3-ubyte"),
+        (["train", "--output", "x", "--sampled", "2"], "n_sampled must be between"),
+    ],
+)
+def test_what_the_user_can_mend_ends_in_one_line(tmp_path, monkeypatch, arguments, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
+        main(arguments)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,65 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixscvi.images.networks import ConvTrunk, DenseTrunk, MaskedConv2d, gate
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+def test_masked_convolution_is_the_masked_full_kernel(kind, kernel_size):
+    torch.manual_seed(0)
+    layer = MaskedConv2d(2, 3, kernel_size=kernel_size, kind=kind).double()
+    reach = kernel_size // 2
+    full = torch.zeros(3, 2, kernel_size, kernel_size, dtype=torch.float64)
+    full[:, :, : reach + 1] = (layer.weight * layer.mask).detach()
+    assert full[:, :, reach, reach + (kind == "B") :].abs().max() == 0
+    x = torch.randn(4, 2, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.conv2d(x, full, layer.bias, padding=reach))
+
+
+def test_kernel_size_must_be_odd():
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+        MaskedConv2d(1, 1, kernel_size=4, kind="A")
+
+
+def test_gate():
+    h = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(gate(h), h[:, :4] * h[:, 4:].sigmoid())
+
+
+def test_dense_trunk_against_a_loop():
+    torch.manual_seed(0)
+    trunk = DenseTrunk(3, (4, 5), hidden=(6, 7)).double()
+    x = torch.randn(2, 1, 4, 5, dtype=torch.float64)
+    for a, y in enumerate(trunk(x).unbind(1)):
+        first, second = trunk.layers
+        h = x.flatten(1) @ first.weight[a].T + first.bias[a]
+        h = h[:, :6] * h[:, 6:].sigmoid()
+        torch.testing.assert_close(y, h @ second.weight[a].T + second.bias[a])
+
+
+@pytest.mark.parametrize("image_shape", [(8, 8), (9, 6)])
+def test_conv_trunk_against_a_loop(image_shape):
+    torch.manual_seed(0)
+    trunk = ConvTrunk(3, image_shape, layers=((4, 5, 1), (2, 3, 2))).double()
+    x = torch.randn(2, 1, *image_shape, dtype=torch.float64)
+    y = trunk(x)
+    assert y.shape == (2, 3, 2 * trunk.n_hidden)
+    for a in range(3):
+        first, second = trunk.layers
+        h = F.conv2d(x, first.weight[a], first.bias[a], padding=2)
+        h = h[:, :4] * h[:, 4:].sigmoid()
+        h = F.conv2d(h, second.weight[a], second.bias[a], stride=2, padding=1)
+        torch.testing.assert_close(y[:, a], h.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [DenseTrunk(4, (4, 5), (6, 7)), ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2)))],
+    ids=["dense", "conv"],
+)
+def test_some_components_are_those_of_all(trunk):
+    x = torch.randn(2, 1, 4, 5)
+    components = torch.tensor([3, 1])
+    torch.testing.assert_close(trunk(x, components), trunk(x)[:, components])

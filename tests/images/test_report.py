@@ -1,0 +1,57 @@
+import matplotlib.image
+import pytest
+import torch
+
+from mixscvi.images.report import picture_grid, sweep_figure, sweep_table
+
+
+def row(preset: str, components: int, seed: int, nll: float) -> dict:
+    names = ("nll_paper", "elbo", "jsd", "ess", "k_hat_median", "active_units")
+    return dict.fromkeys(names, 1.0) | {
+        "preset": preset,
+        "components": components,
+        "seed": seed,
+        "nll": nll,
+    }
+
+
+ROWS = [
+    row("pixelcnn", 1, 0, 80.0),
+    row("vanilla", 4, 0, 97.0),
+    row("vanilla", 1, 0, 99.0),
+    row("vanilla", 1, 1, 101.0),
+    row("vanilla", 4, 1, 98.0),
+]
+
+
+def test_sweep_table_averages_over_seeds_and_compares_at_equal_seeds():
+    lines = sweep_table(ROWS).splitlines()
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+        ["| vanilla", "1", "2", "100.00 ± 1.41"],
+        ["| vanilla", "4", "2", "97.50 ± 0.71"],
+        ["| pixelcnn", "1", "1", "80.00 ± 0.00"],
+    ]
+    assert lines[3].endswith("| -2.50 |")
+
+
+def test_rows_read_from_a_file_make_the_same_table():
+    as_text = [{name: str(value) for name, value in row.items()} for row in ROWS]
+    assert sweep_table(as_text) == sweep_table(ROWS)
+
+
+def test_sweep_figure(tmp_path):
+    sweep_figure(ROWS, tmp_path / "sweep.png")
+    assert matplotlib.image.imread(tmp_path / "sweep.png").std() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
+
+
+@pytest.mark.parametrize("n_images", [1, 5, 8])
+def test_picture_grid(tmp_path, n_images):
+    images = torch.zeros(n_images, 1, 4, 3)
+    images[-1] = 1
+    picture_grid(images, tmp_path / "grid.png", n_columns=4)
+    picture = matplotlib.image.imread(tmp_path / "grid.png")[..., 0]
+    n_rows = -(-n_images // 4)
+    assert picture.shape == (2 * (5 * n_rows + 1), 2 * (4 * 4 + 1))
+    black = (picture == 0).sum()
+    assert black == 4 * 12 * (n_images - 1)

@@ -1,0 +1,190 @@
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mixscvi.images import ImageData, Mixture, RunConfig, load_run, train
+from mixscvi.images.models import build
+from mixscvi.images.training import ImageTraining, _Recorder
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 130)
+    images = 0.1 + 0.8 * (np.arange(6)[:, None] < 3) * np.ones((6, 6))
+    grey = np.where(labels[:, None, None] == 1, images, 1 - images)
+    return ImageData.from_arrays(grey, labels, n_validation=20, n_test=10)
+
+
+def config_of(preset="vanilla", n_components=3, *, max_epochs=4, **kwargs) -> RunConfig:
+    return RunConfig.of(
+        preset,
+        budget="smoke",
+        n_components=n_components,
+        protocol={"max_epochs": max_epochs, "warmup_epochs": 2},
+        **kwargs,
+    )
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+class Killed(RuntimeError):
+    """In the place of a kill."""
+
+
+@pytest.mark.parametrize(
+    ("preset", "kwargs"),
+    [
+        ("vanilla", {"estimator": "some_to_all", "n_sampled": 2}),
+        ("composite", {"component_encoder": "amortized"}),
+    ],
+)
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "training_step", "on_train_epoch_end"])
+def test_resumed_is_uninterrupted(tmp_path, data, monkeypatch, preset, kwargs, when):
+    config = config_of(preset, **kwargs)
+    train(config, tmp_path / "whole", data=data)
+
+    owner = _Recorder if when == "on_train_epoch_end" else ImageTraining
+    original = getattr(owner, when)
+
+    def kill_in_the_third_epoch(self, *args):
+        module = self if owner is ImageTraining else args[1]
+        if module.current_epoch == 2 and (when != "training_step" or args[1] == 1):
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, when, kill_in_the_third_epoch)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", data=data)
+    monkeypatch.undo()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    train(config, tmp_path / "killed", data=data, resume=True)
+
+    for name in ("log.csv", "summary.json", "config.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    whole, killed = weights(tmp_path / "whole/best.pt"), weights(tmp_path / "killed/best.pt")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    last = [
+        torch.load(tmp_path / run / "last.ckpt", weights_only=False)["state_dict"]
+        for run in ("whole", "killed")
+    ]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+def test_training_improves_and_is_logged(tmp_path, data):
+    config = config_of(max_epochs=30)
+    config = replace(config, protocol=replace(config.protocol, learning_rate=1e-2))
+    model = train(config, tmp_path, data=data)
+    assert not model.training
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["kl_weight"]) for row in rows[:3]] == [0.5, 1.0, 1.0]
+    bounds = [float(row["validation_bound"]) for row in rows]
+    assert max(bounds) > bounds[0] + 5
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best_validation_bound"] == max(bounds)
+    assert summary["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert sum(summary["parameters"].values()) == 2 * summary["parameters"]["total"]
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_early_stopping_counts_from_the_end_of_the_warm_up(tmp_path, data):
+    config = config_of(max_epochs=50)
+    protocol = replace(config.protocol, learning_rate=0.0, patience=3, warmup_epochs=5)
+    train(replace(config, protocol=protocol), tmp_path, data=data)
+    # The bound of epoch 5 is the best; three epochs follow.
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 8
+
+
+def test_a_run_is_never_overwritten(tmp_path, data):
+    config = config_of(max_epochs=1)
+    train(config, tmp_path, data=data)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="finished run"):
+            train(config, tmp_path, data=data, resume=resume)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(FileExistsError, match="unfinished run: resume it"):
+        train(config, tmp_path, data=data)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(replace(config, seed=1), tmp_path, data=data, resume=True)
+
+
+def test_same_seed_same_run(tmp_path, data):
+    config = config_of(max_epochs=2)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(3)  # the global generator has no say
+        train(replace(config, seed=seed), tmp_path / name, data=data)
+    a, b, c = ((tmp_path / name / "log.csv").read_text() for name in "abc")
+    assert a == b and a != c
+
+
+def test_load_run_needs_a_finished_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        load_run(tmp_path)
+
+
+def test_vamp_prior_starts_at_training_images(tmp_path, data):
+    config = config_of("vamp", max_epochs=1)
+    config = replace(config, protocol=replace(config.protocol, learning_rate=0.0))
+    pseudo = train(config, tmp_path, data=data).prior.pseudo_inputs()
+    distance = (pseudo[:, None] - (0.05 + 0.9 * data.train[None])).abs().amax((-3, -2, -1))
+    assert distance.amin(1).max() < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "composite"])
+def test_ensemble_trains_components_against_a_frozen_decoder(tmp_path, data, preset):
+    config = config_of(preset, n_components=2, max_epochs=2, ensemble=True)
+    model = train(config, tmp_path, data=data)
+    _, alone = load_run(tmp_path / "alone")
+    for name in ("decoder", "prior", "lower_prior", "flows"):
+        part, frozen = getattr(model, name), getattr(alone, name)
+        if part is not None:
+            for ours, theirs in zip(part.parameters(), frozen.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+    start = build(config, data.image_shape)
+    for ours, theirs in zip(model.encoder.parameters(), start.encoder.parameters(), strict=True):
+        assert not torch.equal(ours, theirs)
+
+
+def test_components_of_an_ensemble_do_not_learn_from_each_other(data):
+    config = config_of(n_components=2, ensemble=True)
+    model = build(config, data.image_shape)
+    training = ImageTraining(model, config, data)
+    x = data.validation
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        training.bound(x, generator=torch.Generator().manual_seed(0)).mean().backward()
+        return model.encoder.heads.mean.weight.grad[0].clone()
+
+    before = gradient()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter[1] += 1
+    torch.testing.assert_close(gradient(), before)
+
+
+def test_iwae_control_has_one_wide_component(tmp_path, data):
+    model = train(config_of(max_epochs=1, objective="iwae"), tmp_path, data=data)
+    assert model.mixture == Mixture()
+    assert model.sizes.encoder_width > 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"objective": "iwae", "ensemble": True}, "two different controls"),
+        ({"ensemble": True, "component_encoder": "amortized"}, "separate"),
+        ({"ensemble": True, "estimator": "some_to_all", "n_sampled": 1}, "some_to_all"),
+        ({"n_sampled": 5, "estimator": "some_to_all"}, "n_sampled must be between"),
+    ],
+)
+def test_configurations_that_make_no_sense(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        config_of(**kwargs)
