@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'mixscvi needs Python 3.11 or newer; $(PYTHON) is $(or $(MINOR),not one).' \
 	    'Name another: make PYTHON=python3.12' >&2; exit 1; }
-	test -x $(BIN)/python$(MINOR) || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python$(MINOR) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q --upgrade -c $(CONSTRAINTS) pip
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e . --group test --group lint
 	touch $@

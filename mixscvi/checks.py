@@ -13,6 +13,7 @@ from scipy import sparse
 __all__ = [
     "check_choice",
     "check_counts",
+    "check_finite",
     "check_genes",
     "check_positive",
     "check_positive_int",
@@ -74,7 +75,7 @@ def check_counts(
     obs_names: pd.Index,
     *,
     source: str,
-    allow_negative: bool = False,
+    above: float | None = None,
     allow_empty: bool = False,
 ) -> None:
     """Refuse counts that a model of counts cannot be trained on.
@@ -87,10 +88,11 @@ def check_counts(
         Names of the cells.
     source
         Where the counts stand, for the message: ``"adata.X"`` or ``"adata.layers['counts']"``.
-    allow_negative
-        Whether negative values are meaningful (the normal likelihood).
+    above
+        What values must exceed where negative ones are meaningful (the normal likelihood); by
+        default none may be negative.
     allow_empty
-        Whether a cell may have no counts at all (no library size is taken from them).
+        Whether the values of a cell may sum to zero or less (no library size is taken from them).
 
     Raises
     ------
@@ -115,14 +117,19 @@ def check_counts(
         block = block.tocsr() if sparse.issparse(block) else sparse.csr_matrix(np.asarray(block))
         row_of = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
         not_finite[rows][row_of[~np.isfinite(block.data)]] = True
-        negative[rows][row_of[block.data < 0]] = True
-        empty[rows] = np.asarray(block.sum(axis=1)).ravel() == 0
+        too_small = block.data < 0 if above is None else block.data <= above
+        negative[rows][row_of[too_small]] = True
+        empty[rows] = np.asarray(block.sum(axis=1)).ravel() <= 0
     for offending, what, expected in (
         (not_finite, "NaN or infinite values", "finite counts"),
-        (negative & (not allow_negative), "negative values", "raw counts"),
+        (
+            negative,
+            "negative values" if above is None else f"values of {above:g} or less",
+            "raw counts" if above is None else f"values above {above:g}",
+        ),
         (
             empty & (not allow_empty),
-            "no counts at all",
+            "no counts at all" if above is None else "a sum of zero or less",
             "at least one count in each cell, for its library size; remove such cells with "
             "scanpy.pp.filter_cells(adata, min_counts=1)",
         ),
@@ -131,6 +138,27 @@ def check_counts(
             raise ValueError(
                 f"{source} has {what} in {_name_cells(obs_names, np.flatnonzero(offending))}: "
                 f"expected {expected}"
+            )
+
+
+def check_finite(table: pd.DataFrame, *, source: str) -> None:
+    """Refuse covariates that are NaN or infinite.
+
+    Raises
+    ------
+    ValueError
+        Naming the column and the first offending cells.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_finite(pd.DataFrame({"age": [1.0, 2.0]}), source="adata.obs")
+    """
+    for column in table:
+        offending = np.flatnonzero(~np.isfinite(table[column].to_numpy(dtype=float)))
+        if len(offending):
+            raise ValueError(
+                f"{source}[{column!r}] is NaN or infinite in {_name_cells(table.index, offending)}"
             )
 
 

@@ -49,7 +49,9 @@ class Demo:
     draws: int = 400
     """Importance samples per held-out cell, for each model."""
     adata: Path | None = None
-    """An .h5ad file with raw counts in X; by default, the PBMC counts that scanpy ships."""
+    """An .h5ad file with raw counts; by default, the PBMC counts that scanpy ships."""
+    layer: str | None = None
+    """Layer of the file with the counts; X by default."""
     label_key: str | None = None
     """Column of obs with the cell types; without one, ARI and NMI are left out."""
     batch_key: str | None = None
@@ -63,21 +65,31 @@ def _load(demo: Demo) -> tuple[AnnData, str | None]:
     if demo.adata is None:
         from mixscvi import datasets
 
-        if demo.batch_key is not None:
-            raise SystemExit("--batch-key needs --adata: the built-in data are one batch")
-        return datasets.pbmc68k(), demo.label_key or "cell_type"
+        for option, value in (("--batch-key", demo.batch_key), ("--layer", demo.layer)):
+            if value is not None:
+                raise SystemExit(f"{option} needs --adata: the built-in data have none")
+        adata = datasets.pbmc68k()
+        _check_columns(adata, demo)
+        return adata, demo.label_key or "cell_type"
     import anndata
 
     if not demo.adata.is_file():
         raise SystemExit(f"--adata: no such file: {demo.adata}")
     adata = anndata.read_h5ad(demo.adata)
+    _check_columns(adata, demo)
+    if demo.layer is not None and demo.layer not in adata.layers:
+        raise SystemExit(f"--layer {demo.layer!r} is not one of: {', '.join(adata.layers)}")
+    return adata, demo.label_key
+
+
+def _check_columns(adata: AnnData, demo: Demo) -> None:
+    """Leave, naming the option, if a column is not there."""
     for option, key in (("--label-key", demo.label_key), ("--batch-key", demo.batch_key)):
         if key is not None and key not in adata.obs:
             raise SystemExit(
                 f"{option} {key!r} is not a column of obs, which has: "
                 f"{', '.join(map(str, adata.obs.columns)) or 'none'}"
             )
-    return adata, demo.label_key
 
 
 def _train(model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, **model_kwargs) -> tuple:
@@ -85,7 +97,7 @@ def _train(model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, **model
     import scvi
 
     scvi.settings.seed = seed
-    model_cls.setup_anndata(adata, batch_key=demo.batch_key)
+    model_cls.setup_anndata(adata, layer=demo.layer, batch_key=demo.batch_key)
     model = model_cls(adata, **model_kwargs)
     start = time.perf_counter()
     model.train(
@@ -180,7 +192,7 @@ def _as_one_component(model: SCVI, adata: AnnData, demo: Demo):
     """The trained scVI as a MixSCVI of one component."""
     from mixscvi import MixSCVI
 
-    MixSCVI.setup_anndata(adata, batch_key=demo.batch_key)
+    MixSCVI.setup_anndata(adata, layer=demo.layer, batch_key=demo.batch_key)
     twin = MixSCVI(adata, n_components=1)
     twin.module.load_state_dict(model.module.state_dict())
     twin.to_device(model.device)
@@ -276,9 +288,9 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     adata, label_key = _load(demo)
+    demo.output.mkdir(parents=True, exist_ok=True)
     runs = compare(demo, adata, label_key)
 
-    demo.output.mkdir(parents=True, exist_ok=True)
     h5ad, png, csv = (demo.output / name for name in ("cells.h5ad", "umap.png", "runs.csv"))
     _draw(adata, label_key, png)
     for path, write in ((h5ad, adata.write_h5ad), (csv, lambda p: runs.to_csv(p, index=False))):

@@ -152,19 +152,20 @@ class EvaluationMixin:
         n_mc_samples: int = 1_000,
         batch_size: int | None = None,
         n_mc_samples_per_pass: int | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
     ) -> pd.DataFrame:
         """How well each cell's posterior is covered, cell by cell.
 
         Parameters
         ----------
-        adata, indices, batch_size
+        adata, indices, batch_size, dataloader
             As in :meth:`get_latent_mixture`.
         n_mc_samples, n_mc_samples_per_pass
             As in :meth:`get_marginal_ll`; at least 25 draws.
 
         Returns
         -------
-        Table indexed by cell:
+        Table indexed by cell (by number with a `dataloader`):
 
         - ``jensen_shannon_divergence``: between the components, in nats; from 0 (they coincide)
           to log A (they are disjoint);
@@ -172,7 +173,8 @@ class EvaluationMixin:
         - ``pareto_k``: under 0.7, the likelihood and all importance-weighted results of the cell
           can be trusted;
         - ``log_likelihood``: SIWAE, in nats;
-        - ``miselbo``: the bound that training maximises, in nats.
+        - ``miselbo``: the average log-weight, in nats: what training maximises with the default
+          objective.
 
         Examples
         --------
@@ -188,7 +190,7 @@ class EvaluationMixin:
             raise ValueError(f"n_mc_samples must be at least 25 for k-hat, got {n_mc_samples}")
         tables = []
         for draws in self._importance_draws(
-            n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, None, None
+            n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, dataloader, None
         ):
             log_weights = draws.log_weights
             per_cell = log_weights.movedim(1, 0).flatten(1)
@@ -204,6 +206,8 @@ class EvaluationMixin:
             tables.append(
                 pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
             )
+        if dataloader is not None:
+            return pd.concat(tables, ignore_index=True)
         obs_names = (self.adata if adata is None else adata).obs_names
         table = pd.concat(tables, ignore_index=True)
         table.index = obs_names if indices is None else obs_names[indices]
@@ -218,12 +222,13 @@ class EvaluationMixin:
         n_mc_samples: int = 1_000,
         batch_size: int | None = None,
         n_mc_samples_per_pass: int | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
     ) -> ComponentDiagnostics:
         """Each component's own ELBO, and how far it stands from the mixture.
 
         Parameters
         ----------
-        adata, indices, batch_size
+        adata, indices, batch_size, dataloader
             As in :meth:`get_latent_mixture`.
         n_mc_samples, n_mc_samples_per_pass
             As in :meth:`get_marginal_ll`.
@@ -245,7 +250,7 @@ class EvaluationMixin:
         """
         elbos, specialisations = [], []
         for draws in self._importance_draws(
-            n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, None, None
+            n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, dataloader, None
         ):
             elbos.append(component_elbo(draws.log_joint, draws.log_own).cpu())
             specialisations.append(specialisation(draws.log_own, draws.log_mixture).cpu())

@@ -25,6 +25,7 @@ from torch.distributions import (
 from mixscvi.checks import (
     check_choice,
     check_counts,
+    check_finite,
     check_genes,
     check_positive,
     check_positive_int,
@@ -104,19 +105,21 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
     n_sampled_components
         Components that a training step draws from, `S`; ``None`` for all. Fewer make a step
         cheaper: choose it for many components. :meth:`get_elbo` then draws from `S` as well, with
-        all components in the denominator: an unbiased estimate of the bound.
+        all components in the denominator: with the MISELBO objective an unbiased estimate of the
+        bound.
     estimator
         ``"all_to_all"`` is exact and right for a few components. ``"some_to_all"`` draws from `S`
         of them and stays unbiased: the choice for many. ``"some_to_some"`` forgets the others for
         the step: cheapest, a looser bound, for hundreds of separate encoders.
     component_encoder
         ``"separate"``: `A` encoders, the most flexible; for a few components. ``"amortized"``:
-        one encoder with a learned code per component; for many, or for little data.
+        one encoder with a learned code per component; for many, or for little data. No difference
+        with one component.
     prior
         ``"normal"`` is scVI's. ``"mog"``, a mixture of Gaussians, suits clustered data.
         ``"vamp"``, the posteriors of learned pseudo-cells, suits large data whose latent density
-        is far from one Gaussian. A :class:`mixscvi.mixture.Prior` over `D` dimensions is taken as
-        it is, and trained.
+        is far from one Gaussian. A :class:`mixscvi.mixture.Prior` over `D` dimensions is copied,
+        and trained.
     n_prior_components
         Components of the mixture of Gaussians, or pseudo-cells, `K`.
     n_flow_steps
@@ -139,8 +142,8 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
 
     Notes
     -----
-    The VampPrior's pseudo-cells start as cells drawn from `adata`; with a registry alone, at
-    random.
+    The VampPrior's pseudo-cells start as cells drawn from `adata`, and beyond their number as
+    averages of two; with a registry alone, at random.
 
     Examples
     --------
@@ -154,7 +157,6 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
     """
 
     _module_cls = MixVAE
-    _data_splitter_cls = _DataSplitter
 
     get_elbo = _once_trained(SCVI.get_elbo)
     get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
@@ -192,8 +194,16 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
         n_prior_components = check_positive_int("n_prior_components", n_prior_components)
         check_choice("estimator", estimator, [str(name) for name in Estimator])
         check_choice("component_encoder", component_encoder, ("separate", "amortized"))
-        if not isinstance(prior, Prior):
-            check_choice("prior", prior, ("normal", "mog", "vamp"))
+        if not isinstance(prior, Prior) and prior not in ("normal", "mog", "vamp"):
+            raise ValueError(
+                "prior must be one of 'normal', 'mog', 'vamp', or an instance of "
+                f"mixscvi.mixture.Prior, got {prior!r}"
+            )
+        if adata is None and registry is not None and not use_observed_lib_size:
+            raise ValueError(
+                "use_observed_lib_size=False takes its library priors from adata, got a registry "
+                "alone"
+            )
         check_choice("objective", objective, ("miselbo", "siwae"))
         if n_sampled_components is not None:
             n_sampled_components = check_positive_int("n_sampled_components", n_sampled_components)
@@ -299,12 +309,15 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
             **kwargs,
         )
 
+    @property
+    def _data_splitter_cls(self) -> type[DataSplitter]:
+        normalised = self.module is not None and any(
+            isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+            for part in self.module.modules()
+        )
+        return _DataSplitter if normalised else DataSplitter
+
     def _initialise_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
-        if n_pseudo > adata.n_obs:
-            raise ValueError(
-                f"n_prior_components={n_pseudo} pseudo-cells start as cells, but adata has "
-                f"{adata.n_obs}"
-            )
         chosen = torch.randperm(adata.n_obs)[:n_pseudo].numpy()
         loader = self._make_data_loader(adata=adata, indices=chosen, batch_size=n_pseudo)
         self.module.initialise_pseudo_cells(next(iter(loader)))
@@ -312,15 +325,21 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
     def _check_data(self, adata: AnnData) -> None:
         """Refuse counts and size factors that this model cannot use."""
         manager = self.get_anndata_manager(adata, required=True)
+        module = self.module
         layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
-        scaled_by_factor = self.module.use_size_factor_key
+        scaled_by_factor = bool(module.use_size_factor_key)
+        above = None
+        if module.gene_likelihood == "normal":
+            above = -1.0 if module.log_variational else -np.inf
         check_counts(
             manager.get_from_registry(REGISTRY_KEYS.X_KEY),
             adata.obs_names,
             source="adata.X" if layer is None else f"adata.layers[{layer!r}]",
-            allow_negative=self.module.gene_likelihood == "normal",
-            allow_empty=bool(scaled_by_factor) or not self.module.use_observed_lib_size,
+            above=above,
+            allow_empty=scaled_by_factor or not module.use_observed_lib_size,
         )
+        if REGISTRY_KEYS.CONT_COVS_KEY in manager.data_registry:
+            check_finite(manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY), source="adata.obs")
         if scaled_by_factor:
             field = manager.data_registry[REGISTRY_KEYS.SIZE_FACTOR_KEY]
             check_positive(
@@ -330,11 +349,10 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
             )
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
-        is_new = adata is not None and self.get_anndata_manager(adata) is None
         if adata is not None:
             check_genes(adata.var_names, self.var_names_)
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
-        if is_new and _MINIFY_UNS_KEY not in adata.uns:
+        if adata is not self.adata and _MINIFY_UNS_KEY not in adata.uns:
             self._check_data(adata)
         return adata
 
@@ -352,6 +370,8 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
             if adata is not None:
                 raise ValueError("dataloader stands in the place of adata: give one or the other")
             return iter(dataloader)
+        if adata is None and self.adata is None:
+            raise ValueError("the model holds no data: give adata or dataloader")
         adata = self._validate_anndata(adata)
         return iter(
             self._make_data_loader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -196,7 +197,7 @@ class MixVAE(VAE):
             latent_distribution,
         )
         if isinstance(prior, Prior):
-            self.prior = prior
+            self.prior = copy.deepcopy(prior)
         elif prior == "normal":
             self.prior = StandardNormal(n_latent)
         elif prior == "mog":
@@ -212,16 +213,30 @@ class MixVAE(VAE):
                 )
             )
         self.flow = InverseAutoregressiveFlow(n_latent, n_flow_steps) if n_flow_steps else None
+        event_shape = tuple(self.prior(self.z_encoder).event_shape)
+        if event_shape != (n_latent,):
+            raise ValueError(
+                f"prior must have event shape ({n_latent},), as n_latent={n_latent}, got "
+                f"{event_shape}"
+            )
 
     @torch.no_grad()
     def initialise_pseudo_cells(self, tensors: dict[str, Tensor]) -> None:
-        """Start the VampPrior's pseudo-cells from a minibatch of `K` real cells."""
+        """Start the VampPrior's pseudo-cells from a minibatch of real cells.
+
+        Pseudo-cells beyond their number start as averages of two of them.
+        """
         dense, categories = self._encoder_input(**self._get_inference_input(tensors))
         seen = [
             category
             for n_cat, category in zip(self.z_encoder.n_cat_list, categories, strict=False)
             if n_cat > 1
         ]
+        surplus = len(self.prior.pseudo_inputs.dense) - len(dense)
+        if surplus > 0:
+            one, other = torch.randint(len(dense), (2, surplus), device=dense.device)
+            dense = torch.cat((dense, (dense[one] + dense[other]) / 2))
+            seen = [torch.cat((category, category[one])) for category in seen]
         self.prior.pseudo_inputs.initialise(dense, *seen)
 
     def prior_distribution(self) -> Distribution:
@@ -508,22 +523,30 @@ class MixVAE(VAE):
         """Mean and variance of z, `(B, D)` each, where they have no closed form.
 
         Averages over draws behind the flow (and on the simplex, if `transformed`), stratified
-        over the components, from a generator of its own with a fixed seed.
+        over the components, from a generator of its own with a fixed seed. All cells share the
+        noise, so a cell's moments do not depend on its minibatch.
         """
-        generator = torch.Generator(device=qz.component_loc.device).manual_seed(0)
+        loc, scale = qz.component_loc.unsqueeze(0), qz.component_scale.unsqueeze(0)
+        generator = torch.Generator(device=loc.device).manual_seed(0)
+
+        def push(z0: Tensor) -> Tensor:
+            z, _ = self._flow(z0)
+            return self.z_encoder.z_transformation(z) if transformed else z
+
         n_samples = math.ceil(n_draws / qz.n_components)
-        per_pass = max(1, _ELEMENTS_PER_DECODE // (qz.component_loc.numel() * _FLOW_WIDTH))
+        per_pass = max(1, _ELEMENTS_PER_DECODE // (_FLOW_WIDTH * 128 * loc[0, 0].numel()))
+        centre = push(qz.loc)  # variances are taken about it, for their digits' sake
         total = torch.zeros_like(qz.loc)
         total_square = torch.zeros_like(total)
         for start in range(0, n_samples, per_pass):
-            z0 = qz.rsample_stratified(min(per_pass, n_samples - start), generator=generator)
-            z, _ = self._flow(z0)
-            if transformed:
-                z = self.z_encoder.z_transformation(z)
-            total += z.sum((0, 2))
-            total_square += z.square().sum((0, 2))
-        mean = total / (n_samples * qz.n_components)
-        return mean, total_square / (n_samples * qz.n_components) - mean.square()
+            shape = (min(per_pass, n_samples - start), 1, *loc.shape[2:])
+            noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
+            deviation = push(loc + scale * noise) - centre.unsqueeze(1)
+            total += deviation.sum((0, 2))
+            total_square += deviation.square().sum((0, 2))
+        shift = total / (n_samples * qz.n_components)
+        variance = total_square / (n_samples * qz.n_components) - shift.square()
+        return centre + shift, variance
 
     @torch.inference_mode()
     def posterior_minus_prior(self, qz: FactorizedMixture, z: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import torch
+
+from mixscvi.mixture import VampPrior
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,6 +57,11 @@ class PersistenceMixin:
             freeze_expression=freeze_expression,
             **kwargs,
         )
+        if not model.module.is_scvi and isinstance(model.module.prior, VampPrior):
+            # The pseudo-cells are the reference's: none of them is of a batch that is new.
+            logits = model.module.prior.pseudo_inputs.cat_logits
+            for values, n_known in zip(logits, _n_categories(reference_model), strict=True):
+                values.data[:, n_known:] = -torch.inf
         if not model.module.is_scvi and not unfrozen:
             model.module.z_encoder.encoder.trunk.train_covariates_only(
                 freeze_first_layer=freeze_expression
@@ -99,23 +107,25 @@ class PersistenceMixin:
     ) -> None:
         """Save the model; see ``SCVI.save``.
 
-        Files are written beside `dir_path` and renamed into it when complete, so an interrupt
-        leaves what was there.
+        The folder is written beside `dir_path` and takes its place when complete, so an interrupt
+        leaves what was there. Other files in an overwritten folder are kept.
 
         Raises
         ------
         ValueError
-            If `dir_path` exists and `overwrite` is false.
+            If `dir_path` exists and `overwrite` is false, or is a file.
         """
         target = Path(dir_path)
         if target.exists() and not overwrite:
             raise ValueError(
                 f"dir_path {str(target)!r} already exists: choose another, or overwrite=True"
             )
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"dir_path {str(target)!r} is a file: choose a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        complete, replaced = staging / "complete", staging / "replaced"
         try:
-            complete = staging / "complete"
             super().save(
                 str(complete),
                 prefix=prefix,
@@ -126,9 +136,36 @@ class PersistenceMixin:
                 **anndata_write_kwargs,
             )
             if target.exists():
-                for file in complete.iterdir():
-                    file.replace(target / file.name)
-            else:
-                complete.rename(target)
+                _carry_over(target, complete)
+                target.rename(replaced)
+            complete.rename(target)
         finally:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
             shutil.rmtree(staging)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Put whatever else stands in the old folder into the new one, without a copy if it can be."""
+
+    def link(source: str, destination: str) -> None:
+        if Path(destination).exists():
+            return
+        try:
+            os.link(source, destination)
+        except OSError:
+            shutil.copy2(source, destination)
+
+    shutil.copytree(old, new, copy_function=link, dirs_exist_ok=True)
+
+
+def _n_categories(reference_model: str | SCVI) -> list[int]:
+    """Categories that the pseudo-cells of a reference know, covariate by covariate."""
+    if isinstance(reference_model, str):
+        stored = torch.load(
+            Path(reference_model) / "model.pt", map_location="cpu", weights_only=False
+        )
+        state = stored["model_state_dict"]
+    else:
+        state = reference_model.module.state_dict()
+    return [value.shape[-1] for name, value in state.items() if ".cat_logits." in name]

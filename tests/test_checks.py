@@ -6,6 +6,7 @@ from scipy.sparse import csc_matrix, csr_array, csr_matrix
 from mixscvi.checks import (
     check_choice,
     check_counts,
+    check_finite,
     check_genes,
     check_positive,
     check_positive_int,
@@ -99,10 +100,10 @@ def test_empty_cells(form):
 def test_allowed_negative_values_pass_but_nan_does_not():
     x = counts()
     x[1, 1] = -0.5
-    check_counts(x, names(9), source="adata.X", allow_negative=True)
+    check_counts(x, names(9), source="adata.X", above=-1.0)
     x[4, 0] = np.nan
     with pytest.raises(ValueError, match="first: 'cell4'"):
-        check_counts(x, names(9), source="adata.X", allow_negative=True)
+        check_counts(x, names(9), source="adata.X", above=-1.0)
 
 
 def test_a_cell_of_stored_zeros_is_empty():
@@ -154,3 +155,16 @@ def test_equal_genes_pass_whatever_holds_them():
 def test_a_repeated_gene_is_named():
     with pytest.raises(ValueError, match="1 other genes, first: a"):
         check_genes(["a", "b", "a"], ["a", "b"])
+
+
+def test_values_that_log1p_cannot_take():
+    x = counts()
+    x[2, 1] = -1.0
+    with pytest.raises(ValueError, match="values of -1 or less in 1 of 9 cells.*above -1"):
+        check_counts(x, names(9), source="adata.X", above=-1.0)
+
+
+def test_covariates_that_are_not_numbers():
+    table = pd.DataFrame({"age": [1.0, np.nan, np.inf]}, index=["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"adata.obs\['age'\] is NaN or infinite in 2 of 3.*'b'"):
+        check_finite(table, source="adata.obs")

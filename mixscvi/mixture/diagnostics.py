@@ -179,19 +179,20 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     if n_draws < 25:
         raise ValueError(f"log_weights must hold at least 25 draws per row, got {n_draws}")
     n_tail = math.ceil(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    shifted = log_weights.double() - log_weights.double().amax(-1, keepdim=True)
+    shifted = log_weights.to("cpu", torch.float64)  # not every accelerator has float64
+    shifted = shifted - shifted.amax(-1, keepdim=True)
     largest = shifted.topk(n_tail + 1, dim=-1).values.flip(-1)
     exceedances = largest[..., 1:].exp() - largest[..., :1].exp()
     # Log-weights are differences of large numbers: equal ones come out a few roundings apart.
     rounding = 16 * torch.finfo(log_weights.dtype).eps * log_weights.abs().amax(-1).clamp_min(1)
-    flat = exceedances[..., -1] <= rounding
+    flat = exceedances[..., -1] <= rounding.to(exceedances)
     exceedances = torch.where(flat[..., None], torch.ones_like(exceedances), exceedances)
     k = _generalised_pareto_shape(exceedances)
     k = (k * n_tail + 0.5 * 10) / (n_tail + 10)
     # The cutoff weighs nothing beside the largest weight: a few draws stand for all.
     outweighed = largest[..., 0] < math.log(torch.finfo(largest.dtype).tiny)
     k = torch.where(outweighed, torch.inf, k)
-    return torch.where(flat, -torch.inf, k).to(log_weights.dtype)
+    return torch.where(flat, -torch.inf, k).to(log_weights)
 
 
 def _generalised_pareto_shape(sorted_values: Tensor) -> Tensor:
