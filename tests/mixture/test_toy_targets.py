@@ -17,7 +17,7 @@ def test_joint_training_covers_more_of_the_target(name):
     alone, _ = toy.score(toy.fit(target, 1, joint=True, seed=1, n_steps=600), target)
     joint, joint_jsd = toy.score(toy.fit(target, 4, joint=True, seed=1, n_steps=600), target)
     apart, apart_jsd = toy.score(toy.fit(target, 4, joint=False, seed=1, n_steps=600), target)
-    assert joint < apart < alone + 0.05  # a mixture of fits is no worse than the fits
+    assert joint < apart - 0.1
     assert joint_jsd > apart_jsd + 0.1
     assert -0.02 < joint < alone - 0.3
 
