@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from torch.utils.checkpoint import checkpoint
 
 from mixscvi.mixture.diagnostics import jensen_shannon_divergence
 from mixscvi.mixture.objectives import mixture_log_prob
@@ -15,6 +16,7 @@ from mixscvi.mixture.objectives import mixture_log_prob
 __all__ = ["MixturePosterior"]
 
 _LOG_2PI = math.log(2 * math.pi)
+_ELEMENTS_AT_ONCE = 2**24
 
 
 def _diagonal_normal_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -225,6 +227,23 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(..., B)`.
         """
+        n_elements = self.component_loc.numel()
+        is_one_mixture = self.component_loc.dim() == 2
+        if (
+            not is_one_mixture
+            or (value.numel() // value.shape[-1]) * n_elements <= _ELEMENTS_AT_ONCE
+        ):
+            return self._log_prob(value)
+        # A mixture of many components, such as a VampPrior, scored at many points: bound the
+        # memory of the points' differences to all means, and take them anew in the backward pass.
+        rows = value.reshape(-1, value.shape[-1])
+        scores = [
+            checkpoint(self._log_prob, some, use_reentrant=False, preserve_rng_state=False)
+            for some in rows.split(max(1, _ELEMENTS_AT_ONCE // n_elements))
+        ]
+        return torch.cat(scores).view(value.shape[:-1])
+
+    def _log_prob(self, value: Tensor) -> Tensor:
         return mixture_log_prob(self.component_log_prob(value))
 
     def jensen_shannon_divergence(

@@ -271,3 +271,21 @@ def test_validate_args_looks_at_the_values():
         MixturePosterior(loc, scale, validate_args=True)
     with pytest.raises(ValueError, match="component_loc"):
         MixturePosterior(loc * torch.nan, scale.abs(), validate_args=True)
+
+
+def test_many_components_are_scored_in_bounded_memory(normal, monkeypatch):
+    """In chunks the log-density and all its gradients are what they are in one piece."""
+    from mixscvi.mixture import posterior
+
+    loc, log_scale, value = normal(50, 3), normal(50, 3) / 3, normal(4, 5, 2, 3)
+    inputs = [part.requires_grad_() for part in (loc, log_scale, value)]
+    weights = normal(4, 5, 2)
+    results = []
+    for at_once in (2**24, 7 * 150):
+        monkeypatch.setattr(posterior, "_ELEMENTS_AT_ONCE", at_once)
+        log_prob = MixturePosterior(loc, log_scale.exp()).log_prob(value)
+        results.append((log_prob, *torch.autograd.grad((weights * log_prob).sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        again = MixturePosterior(loc, log_scale.exp()).log_prob(value)
+    torch.testing.assert_close(again, results[0][0].detach(), rtol=1e-12, atol=1e-12)
