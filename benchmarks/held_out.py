@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 import warnings
 
 import numpy as np
@@ -38,7 +37,6 @@ def run(adata, kwargs: dict, seed: int, epochs: int, draws: int) -> dict[str, fl
     scvi.settings.seed = seed
     MixSCVI.setup_anndata(adata)
     model = MixSCVI(adata, **kwargs)
-    start = time.perf_counter()
     model.train(
         max_epochs=epochs,
         train_size=0.8,
@@ -48,7 +46,6 @@ def run(adata, kwargs: dict, seed: int, epochs: int, draws: int) -> dict[str, fl
         check_val_every_n_epoch=epochs,
         enable_progress_bar=False,
     )
-    seconds = time.perf_counter() - start
     held_out = model.validation_indices
     cells = model.get_posterior_diagnostics(indices=held_out, n_mc_samples=draws)
     adata.obsm["X_latent"] = model.get_latent_representation()
@@ -64,7 +61,6 @@ def run(adata, kwargs: dict, seed: int, epochs: int, draws: int) -> dict[str, fl
         "jensen_shannon_divergence": cells["jensen_shannon_divergence"].mean(),
         "ari": adjusted_rand_score(labels, clusters),
         "nmi": normalized_mutual_info_score(labels, clusters),
-        "training_seconds": seconds,
     }
 
 
