@@ -730,6 +730,12 @@ DEVICE_CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def unvalidated(monkeypatch):
+    """A fake has no values for scvi-tools' distributions to check, if another test turned it on."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+
+
 def loss_on_fakes(module, *, device="meta", left_behind=()):
     """Run the loss on fakes on another device, some parameters left on the CPU.
 
