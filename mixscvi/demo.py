@@ -262,10 +262,8 @@ def _draw(adata: AnnData, label_key: str | None, path: Path) -> None:
             ax=ax,
             show=False,
         )
-    staged = path.with_name(f".{path.name}")
-    fig.savefig(staged, dpi=120, format="png")
+    fig.savefig(path, dpi=120, format="png")
     plt.close(fig)
-    staged.replace(path)
 
 
 def _say(message: str) -> None:
@@ -292,8 +290,11 @@ def main(args: list[str] | None = None) -> None:
     runs = compare(demo, adata, label_key)
 
     h5ad, png, csv = (demo.output / name for name in ("cells.h5ad", "umap.png", "runs.csv"))
-    _draw(adata, label_key, png)
-    for path, write in ((h5ad, adata.write_h5ad), (csv, lambda p: runs.to_csv(p, index=False))):
+    for path, write in (
+        (png, lambda p: _draw(adata, label_key, p)),
+        (h5ad, adata.write_h5ad),
+        (csv, lambda p: runs.to_csv(p, index=False)),
+    ):
         staged = path.with_name(f".{path.name}")
         write(staged)
         os.replace(staged, path)

@@ -17,6 +17,7 @@ from mixscvi.mixture import (
     active_units,
     component_elbo,
     effective_sample_size,
+    miselbo,
     pareto_k,
     siwae,
     siwae_standard_error,
@@ -201,7 +202,7 @@ class EvaluationMixin:
                 "effective_sample_size": effective_sample_size(per_cell),
                 "pareto_k": pareto_k(per_cell),
                 "log_likelihood": siwae(log_weights),
-                "miselbo": log_weights.mean((0, -1)),
+                "miselbo": miselbo(log_weights),
             }
             tables.append(
                 pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})

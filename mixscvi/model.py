@@ -587,6 +587,6 @@ class MixSCVI(EvaluationMixin, PersistenceMixin, SCVI):
             Categorical(logits=torch.zeros(len(loc), device=self.device)),
             Independent(components, 1),
         )
-        if self.module.is_scvi or self.module.flow is None:
+        if self.module.flow is None:
             return aggregated
         return TransformedDistribution(aggregated, [self.module.flow.transform])

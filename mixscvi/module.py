@@ -169,6 +169,7 @@ class MixVAE(VAE):
         self.is_scvi = (
             n_components == 1 and prior == "normal" and n_flow_steps == 0 and n_samples == 1
         )
+        self.prior, self.flow = StandardNormal(n_latent), None
         if self.is_scvi:
             return
 
@@ -198,11 +199,9 @@ class MixVAE(VAE):
         )
         if isinstance(prior, Prior):
             self.prior = copy.deepcopy(prior)
-        elif prior == "normal":
-            self.prior = StandardNormal(n_latent)
         elif prior == "mog":
             self.prior = GaussianMixture(n_latent, n_prior_components)
-        else:
+        elif prior == "vamp":
             self.prior = VampPrior(
                 PseudoCells(
                     n_prior_components,
@@ -212,7 +211,8 @@ class MixVAE(VAE):
                     non_negative=gene_likelihood != "normal",
                 )
             )
-        self.flow = InverseAutoregressiveFlow(n_latent, n_flow_steps) if n_flow_steps else None
+        if n_flow_steps:
+            self.flow = InverseAutoregressiveFlow(n_latent, n_flow_steps)
         event_shape = tuple(self.prior(self.z_encoder).event_shape)
         if event_shape != (n_latent,):
             raise ValueError(
@@ -241,11 +241,6 @@ class MixVAE(VAE):
 
     def prior_distribution(self) -> Distribution:
         """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
-        if self.is_scvi:
-            loc = torch.zeros(self.n_latent, device=self.device)
-            return torch.distributions.Independent(
-                torch.distributions.Normal(loc, torch.ones_like(loc)), 1
-            )
         return self.prior(self.z_encoder)
 
     def _encoder_input(
@@ -303,7 +298,7 @@ class MixVAE(VAE):
         return None, chosen
 
     def _flow(self, z0: Tensor) -> tuple[Tensor, Tensor | float]:
-        return (z0, 0.0) if self.is_scvi or self.flow is None else self.flow(z0)
+        return (z0, 0.0) if self.flow is None else self.flow(z0)
 
     def _stratified_draws(self, qz: FactorizedMixture, components: Tensor | None) -> dict:
         """Draws `(L, B, S, D)` for the loss, with their log-density under the mixture."""

@@ -57,9 +57,10 @@ class PersistenceMixin:
             freeze_expression=freeze_expression,
             **kwargs,
         )
-        if not model.module.is_scvi and isinstance(model.module.prior, VampPrior):
+        prior = model.module.prior
+        if isinstance(prior, VampPrior) and len(prior.pseudo_inputs.cat_logits):
             # The pseudo-cells are the reference's: none of them is of a batch that is new.
-            logits = model.module.prior.pseudo_inputs.cat_logits
+            logits = prior.pseudo_inputs.cat_logits
             for values, n_known in zip(logits, _n_categories(reference_model), strict=True):
                 values.data[:, n_known:] = -torch.inf
         if not model.module.is_scvi and not unfrozen:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixscvi.images.networks import gate
 from mixscvi.mixture import GaussianHeads, MixturePosterior, StackedLinear
+from mixscvi.mixture.layers import rows
 
 __all__ = ["ComponentEncoder", "ConditionalEncoder", "ImageEncoder", "clamped_variance"]
 
@@ -97,7 +98,7 @@ class ImageEncoder(nn.Module):
         """Encode images `(B, 1, height, width)` into the components asked for."""
         if self.codes is None:
             return self.heads(gate(self.trunk(x, components)), components)
-        codes = self.codes if components is None else self.codes.index_select(0, components)
+        codes = rows(self.codes, components)
         return self.heads(gate(self.trunk(x) + codes))
 
 
@@ -173,10 +174,10 @@ class ConditionalEncoder(nn.Module):
         latent = self.from_latent(gate(latent), networks).unflatten(0, upper.shape[:3])
         joint = latent + image.unsqueeze(1)
         if self.codes is not None:
-            codes = self.codes if components is None else self.codes.index_select(0, components)
+            codes = rows(self.codes, components)
             joint = joint + codes
-        rows = self.heads(gate(joint).flatten(0, 2), networks)
+        flat = self.heads(gate(joint).flatten(0, 2), networks)
         return MixturePosterior(
-            rows.component_loc.unflatten(0, upper.shape[:3]),
-            rows.component_scale.unflatten(0, upper.shape[:3]),
+            flat.component_loc.unflatten(0, upper.shape[:3]),
+            flat.component_scale.unflatten(0, upper.shape[:3]),
         )

@@ -19,7 +19,19 @@ from mixscvi.mixture.posterior import MixturePosterior
 __all__ = ["AmortizedEncoder", "CodedHeads", "GaussianHeads", "SeparateEncoder"]
 
 
-class GaussianHeads(nn.Module):
+class _Heads(nn.Module):
+    """What heads share: how an unconstrained output becomes a variance."""
+
+    def __init__(self, var_activation: Callable[[Tensor], Tensor] | None, var_eps: float) -> None:
+        super().__init__()
+        self.var_activation = torch.exp if var_activation is None else var_activation
+        self.var_eps = var_eps
+
+    def _mixture(self, loc: Tensor, raw_var: Tensor) -> MixturePosterior:
+        return MixturePosterior(loc, (self.var_activation(raw_var) + self.var_eps).sqrt())
+
+
+class GaussianHeads(_Heads):
     """Means and scales of `A` Gaussians from their hidden units.
 
     Parameters
@@ -52,23 +64,20 @@ class GaussianHeads(nn.Module):
         var_activation: Callable[[Tensor], Tensor] | None = None,
         var_eps: float = 1e-4,
     ) -> None:
-        super().__init__()
+        super().__init__(var_activation, var_eps)
         self.mean = StackedLinear(n_components, n_hidden, n_latent)
         self.var = StackedLinear(n_components, n_hidden, n_latent)
-        self.var_activation = torch.exp if var_activation is None else var_activation
-        self.var_eps = var_eps
 
     def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
         """Map hidden units `(B, S, n_hidden)` to a mixture of `S` components."""
         if self.mean.n_components == 1:
-            rows = hidden.flatten(0, 1)
-            loc = self.mean(rows).view(*hidden.shape[:2], -1)
-            raw_var = self.var(rows).view(*hidden.shape[:2], -1)
+            flat = hidden.flatten(0, 1)
+            loc = self.mean(flat).view(*hidden.shape[:2], -1)
+            raw_var = self.var(flat).view(*hidden.shape[:2], -1)
         else:
             loc = self.mean(hidden, components)
             raw_var = self.var(hidden, components)
-        variance = self.var_activation(raw_var) + self.var_eps
-        return MixturePosterior(loc, variance.sqrt())
+        return self._mixture(loc, raw_var)
 
 
 class SeparateEncoder(nn.Module):
@@ -129,7 +138,7 @@ class SeparateEncoder(nn.Module):
         return self.heads(self.trunk(x, covariates, components), components)
 
 
-class CodedHeads(nn.Module):
+class CodedHeads(_Heads):
     r"""Means and scales of `A` Gaussians that share hidden units and differ by a code each.
 
     The heads of component a are a base and `R` modes, weighted by its code c_a, with an offset:
@@ -173,14 +182,12 @@ class CodedHeads(nn.Module):
         var_activation: Callable[[Tensor], Tensor] | None = None,
         var_eps: float = 1e-4,
     ) -> None:
-        super().__init__()
+        super().__init__(var_activation, var_eps)
         self.n_modes, self.n_latent = n_modes, n_latent
         self.base = nn.Linear(n_hidden, 2 * n_latent)
         self.modes = nn.Linear(n_hidden, n_modes * 2 * n_latent, bias=False)
         self.codes = nn.Parameter(code_scale / n_modes**0.5 * torch.randn(n_components, n_modes))
         self.offsets = nn.Parameter(torch.zeros(n_components, 2 * n_latent))
-        self.var_activation = torch.exp if var_activation is None else var_activation
-        self.var_eps = var_eps
 
     def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
         """Map shared hidden units `(B, n_hidden)` to a mixture of the components asked for."""
@@ -189,7 +196,7 @@ class CodedHeads(nn.Module):
         modes = self.modes(hidden).unflatten(-1, (self.n_modes, 2 * self.n_latent))
         raw = torch.einsum("brd,ar->bad", modes, codes) + offsets + self.base(hidden).unsqueeze(1)
         loc, raw_var = raw.chunk(2, dim=-1)
-        return MixturePosterior(loc, (self.var_activation(raw_var) + self.var_eps).sqrt())
+        return self._mixture(loc, raw_var)
 
 
 class AmortizedEncoder(nn.Module):
