@@ -240,6 +240,23 @@ class Sweep(Data):
         print(sweep_table(rows), end="")
 
 
+@dataclass
+class Curves:
+    """Validation bounds of runs by epoch, as CSV and figure."""
+
+    run_folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of the runs, finished or not."""
+    output: Path
+    """Path of the CSV and the figure, without an ending."""
+
+    def run(self) -> None:
+        """Draw."""
+        from mixscvi.images.report import curves
+
+        curves(self.run_folders, self.output)
+        print(self.output.with_suffix(".png"))
+
+
 def _show(result: dict) -> None:
     print(json.dumps(result, indent=2))
 
@@ -251,6 +268,7 @@ Command = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Curves, tyro.conf.subcommand("curves")]
 )
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import load_run, run_data, write
+from mixscvi.images.runs import load_run, read_config, run_data, write
 
 __all__ = [
     "csv_text",
+    "curves",
     "markdown_table",
     "picture_grid",
     "reconstruct",
@@ -81,7 +82,8 @@ def _order(preset: str) -> int:
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A sweep's rows, averaged over seeds: one line for each preset and number of components.
 
-    The last column is the mean difference to one component at equal seeds.
+    The last column is the mean difference to one component at equal seeds, its standard deviation
+    over seeds, and in how many of them it is negative.
     """
     alone = {
         (row["preset"], int(row["seed"])): float(row["nll"])
@@ -94,8 +96,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
         gains = [
             float(row["nll"]) - alone[preset, int(row["seed"])]
             for row in group
-            if (preset, int(row["seed"])) in alone
+            if n_components > 1 and (preset, int(row["seed"])) in alone
         ]
+        n_lower = sum(gain < 0 for gain in gains)
 
         def mean(name: str, digits: int = 2, group: list = group) -> str:
             return f"{statistics.fmean(float(row[name]) for row in group):.{digits}f}"
@@ -112,7 +115,12 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "ESS": mean("ess", 1),
                 "k-hat": mean("k_hat_median"),
                 "active": mean("active_units", 1),
-                "NLL against A = 1": f"{statistics.fmean(gains):+.2f}" if gains else "",
+                "NLL against A = 1": (
+                    f"{statistics.fmean(gains):+.2f} ± {_spread(gains):.2f}, "
+                    f"lower in {n_lower} of {len(gains)}"
+                    if gains
+                    else ""
+                ),
             }
         )
     return markdown_table(lines)
@@ -139,6 +147,59 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axis.set(title=preset, xlabel="components A", xticks=numbers)
     axes[0].set_ylabel("test NLL (nats)")
     write(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
+
+
+def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, Any]]:
+    """Write the validation bounds of runs by epoch, finished or not, as CSV and figure.
+
+    Parameters
+    ----------
+    folders
+        The runs.
+    path
+        Where to write, without an ending.
+
+    Returns
+    -------
+    One row per run and epoch, with the bound on training and on validation images in nats.
+    """
+    from matplotlib.figure import Figure
+
+    path, rows = Path(path), []
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    numbers: dict[int, None] = {}
+    for folder in map(Path, folders):
+        config = read_config(folder)
+        with open(folder / "log.csv", newline="") as file:
+            log = list(csv.DictReader(file))
+        n_components = config.mixture.n_components
+        run = {
+            "dataset": config.dataset,
+            "preset": config.preset,
+            "budget": config.budget,
+            "components": n_components,
+            "component_encoder": config.mixture.component_encoder,
+            "seed": config.seed,
+        }
+        rows += [run | epoch for epoch in log]
+        axis.plot(
+            [int(epoch["epoch"]) + 1 for epoch in log],
+            [float(epoch["validation_bound"]) for epoch in log],
+            color=f"C{n_components}",
+            linewidth=1,
+            label=None if n_components in numbers else f"A = {n_components}",
+        )
+        numbers[n_components] = None
+    # The first epochs, far below, would flatten what follows.
+    seen = [float(row["validation_bound"]) for row in rows]
+    axis.set(xlabel="epoch", ylabel="validation bound (nats)")
+    axis.set_ylim(float(np.quantile(seen, 0.1)), None)
+    axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path.with_suffix(".csv"), csv_text(rows))
+    write(path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=150, format="png"))
+    return rows
 
 
 def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> None:

@@ -24,7 +24,7 @@ from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.models import ImageVAE, build, count_parameters
 
-__all__ = ["load_run", "parameter_counts", "prepare", "run_data", "write"]
+__all__ = ["load_run", "parameter_counts", "prepare", "read_config", "run_data", "write"]
 
 
 def write(path: Path, content: str | Callable[[Path], object]) -> None:
@@ -59,7 +59,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
                 f"{folder} holds an unfinished run: resume it (resume=True, --resume), choose "
                 "another folder, or delete it first"
             )
-        if RunConfig.from_json(saved.read_text()) != config:
+        if read_config(folder) != config:
             raise ValueError(f"{saved} holds another configuration than the one to resume with")
     folder.mkdir(parents=True, exist_ok=True)
     write(saved, config.to_json())
@@ -72,12 +72,20 @@ def parameter_counts(model: ImageVAE) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n} | {"total": count_parameters(model)}
 
 
+def read_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run, finished or not."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run (config.json is missing)")
+    return RunConfig.from_json(path.read_text())
+
+
 def load_run(folder: str | Path) -> tuple[RunConfig, ImageVAE]:
     """Configuration and best model of a finished run, in evaluation mode."""
     folder = Path(folder)
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
-    config = RunConfig.from_json((folder / "config.json").read_text())
+    config = read_config(folder)
     summary = json.loads((folder / "summary.json").read_text())
     model = build(config, tuple(summary["image_shape"]))
     model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))

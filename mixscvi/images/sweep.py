@@ -16,7 +16,7 @@ from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData
 from mixscvi.images.evaluation import evaluate
 from mixscvi.images.report import csv_text, sweep_figure, sweep_table
-from mixscvi.images.runs import run_data, write
+from mixscvi.images.runs import read_config, run_data, write
 from mixscvi.images.training import train
 
 __all__ = ["sweep"]
@@ -113,7 +113,7 @@ def _run(config: RunConfig, folder: Path, data: ImageData, draws: int | None) ->
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
         train(config, folder, data=data, resume=True)
-    elif RunConfig.from_json((folder / "config.json").read_text()) != config:
+    elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
     if not (folder / "evaluation.json").exists():
         evaluate(folder, data=data, draws=draws)

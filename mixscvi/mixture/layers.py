@@ -107,6 +107,11 @@ class StackedConv2d(nn.Module):
     kernel_size, stride, padding, dilation
         As in :class:`torch.nn.Conv2d`.
 
+    Notes
+    -----
+    One channel that is itself learned, as a VampPrior's pseudo-inputs are, is convolved on a CPU
+    as a product with its patches: the gradient with respect to it is what a convolution is slow at.
+
     Examples
     --------
     >>> import torch
@@ -161,17 +166,29 @@ class StackedConv2d(nn.Module):
         `(B, S, out_channels, height', width')`.
         """
         weight, bias = rows(self.weight, components), rows(self.bias, components)
-        groups = 1 if x.dim() == 4 else weight.shape[0]
-        y = F.conv2d(
-            x if x.dim() == 4 else x.flatten(1, 2),
-            weight.flatten(0, 1),
-            bias.flatten(),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=groups,
-        )
+        shared = x.dim() == 4
+        learned = x.requires_grad and x.shape[1] == 1
+        if shared and learned and self.dilation == 1 and x.device.type == "cpu":
+            y = self._product_with_patches(x, weight, bias)
+        else:
+            y = F.conv2d(
+                x if shared else x.flatten(1, 2),
+                weight.flatten(0, 1),
+                bias.flatten(),
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=1 if shared else weight.shape[0],
+            )
         return y.unflatten(1, (weight.shape[0], weight.shape[1]))
+
+    def _product_with_patches(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        size = weight.shape[-1]
+        patches = F.pad(x.squeeze(1), (self.padding,) * 4)
+        for axis in (1, 2):
+            patches = patches.unfold(axis, size, self.stride)
+        y = F.linear(patches.flatten(-2), weight.flatten(0, 1).flatten(1), bias.flatten())
+        return y.permute(0, 3, 1, 2)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor:

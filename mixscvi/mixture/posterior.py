@@ -16,12 +16,13 @@ from mixscvi.mixture.objectives import mixture_log_prob
 __all__ = ["MixturePosterior"]
 
 _LOG_2PI = math.log(2 * math.pi)
-_ELEMENTS_AT_ONCE = 2**24
+_ELEMENTS_AT_ONCE = 2**22  # measured: fastest where a pass over them stays in the cache
 
 
 def _diagonal_normal_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """Log-density of diagonal Gaussians, summed over the last axis."""
-    standardised = (z - loc) / scale
+    # A pass over all differences costs less as a product than as a division.
+    standardised = (z - loc) * scale.reciprocal()
     log_det = scale.log().sum(-1)
     return -0.5 * standardised.square().sum(-1) - log_det - 0.5 * loc.shape[-1] * _LOG_2PI
 

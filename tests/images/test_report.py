@@ -1,8 +1,11 @@
+import csv
+
 import matplotlib.image
 import pytest
 import torch
 
-from mixscvi.images.report import picture_grid, sweep_figure, sweep_table
+from mixscvi.images import RunConfig
+from mixscvi.images.report import curves, picture_grid, sweep_figure, sweep_table
 
 
 def row(preset: str, components: int, seed: int, nll: float) -> dict:
@@ -31,7 +34,8 @@ def test_sweep_table_averages_over_seeds_and_compares_at_equal_seeds():
         ["| vanilla", "4", "2", "97.50 ± 0.71"],
         ["| pixelcnn", "1", "1", "80.00 ± 0.00"],
     ]
-    assert lines[3].endswith("| -2.50 |")
+    assert lines[2].endswith("|  |")
+    assert lines[3].endswith("| -2.50 ± 0.71, lower in 2 of 2 |")
 
 
 def test_rows_read_from_a_file_make_the_same_table():
@@ -43,6 +47,33 @@ def test_sweep_figure(tmp_path):
     sweep_figure(ROWS, tmp_path / "sweep.png")
     assert matplotlib.image.imread(tmp_path / "sweep.png").std() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
+
+
+def test_curves(tmp_path):
+    folders = []
+    for n_components in (1, 4):
+        folder = tmp_path / f"A{n_components}"
+        folder.mkdir()
+        config = RunConfig.of("vanilla", budget="smoke", n_components=n_components, seed=3)
+        (folder / "config.json").write_text(config.to_json())
+        log = f"epoch,train_bound,validation_bound\n0,-9.0,-8.0\n1,-7.0,-{n_components}.5\n"
+        (folder / "log.csv").write_text(log)
+        folders.append(folder)
+    rows = curves(folders, tmp_path / "results" / "curves")
+    assert [(row["components"], row["validation_bound"]) for row in rows] == [
+        (1, "-8.0"),
+        (1, "-1.5"),
+        (4, "-8.0"),
+        (4, "-4.5"),
+    ]
+    with open(tmp_path / "results" / "curves.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in row.items()} for row in rows]
+    assert matplotlib.image.imread(tmp_path / "results" / "curves.png").std() > 0
+
+
+def test_curves_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no run \(config.json is missing\)"):
+        curves([tmp_path], tmp_path / "curves")
 
 
 @pytest.mark.parametrize("n_images", [1, 5, 8])

@@ -95,12 +95,13 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("sizes", CONVOLUTIONS)
 @pytest.mark.parametrize("own_input", [False, True])
 @pytest.mark.parametrize("n_components", [1, 4])
-def test_stacked_conv2d_is_as_many_convolutions(normal, n_components, own_input, sizes):
-    layer = StackedConv2d(n_components, 2, 3, **sizes).double()
+@pytest.mark.parametrize("n_in", [1, 2])
+def test_stacked_conv2d_is_as_many_convolutions(normal, n_in, n_components, own_input, sizes):
+    layer = StackedConv2d(n_components, n_in, 3, **sizes).double()
     singles = [
-        copied(layer, nn.Conv2d(2, 3, **sizes), component) for component in range(n_components)
+        copied(layer, nn.Conv2d(n_in, 3, **sizes), component) for component in range(n_components)
     ]
-    shape = (5, n_components, 2, 7, 6) if own_input else (5, 2, 7, 6)
+    shape = (5, n_components, n_in, 7, 6) if own_input else (5, n_in, 7, 6)
     x = normal(*shape).requires_grad_()
     actual = layer(x)
     expected = torch.stack(
@@ -115,6 +116,15 @@ def test_stacked_conv2d_is_as_many_convolutions(normal, n_components, own_input,
     assert_close(x.grad, by_input)
     assert_close(layer.weight.grad, torch.stack([single.weight.grad for single in singles]))
     assert_close(layer.bias.grad, torch.stack([single.bias.grad for single in singles]))
+
+
+@pytest.mark.parametrize("components", [None, [2, 0]])
+def test_stacked_conv2d_of_one_channel_is_the_same_whether_it_is_learned(normal, components):
+    """Products with patches, for learned images, and convolutions are the same function."""
+    layer = StackedConv2d(4, 1, 3, kernel_size=3, stride=2, padding=1).double()
+    index = None if components is None else torch.tensor(components)
+    x = normal(5, 1, 7, 6)
+    assert_close(layer(x.clone().requires_grad_(), index), layer(x, index))
 
 
 @pytest.mark.parametrize("components", [*SUBSETS, [1, 1]])
