@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from mixscvi.images.configs import RunConfig
-from mixscvi.images.datasets import ImageData
+from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.evaluation import evaluate
 from mixscvi.images.report import csv_text, sweep_figure, sweep_table
-from mixscvi.images.runs import read_config, run_data, write
+from mixscvi.images.runs import read_config, write
 from mixscvi.images.training import train
 
-__all__ = ["sweep"]
+__all__ = ["run_once", "sweep"]
 
 _RESULTS = (
     "nll",
@@ -94,10 +94,10 @@ def sweep(
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for config in _configs(presets, components, seeds, **kwargs):
-        if data is None:
-            data = run_data(config, None, data_folder)
+        if data is None:  # whole: presets differ in how many images they take
+            data = load(config.dataset, data_folder)
         name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
-        row = _run(config, folder / name, data, draws)
+        row = run_once(config, folder / name, data, draws=draws)
         rows.append(row)
         write(results.with_suffix(".csv"), csv_text(rows))
         note = "" if command is None else f"\n`{command}`\n"
@@ -108,7 +108,32 @@ def sweep(
     return rows
 
 
-def _run(config: RunConfig, folder: Path, data: ImageData, draws: int | None) -> dict[str, Any]:
+def run_once(
+    config: RunConfig, folder: str | Path, data: ImageData, *, draws: int | None = None
+) -> dict[str, Any]:
+    """Train and evaluate one run, as far as that is not done yet.
+
+    Parameters
+    ----------
+    config
+        The run.
+    folder
+        Where it is recorded.
+    data
+        The images, of which the run takes as many as its protocol says.
+    draws
+        Importance samples per test image; the budget's number when ``None``.
+
+    Returns
+    -------
+    What identifies the run, its averages over the test images and its cost.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run of another configuration.
+    """
+    folder = Path(folder)
     cost_file = folder / "cost.json"
     started = time.perf_counter()
     if not (folder / "summary.json").exists():

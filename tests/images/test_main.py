@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mixscvi.images import BUDGETS
 from mixscvi.images.__main__ import main
+from mixscvi.images.sweep import sweep
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -46,7 +49,8 @@ def test_every_command(tmp_path, folder, capsys):
     main(["probe", run, "--against", one, *data])
     main(["sample", run, "--images", "3"])
     main(["reconstruct", run, "--images", "4", *data])
-    for name in ("probe.json", "samples.png", "reconstructions.png"):
+    main(["curves", run, one, "--output", str(tmp_path / "run" / "curves")])
+    for name in ("probe.json", "samples.png", "reconstructions.png", "curves.png", "curves.csv"):
         assert (tmp_path / "run" / name).stat().st_size > 0
 
 
@@ -70,6 +74,22 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     assert table[-1].startswith("`mixscvi-images sweep --output ")
     assert (tmp_path / "table.png").stat().st_size > 0
     assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
+
+
+def test_presets_of_a_sweep_take_as_many_images_as_their_protocols_say(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (120, 6, 5)).astype(np.uint8)
+    np.save(tmp_path / "mine.npy", images)
+    small = replace(BUDGETS["smoke"].protocol, max_epochs=1, n_test=7)
+    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_protocol=small))
+    rows = sweep(
+        tmp_path / "runs",
+        presets=("pixelcnn", "vanilla"),
+        components=(1,),
+        seeds=1,
+        budget="smoke",
+        dataset=str(tmp_path / "mine.npy"),
+    )
+    assert {row["preset"]: row["n_images"] for row in rows} == {"pixelcnn": 7, "vanilla": 20}
 
 
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])

@@ -1,0 +1,95 @@
+"""Joint training against its controls on real images: the dense model at the `cpu` budget.
+
+Four models with the same data, decoder and number of epochs: one component; four components
+trained jointly by MISELBO; four trained apart against the frozen decoder of the first; and one
+component with an encoder of as many parameters as the four have, trained with four importance
+samples ("big IWAE"). All are scored with the same number of draws, and their latents classified
+linearly: means and variances of the components, against as many posterior samples of one.
+
+    python benchmarks/images_controls.py --dataset mnist   # resumes runs/images-controls-mnist
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, data_folder
+
+from mixscvi.images.configs import RunConfig
+from mixscvi.images.datasets import load
+from mixscvi.images.probe import probe
+from mixscvi.images.report import csv_text, markdown_table
+from mixscvi.images.runs import write
+from mixscvi.images.sweep import run_once
+
+MODELS: dict[str, dict[str, Any]] = {
+    "A = 1": {},
+    "joint, A = 4": {"n_components": 4},
+    "apart, A = 4": {"n_components": 4, "ensemble": True},
+    "big IWAE, L = 4": {"n_components": 4, "objective": "iwae"},
+}
+COLUMNS = {"nll": "NLL", "elbo": "ELBO", "jsd": "JSD", "k_hat_median": "k-hat"} | {
+    "accuracy_parameters": "accuracy, parameters",
+    "accuracy_samples": "accuracy, samples",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds, one line per model."""
+    lines = []
+    for model in MODELS:
+        group = [row for row in rows if row["model"] == model]
+        if not group:
+            continue
+        line: dict[str, Any] = {"model": model, "seeds": len(group)}
+        for name, title in COLUMNS.items():
+            values = [row[name] for row in group]
+            digits = 3 if name.startswith("accuracy") else 2
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            line[title] = f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+        line["parameters"] = f"{group[0]['parameters']:,}"
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def main() -> None:
+    """Run what is missing, and write the table anew after each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="mnist", choices=["mnist", "fashion-mnist"])
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    folder = Path("runs") / f"images-controls-{arguments.dataset}"
+    results = RESULTS / f"images_controls_{arguments.dataset.replace('-', '_')}"
+    command = shlex.join(["python", "benchmarks/images_controls.py", *sys.argv[1:]])
+    rows: list[dict[str, Any]] = []
+    data = load(arguments.dataset, data_folder() / "images")
+    for seed in range(arguments.seeds):
+        alone = folder / f"A1-seed{seed}"
+        for model, kwargs in MODELS.items():
+            config = RunConfig.of(
+                "vanilla", budget="cpu", dataset=arguments.dataset, seed=seed, **kwargs
+            )
+            name = model.split(",")[0].replace(" ", "").replace("=", "")
+            row = run_once(config, folder / f"{name}-seed{seed}", data)
+            accuracy = probe(folder / f"{name}-seed{seed}", against=alone, data=data)
+            identity = {
+                "model": model,
+                "accuracy_parameters": accuracy["parameters"],
+                "accuracy_samples": accuracy["samples"],
+            }
+            rows.append(identity | row | {"command": command})
+            write(results.with_suffix(".csv"), csv_text(rows))
+            write(results.with_suffix(".md"), f"{table(rows)}\n`{command}`\n")
+            print(f"{model} seed {seed}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}", flush=True)
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
