@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +123,35 @@ def test_resume(tmp_path, folder):
     main([*arguments, "--resume"])
     again = torch.load(tmp_path / "best.pt", weights_only=True)
     assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+def test_resumed_after_sigkill_is_uninterrupted(tmp_path, folder):
+    """A process killed in the middle of an epoch, then resumed, ends in the same bits."""
+    arguments = ["train", "--preset", "flow", "--components", "2", "--estimator", "some_to_all"]
+    arguments += ["--budget", "smoke", "--max-epochs", "12", "--train-images", "1000"]
+    arguments += ["--data-folder", str(folder), "--output"]
+    command = [sys.executable, "-m", "mixscvi.images", *arguments, str(tmp_path / "killed")]
+    # Bits depend on the number of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "killed" / "last.ckpt").exists():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "summary.json").exists()
+
+    main([*arguments, str(tmp_path / "killed"), "--resume"])
+    main([*arguments, str(tmp_path / "whole")])
+    for name in ("log.csv", "summary.json"):
+        killed, whole = ((tmp_path / run / name).read_text() for run in ("killed", "whole"))
+        assert killed == whole
+    killed, whole = (
+        torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("killed", "whole")
+    )
+    assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize(
