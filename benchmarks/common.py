@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mixscvi.system import write_beside
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -77,9 +79,8 @@ class ResumableTable:
         return any(all(row[key] == run[key] for key in self.keys) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row and write the whole table beside the old one, then rename."""
+        """Add a row and write the whole table anew."""
         self.rows.append({**row, **machine()})
-        staged = self.path.with_name(f".{self.path.name}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(self.rows).to_csv(staged, index=False, float_format="%.6g")
-        staged.replace(self.path)
+        text = pd.DataFrame(self.rows).to_csv(index=False, float_format="%.6g")
+        write_beside(self.path, text)

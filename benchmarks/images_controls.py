@@ -25,8 +25,8 @@ from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import load
 from mixscvi.images.probe import probe
 from mixscvi.images.report import csv_text, markdown_table
-from mixscvi.images.runs import write
 from mixscvi.images.sweep import run_once
+from mixscvi.system import write_beside
 
 MODELS: dict[str, dict[str, Any]] = {
     "A = 1": {},
@@ -85,8 +85,8 @@ def main() -> None:
                 "accuracy_samples": accuracy["samples"],
             }
             rows.append(identity | row | {"command": command})
-            write(results.with_suffix(".csv"), csv_text(rows))
-            write(results.with_suffix(".md"), f"{table(rows)}\n`{command}`\n")
+            write_beside(results.with_suffix(".csv"), csv_text(rows))
+            write_beside(results.with_suffix(".md"), f"{table(rows)}\n`{command}`\n")
             print(f"{model} seed {seed}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}", flush=True)
     print(table(rows), end="")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import tyro
+
+from mixscvi.system import write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -295,9 +296,7 @@ def main(args: list[str] | None = None) -> None:
         (h5ad, adata.write_h5ad),
         (csv, lambda p: runs.to_csv(p, index=False)),
     ):
-        staged = path.with_name(f".{path.name}")
-        write(staged)
-        os.replace(staged, path)
+        write_beside(path, write)
 
     n_held_out = int(_HELD_OUT * adata.n_obs)
     print(

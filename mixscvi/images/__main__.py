@@ -14,6 +14,7 @@ import tyro
 
 from mixscvi.images.configs import PRESETS, BudgetName, Preset, RunConfig
 from mixscvi.images.encoders import ComponentEncoder
+from mixscvi.system import keep_freed_memory
 
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
 Run = Annotated[Path, tyro.conf.Positional]
@@ -284,6 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = sys.argv[1:] if arguments is None else arguments
         command.command = shlex.join(["mixscvi-images", *given])
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    keep_freed_memory()
     try:
         command.run()
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import load_run, run_data, write
+from mixscvi.images.runs import load_run, run_data
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -27,6 +27,7 @@ from mixscvi.mixture import (
     siwae_standard_error,
     specialisation,
 )
+from mixscvi.system import write_beside
 
 __all__ = ["evaluate", "image_statistics"]
 
@@ -86,7 +87,7 @@ class _Progress:
     def save(self) -> None:
         blocks = [tuple(block) for block in self.blocks]
         state = {"key": self.key, "done": self.done, "blocks": blocks}
-        write(self.path, lambda path: torch.save(state, path))
+        write_beside(self.path, lambda path: torch.save(state, path))
 
 
 def _evaluate_images(
@@ -170,7 +171,7 @@ def evaluate(
         "seed": seed,
     }
     _write_rows(folder / "evaluation.csv", images)
-    write(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     progress.path.unlink()
     return result
 
@@ -204,4 +205,4 @@ def _write_rows(path: Path, images: dict[str, Tensor]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *columns])
     writer.writerows(zip(range(len(images["siwae"])), *columns.values(), strict=True))
-    write(path, text.getvalue())
+    write_beside(path, text.getvalue())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import load_run, run_data, write
+from mixscvi.images.runs import load_run, run_data
+from mixscvi.system import write_beside
 
 __all__ = ["linear_accuracy", "parameter_features", "probe", "sample_features"]
 
@@ -131,5 +132,5 @@ def probe(
         "dataset": data.name,
         "seed": seed,
     }
-    write(folder / "probe.json", json.dumps(result, indent=2) + "\n")
+    write_beside(folder / "probe.json", json.dumps(result, indent=2) + "\n")
     return result

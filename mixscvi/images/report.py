@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import load_run, read_config, run_data, write
+from mixscvi.images.runs import load_run, read_config, run_data
+from mixscvi.system import write_beside
 
 __all__ = [
     "csv_text",
@@ -146,7 +147,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axis.plot(numbers, [statistics.fmean(group) for group in values], "o-", color="C0")
         axis.set(title=preset, xlabel="components A", xticks=numbers)
     axes[0].set_ylabel("test NLL (nats)")
-    write(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
+    write_beside(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
 
 
 def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, Any]]:
@@ -197,8 +198,10 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, An
     axis.set_ylim(float(np.quantile(seen, 0.1)), None)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_suffix(".csv"), csv_text(rows))
-    write(path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=150, format="png"))
+    write_beside(path.with_suffix(".csv"), csv_text(rows))
+    write_beside(
+        path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
+    )
     return rows
 
 
@@ -214,7 +217,7 @@ def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> Non
         left = i % n_columns * (width + 1) + 1
         grid[top : top + height, left : left + width] = image
     enlarged = np.kron(grid, np.ones((2, 2)))
-    write(
+    write_beside(
         Path(path),
         lambda partial: imsave(partial, enlarged, cmap="gray", vmin=0, vmax=1, format="png"),
     )

@@ -14,8 +14,6 @@ A run is a folder:
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,18 +21,9 @@ import torch
 from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.models import ImageVAE, build, count_parameters
+from mixscvi.system import write_beside
 
-__all__ = ["load_run", "parameter_counts", "prepare", "read_config", "run_data", "write"]
-
-
-def write(path: Path, content: str | Callable[[Path], object]) -> None:
-    """Write a file beside its place, then rename it: it is never seen half written."""
-    beside = path.with_name(f".{path.name}.partial")
-    if isinstance(content, str):
-        beside.write_text(content)
-    else:
-        content(beside)
-    os.replace(beside, path)
+__all__ = ["load_run", "parameter_counts", "prepare", "read_config", "run_data"]
 
 
 def run_data(
@@ -62,7 +51,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
         if read_config(folder) != config:
             raise ValueError(f"{saved} holds another configuration than the one to resume with")
     folder.mkdir(parents=True, exist_ok=True)
-    write(saved, config.to_json())
+    write_beside(saved, config.to_json())
     return (folder / "last.ckpt").exists()
 
 

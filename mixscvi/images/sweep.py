@@ -16,8 +16,9 @@ from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.evaluation import evaluate
 from mixscvi.images.report import csv_text, sweep_figure, sweep_table
-from mixscvi.images.runs import read_config, write
+from mixscvi.images.runs import read_config
 from mixscvi.images.training import train
+from mixscvi.system import write_beside
 
 __all__ = ["run_once", "sweep"]
 
@@ -99,9 +100,9 @@ def sweep(
         name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
         row = run_once(config, folder / name, data, draws=draws)
         rows.append(row)
-        write(results.with_suffix(".csv"), csv_text(rows))
+        write_beside(results.with_suffix(".csv"), csv_text(rows))
         note = "" if command is None else f"\n`{command}`\n"
-        write(results.with_suffix(".md"), sweep_table(rows) + note)
+        write_beside(results.with_suffix(".md"), sweep_table(rows) + note)
         sweep_figure(rows, results.with_suffix(".png"))
         if progress is not None:
             progress(f"{config.dataset} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
@@ -149,7 +150,7 @@ def run_once(
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
-        write(cost_file, json.dumps(cost) + "\n")
+        write_beside(cost_file, json.dumps(cost) + "\n")
     result = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     return {

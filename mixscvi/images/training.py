@@ -23,8 +23,9 @@ from torch import Tensor
 from mixscvi.images.configs import Mixture, RunConfig
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import load_run, parameter_counts, prepare, run_data, write
+from mixscvi.images.runs import load_run, parameter_counts, prepare, run_data
 from mixscvi.mixture import miselbo, siwae
+from mixscvi.system import write_beside
 
 __all__ = ["ImageTraining", "train"]
 
@@ -139,13 +140,13 @@ class _Recorder(Callback):
         if bound > self.best:
             self.best = bound
             weights = pl_module.model.state_dict()
-            write(self.folder / "best.pt", lambda path: torch.save(weights, path))
+            write_beside(self.folder / "best.pt", lambda path: torch.save(weights, path))
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write(self.folder / "log.csv", text.getvalue())
-        write(self.folder / "last.ckpt", lambda path: trainer.save_checkpoint(path, False))
+        write_beside(self.folder / "log.csv", text.getvalue())
+        write_beside(self.folder / "last.ckpt", lambda path: trainer.save_checkpoint(path, False))
 
 
 class _Patience(EarlyStopping):
@@ -271,5 +272,5 @@ def train(
         "image_shape": list(data.image_shape),
         "parameters": parameter_counts(model),
     }
-    write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_beside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return load_run(folder)[1]

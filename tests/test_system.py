@@ -1,0 +1,46 @@
+import subprocess
+import sys
+
+import pytest
+
+from mixscvi.system import write_beside
+
+
+def test_a_failing_writer_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "table.csv"
+    write_beside(path, "old")
+
+    def fail(beside):
+        beside.write_text("half of the n")
+        raise RuntimeError("no space left")
+
+    with pytest.raises(RuntimeError, match="no space left"):
+        write_beside(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the faults of Linux")
+def test_freed_memory_is_kept_where_the_c_library_can():
+    """Large blocks that are freed and asked for again are not faulted in anew."""
+    script = """
+import resource, torch
+from mixscvi.system import keep_freed_memory
+
+def faults(n_blocks):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n_blocks):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(50)
+handed_back = faults(20)
+known = keep_freed_memory()
+faults(50)
+print(known, handed_back, faults(20))
+"""
+    output = subprocess.check_output([sys.executable, "-c", script], text=True)
+    known, handed_back, kept = output.split()
+    if known == "False":
+        pytest.skip("this C library has no such setting")
+    assert int(kept) < int(handed_back) / 5
