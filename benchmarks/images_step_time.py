@@ -5,7 +5,8 @@ every draw under every component one by one, the decoder once per component, gat
 masked convolutions as whole kernels times a mask. It
 has the same weights and the same noise, and its loss is checked to be the same. Both take one
 step: loss, gradients, Adam, which is torch's default in the loop, and the fused one, as
-`mixscvi.images` trains with, in the other.
+`mixscvi.images` trains with, in the other. The C library keeps freed memory for both, as the command
+line has it do.
 
 A VampPrior makes two loops: one that encodes the pseudo-inputs once per step, and one that does so
 whenever it evaluates log p(z), so once per component. Both are in the CSV, under `loop`.
@@ -36,6 +37,7 @@ from mixscvi.images.configs import BUDGETS, PRESETS, BudgetName, Mixture
 from mixscvi.images.encoders import clamped_variance
 from mixscvi.images.models import ImageVAE
 from mixscvi.mixture import miselbo
+from mixscvi.system import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "images_step_time.csv"
 
@@ -249,8 +251,6 @@ class Arguments:
     """Sizes of the networks."""
     components: int = 4
     batch_size: int = 100
-    pixelcnn_batch_size: int = 20
-    """Images in a step of a model with a PixelCNN."""
     repeats: int = 5
     slow_loop: bool = True
     """Also time the loop that builds the VampPrior once per component."""
@@ -275,14 +275,13 @@ def main() -> None:
     """Measure."""
     arguments = tyro.cli(Arguments)
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     rows = []
     for preset in arguments.presets:
         parts, sizes = PRESETS[preset], BUDGETS[arguments.budget].sizes
-        pixelcnn = parts.decoder == "pixelcnn"
-        batch_size = arguments.pixelcnn_batch_size if pixelcnn else arguments.batch_size
         torch.manual_seed(0)
         model = ImageVAE((28, 28), parts, Mixture(arguments.components), sizes)
-        x = torch.rand(batch_size, 1, 28, 28).round()
+        x = torch.rand(arguments.batch_size, 1, 28, 28).round()
         loops = {"prior once per step": _Loop(model, prior_once=True)}
         if parts.prior == "vamp" and arguments.slow_loop:
             loops["prior once per component"] = _Loop(model, prior_once=False)
@@ -311,7 +310,7 @@ def main() -> None:
                     "preset": preset,
                     "budget": arguments.budget,
                     "components": arguments.components,
-                    "batch_size": batch_size,
+                    "batch_size": arguments.batch_size,
                     "loop": kind,
                     "loop_ms": round(1e3 * loop_s, 1),
                     "mixture_ms": round(1e3 * mixture_s, 1),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from mixscvi.system import write_beside
+from mixscvi.system import keep_freed_memory, write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -286,6 +286,7 @@ def main(args: list[str] | None = None) -> None:
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    keep_freed_memory()
     adata, label_key = _load(demo)
     demo.output.mkdir(parents=True, exist_ok=True)
     runs = compare(demo, adata, label_key)

@@ -146,6 +146,26 @@ def evaluate(
     (``_se``), and for ``nll`` that of the draws (``nll_monte_carlo_se``); ``miselbo``, ``elbo``
     (mean over components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
     of images), ``active_units`` and what was evaluated.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished run.
+    ValueError
+        If `draws` are fewer than Pareto k-hat needs.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> grey = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.of("flow", budget="smoke", n_components=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = images.train(config, folder, data=data)
+    ...     result = images.evaluate(folder, data=data, draws=50)
+    >>> result["draws"], result["nll"] < -result["elbo"]  # 13 of each of four components
+    (52, True)
     """
     folder = Path(folder)
     config, model = load_run(folder)

@@ -97,6 +97,20 @@ def probe(
     ------
     ValueError
         If the data have no labels, or `against` has more than one component.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> labels = np.arange(90) % 2
+    >>> grey = np.random.default_rng(0).random((90, 6, 6)) * labels[:, None, None]
+    >>> data = images.ImageData.from_arrays(grey, labels, n_validation=20, n_test=20)
+    >>> config = images.RunConfig.of("vanilla", budget="smoke", n_components=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = images.train(config, folder, data=data)
+    ...     result = probe(folder, data=data)
+    >>> result["n_features"]  # of 2 components in 3 dimensions: means and variances; 2 draws
+    {'parameters': 12, 'samples': 12}
     """
     folder = Path(folder)
     config, model = load_run(folder)

@@ -89,6 +89,24 @@ def sweep(
     Returns
     -------
     One row per run.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds runs of another configuration.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> grey = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = sweep(
+    ...         folder, presets=["vanilla"], components=[1, 2], seeds=1, data=data, budget="smoke"
+    ...     )
+    >>> [(row["preset"], row["components"], row["seed"]) for row in rows]
+    [('vanilla', 1, 0), ('vanilla', 2, 0)]
     """
     folder = Path(folder)
     results = folder / "sweep" if results is None else Path(results)
