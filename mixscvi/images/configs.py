@@ -139,8 +139,9 @@ BUDGETS: dict[str, Budget] = {
         draws=500,
         pixelcnn_protocol=Protocol(
             learning_rate=2e-3,
-            warmup_epochs=5,
-            max_epochs=15,
+            # With half the warm-up the PixelCNN does without the latents for several epochs.
+            warmup_epochs=10,
+            max_epochs=18,
             patience=10,
             n_train=10_000,
             n_validation=500,
