@@ -8,6 +8,8 @@ step: loss, gradients, Adam, which is torch's default in the loop, and the fused
 `mixscvi.images` trains with, in the other. The C library keeps freed memory for both, as the
 command line has it do.
 
+With an amortized encoder, the loop runs the shared network once per component, with its code.
+
 A VampPrior makes two loops: one that encodes the pseudo-inputs once per step, and one that does so
 whenever it evaluates log p(z), so once per component. Both are in the CSV, under `loop`.
 
@@ -129,6 +131,20 @@ class _Encoder(nn.Module):
         return self.heads(self.trunk(x))
 
 
+class _CodedEncoder(nn.Module):
+    """A component of an encoder that all share: its code is added before the last gate."""
+
+    def __init__(self, shared: _Encoder, code: Tensor) -> None:
+        super().__init__()
+        self.shared = shared
+        self.codes = nn.ParameterList(part.detach().clone() for part in code.chunk(2))
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        h, last = self.shared.trunk[:-1](x), self.shared.trunk[-1]
+        h = (last.h(h) + self.codes[0]) * (last.g(h) + self.codes[1]).sigmoid()
+        return self.shared.heads(h)
+
+
 class _LowerEncoder(nn.Module):
     """q_a(z1 | x, z2)."""
 
@@ -182,7 +198,12 @@ class _Loop(nn.Module):
         super().__init__()
         self.prior_once = prior_once
         components = range(model.mixture.n_components)
-        self.encoders = nn.ModuleList(_Encoder(model.encoder, a) for a in components)
+        if model.encoder.codes is None:
+            encoders = [_Encoder(model.encoder, a) for a in components]
+        else:
+            shared = _Encoder(model.encoder, 0)
+            encoders = [_CodedEncoder(shared, code) for code in model.encoder.codes]
+        self.encoders = nn.ModuleList(encoders)
         self.lower_encoders = None
         if model.lower_encoder is not None:
             self.lower_encoders = nn.ModuleList(
@@ -238,15 +259,15 @@ class _Loop(nn.Module):
         return -torch.stack(log_weights).mean()
 
 
+Model = Literal["vanilla", "vanilla amortized", "pixelcnn", "composite"]
+
+
 @dataclass
 class Arguments:
     """Time both and write the ratios."""
 
-    presets: tuple[Literal["vanilla", "pixelcnn", "composite"], ...] = (
-        "vanilla",
-        "pixelcnn",
-        "composite",
-    )
+    models: tuple[Model, ...] = ("vanilla", "vanilla amortized", "pixelcnn", "composite")
+    """Presets, with separate encoders unless amortized is said."""
     budget: BudgetName = "paper"
     """Sizes of the networks."""
     components: int = 4
@@ -277,10 +298,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     rows = []
-    for preset in arguments.presets:
+    for name in arguments.models:
+        preset, _, amortized = name.partition(" ")
         parts, sizes = PRESETS[preset], BUDGETS[arguments.budget].sizes
+        mixture = Mixture(arguments.components, component_encoder=amortized or "separate")
         torch.manual_seed(0)
-        model = ImageVAE((28, 28), parts, Mixture(arguments.components), sizes)
+        model = ImageVAE((28, 28), parts, mixture, sizes)
         x = torch.rand(arguments.batch_size, 1, 28, 28).round()
         loops = {"prior once per step": _Loop(model, prior_once=True)}
         if parts.prior == "vamp" and arguments.slow_loop:
@@ -308,6 +331,7 @@ def main() -> None:
             rows.append(
                 {
                     "preset": preset,
+                    "component_encoder": mixture.component_encoder,
                     "budget": arguments.budget,
                     "components": arguments.components,
                     "batch_size": arguments.batch_size,
@@ -326,7 +350,7 @@ def main() -> None:
                     ),
                 }
             )
-            print(*list(rows[-1].values())[:8], flush=True)
+            print(*list(rows[-1].values())[:9], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with open(arguments.output, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
