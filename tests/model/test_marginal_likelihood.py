@@ -1,0 +1,196 @@
+"""The marginal likelihood against quadrature."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import scvi
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.module import VAE
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from fitting import BATCH, LEARN, fit, seeded
+from mixscvi import MixSCVI
+
+QUADRATURES = {
+    "one component": {"n_components": 1},
+    "one component, 1 dimension": {"n_components": 1, "n_latent": 1},
+    "one component, mog": {"n_components": 1, "prior": "mog", "n_prior_components": 4},
+    "one component, modelled library": {
+        "n_components": 1,
+        "n_latent": 1,
+        "use_observed_lib_size": False,
+    },
+    "three components": {},
+    "ln": {"latent_distribution": "ln"},
+    "modelled library": {"n_latent": 1, "use_observed_lib_size": False},
+    "mog": {"prior": "mog", "n_prior_components": 4},
+    "vamp": {"prior": "vamp", "n_prior_components": 5},
+    "flow": {"n_flow_steps": 2},
+    "flow, mog, nb": {
+        "n_flow_steps": 1,
+        "prior": "mog",
+        "n_prior_components": 3,
+        "gene_likelihood": "nb",
+    },
+    "flow, 1 dimension": {"n_flow_steps": 2, "n_latent": 1},
+    "amortized, some_to_some": {
+        "component_encoder": "amortized",
+        "estimator": "some_to_some",
+        "n_sampled_components": 1,
+    },
+    "one component, flow": {"n_components": 1, "n_flow_steps": 1},
+}
+
+
+def easy_cells(model):
+    """Cells whose posterior the proposal covers well, so that an error estimate can be trusted."""
+    table = seeded(model.get_posterior_diagnostics, indices=np.arange(24), n_mc_samples=3000)
+    chosen = table["pareto_k"].nsmallest(3)
+    assert chosen.max() < 0.5
+    return [int(name.removeprefix("cell")) for name in chosen.index]
+
+
+def prior_density(module):
+    """log p(z), written out from the prior's parameters."""
+    prior = getattr(module, "prior", None)
+    if hasattr(prior, "pseudo_inputs"):
+        dense, *categories = prior.pseudo_inputs()
+        posterior = module.z_encoder(dense, *categories)
+        loc = posterior.component_loc.flatten(0, 1)
+        scale, weights = posterior.component_scale.flatten(0, 1), torch.ones(len(loc))
+        return MixtureSameFamily(Categorical(weights), Independent(Normal(loc, scale), 1))
+    if hasattr(prior, "logits"):
+        return MixtureSameFamily(
+            Categorical(logits=prior.logits),
+            Independent(Normal(prior.loc, prior.log_scale.exp()), 1),
+        )
+    zeros = torch.zeros(module.n_latent, dtype=torch.float64)
+    return Independent(Normal(zeros, torch.ones_like(zeros)), 1)
+
+
+@torch.no_grad()
+def quadrature(model, cell):
+    """log p(x) of one cell by the rectangle rule in double precision: no encoder takes part."""
+    module = copy.deepcopy(model.module).double().eval()
+    if not module.use_observed_lib_size:
+        # scvi-tools multiplies these two by a one-hot matrix that is always in single precision.
+        module.library_log_means = module.library_log_means.float()
+        module.library_log_vars = module.library_log_vars.float()
+    loader = model._make_data_loader(adata=model.adata, indices=[cell], batch_size=1)
+    tensors = next(iter(loader))
+    counts = tensors[REGISTRY_KEYS.X_KEY].double()
+    one_axis = torch.arange(-12.0, 12.0, 0.1, dtype=torch.float64)
+    axes = [one_axis] * module.n_latent
+    if module.use_observed_lib_size:
+        axes_of_z = torch.meshgrid(*axes, indexing="ij")
+        z = torch.stack(axes_of_z, dim=-1).flatten(0, -2)
+        library = counts.sum().log().expand(len(z), 1)
+        log_prior = prior_density(module).log_prob(z)
+        log_volume = module.n_latent * math.log(0.1)
+    else:
+        loc = module.library_log_means[0, 0].item()
+        scale = math.sqrt(module.library_log_vars[0, 0].item())
+        library_axis = loc + scale * torch.arange(-7.0, 7.0, 0.05, dtype=torch.float64)
+        z, library = torch.meshgrid(one_axis, library_axis, indexing="ij")
+        z, library = z.flatten()[:, None], library.flatten()[:, None]
+        log_prior = prior_density(module).log_prob(z) + Normal(loc, scale).log_prob(library)[:, 0]
+        log_volume = math.log(0.1) + math.log(0.05 * scale)
+    if module.latent_distribution == "ln":
+        latent = z.softmax(-1)
+    else:
+        latent = z
+    batch = torch.zeros(len(z), 1, dtype=torch.long)
+    px = VAE.generative(module, latent, library.contiguous(), batch)["px"]
+    log_joint = px.log_prob(counts).sum(-1) + log_prior
+    return (log_joint.logsumexp(0) + log_volume).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kwargs", QUADRATURES.values(), ids=QUADRATURES)
+def test_marginal_ll_is_the_integral(kwargs, make_adata):
+    defaults = {"n_components": 3, "n_latent": 2, "train_kwargs": LEARN}
+    model = fit(MixSCVI, make_adata(), **{**defaults, **kwargs})
+    cells = easy_cells(model)
+    expected = np.array([quadrature(model, cell) for cell in cells])
+    got, error = seeded(
+        model.get_marginal_ll,
+        indices=cells,
+        n_mc_samples=12_000,
+        return_mean=False,
+        return_std_error=True,
+    )
+    assert error.max() < 0.1
+    np.testing.assert_array_less(abs(got.numpy() - expected), 5 * error.numpy() + 2e-3)
+
+
+def test_marginal_ll_of_one_component_is_scvis(make_adata):
+    model = fit(MixSCVI, make_adata(), BATCH, n_components=1, train_kwargs=LEARN)
+    ours, error = seeded(
+        model.get_marginal_ll, n_mc_samples=3000, return_mean=False, return_std_error=True
+    )
+    loader = model._make_data_loader(adata=model.adata, batch_size=100)
+    scvi.settings.seed = 9
+    theirs = VAE.marginal_ll(model.module, next(iter(loader)), 3000, n_mc_samples_per_pass=100)
+    assert (abs(ours - theirs) < 6 * math.sqrt(2) * error + 1e-2).all()
+    assert abs((ours - theirs).mean()) < 0.02 + 5 * error.mean() / math.sqrt(len(ours))
+
+
+def test_marginal_ll_error_is_honest_and_shrinks(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=3, n_latent=2, train_kwargs=LEARN)
+    cells = easy_cells(model)
+
+    def estimate(n, seed):
+        return seeded(
+            model.get_marginal_ll,
+            indices=cells,
+            n_mc_samples=n,
+            return_mean=False,
+            return_std_error=True,
+            seed=seed,
+        )
+
+    runs = [estimate(600, seed) for seed in range(60)]
+    spread = torch.stack([value for value, _ in runs]).std(0)
+    error = torch.stack([error for _, error in runs]).mean(0)
+    ratio = spread / error
+    assert (ratio > 0.65).all()
+    assert (ratio < 1.5).all()
+    _, error_of_more = estimate(600 * 25, 0)
+    assert (error / error_of_more).mean().item() == pytest.approx(5, rel=0.3)
+
+    mean, error_of_mean = seeded(
+        model.get_marginal_ll, indices=cells, n_mc_samples=600, return_std_error=True, seed=0
+    )
+    values, errors = runs[0]
+    assert mean == pytest.approx(values.mean().item(), rel=1e-5)
+    assert error_of_mean == pytest.approx(errors.norm().item() / len(cells), rel=1e-4)
+
+
+def test_marginal_ll_forms_and_passes(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=3)
+    siwae, paper = (
+        seeded(model.get_marginal_ll, form=form, return_mean=False, n_mc_samples=90)
+        for form in ("siwae", "paper")
+    )
+    assert (paper < siwae).all()
+    assert seeded(model.get_marginal_ll, n_mc_samples=90) == pytest.approx(siwae.mean().item())
+    whole, error = seeded(
+        model.get_marginal_ll, n_mc_samples=3000, return_mean=False, return_std_error=True
+    )
+    parts = seeded(
+        model.get_marginal_ll, n_mc_samples=3000, return_mean=False, n_mc_samples_per_pass=70
+    )
+    assert (abs(whole - parts) < 7 * math.sqrt(2) * error + 1e-3).all()
+    with pytest.raises(ValueError, match="form"):
+        model.get_marginal_ll(form="iwae")
+    with pytest.raises(ValueError, match="form='siwae'"):
+        model.get_marginal_ll(form="paper", return_std_error=True)
+    with pytest.raises(ValueError, match="n_mc_samples"):
+        model.get_marginal_ll(n_mc_samples=0)
+    with pytest.raises(ValueError, match="n_mc_samples_per_pass"):
+        model.get_marginal_ll(n_mc_samples_per_pass=0)
+    with pytest.raises(ValueError, match="two draws per component"):
+        model.get_marginal_ll(n_mc_samples=3, return_std_error=True)

@@ -1,0 +1,130 @@
+"""Minified data, and queries mapped to a reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from fitting import BATCH, WORKING, fit, seeded, train
+from mixscvi import MixSCVI
+
+MINIFIED = ["latent_posterior_parameters", "latent_posterior_parameters_with_counts"]
+
+
+@pytest.mark.parametrize("kwargs", WORKING.values(), ids=WORKING)
+@pytest.mark.parametrize("kind", MINIFIED)
+def test_minify(kind, kwargs, make_adata, tmp_path):
+    adata = make_adata()
+    counts = adata.X.copy()
+    model = fit(MixSCVI, adata, BATCH, n_components=3, **kwargs)
+    mixture = model.get_latent_mixture()
+
+    def observe():
+        return [
+            model.get_latent_representation(),
+            model.get_latent_representation(representation="parameters"),
+            seeded(model.get_normalized_expression, n_samples=3, return_numpy=True),
+            seeded(model.posterior_predictive_sample, n_samples=2).todense(),
+        ]
+
+    before = observe()
+    model.minify_adata(minified_data_type=kind)
+    assert model.minified_data_type == kind
+    after = observe()
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.get_latent_mixture().scale, mixture.scale, rtol=1e-5)
+    np.testing.assert_array_equal(adata.X, counts)
+    if kind == MINIFIED[0]:
+        assert model.adata.X.sum() == 0
+        with pytest.raises(ValueError, match="minified"):
+            model.get_marginal_ll()
+        with pytest.raises(ValueError, match="minified"):
+            model.get_elbo()
+    else:
+        np.testing.assert_array_equal(np.asarray(model.adata.X), counts)
+
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = MixSCVI.load(tmp_path / "model", accelerator="cpu")
+    np.testing.assert_allclose(loaded.get_latent_representation(), before[0], atol=1e-5)
+
+
+def test_minify_takes_the_usual_recipe(make_adata):
+    """scvi-tools' tutorial stores mean and variance first; a mixture is more than those."""
+    model = fit(MixSCVI, make_adata(), n_components=3)
+    mixture = model.get_latent_mixture()
+    mean, variance = model.get_latent_representation(return_dist=True)
+    model.adata.obsm["X_latent_qzm"], model.adata.obsm["X_latent_qzv"] = mean, variance
+    model.minify_adata()
+    np.testing.assert_allclose(model.get_latent_mixture().loc, mixture.loc, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.get_latent_representation(), mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encode_covariates", [False, True])
+@pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
+def test_query_data(encode_covariates, component_encoder, make_adata):
+    kwargs = {"encode_covariates": encode_covariates, "component_encoder": component_encoder}
+    reference = make_adata()
+    model = fit(MixSCVI, reference, BATCH, n_components=3, n_layers=2, **kwargs)
+    latent = model.get_latent_representation()
+    old = {name: value.clone() for name, value in model.module.state_dict().items()}
+
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, model, accelerator="cpu", freeze_batchnorm_decoder=True)
+    start = {name: value.clone() for name, value in mapped.module.state_dict().items()}
+    train(mapped, plan_kwargs={"weight_decay": 0.0})
+    assert np.isfinite(mapped.get_latent_representation()).all()
+    assert mapped.get_latent_representation().shape == (40, 3)
+
+    moved = set()
+    for name, parameter in mapped.module.named_parameters():
+        known = old[name]
+        kept = parameter[tuple(slice(n) for n in known.shape)]
+        assert torch.equal(kept, known), name
+        if not torch.equal(parameter, start[name]):
+            moved.add(name)
+    assert any(name.startswith("decoder") for name in moved)
+    assert any(name.startswith("z_encoder") for name in moved) == encode_covariates
+    # The reference keeps its place, so query and reference can be shown together.
+    np.testing.assert_allclose(mapped.get_latent_representation(make_adata()), latent, atol=1e-5)
+    np.testing.assert_array_equal(model.get_latent_representation(), latent)
+
+
+def test_query_data_from_a_saved_reference(make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), BATCH, n_components=3, prior="mog", n_flow_steps=1)
+    model.save(tmp_path / "model")
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, str(tmp_path / "model"), accelerator="cpu")
+    train(mapped, plan_kwargs={"weight_decay": 0.0})
+    state = mapped.module.state_dict()
+    for name, value in model.module.state_dict().items():
+        if name.startswith(("prior", "flow")):
+            assert torch.equal(state[name], value), name
+    assert np.isfinite(mapped.get_marginal_ll(n_mc_samples=30))
+
+
+def test_minified_data_train_the_decoder_alone(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=3)
+    model.minify_adata(minified_data_type=MINIFIED[1])
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    plan = {"update_only_decoder": True, "weight_decay": 0.0}
+    train(model, max_epochs=1, plan_kwargs=plan)
+    moved = {
+        name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert moved
+    assert all(name.startswith(("decoder", "px_r")) for name in moved)
+
+
+def test_new_batches_leave_the_prior_of_the_reference(make_adata):
+    adata = make_adata()
+    options = {"prior": "vamp", "n_prior_components": 6, "encode_covariates": True}
+    setup = {"batch_key": "batch"}
+    model = fit(MixSCVI, adata, setup, n_components=2, **options)
+    query = make_adata(seed=3)
+    query.obs["batch"] = "new"
+    mapped = MixSCVI.load_query_data(query, model)
+    _, before = model.module.prior.pseudo_inputs()
+    _, after = mapped.module.prior.pseudo_inputs()
+    assert after.shape[1] == before.shape[1] + 1
+    torch.testing.assert_close(after[:, :-1], before)
+    assert (after[:, -1] == 0).all()

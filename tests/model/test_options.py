@@ -1,0 +1,120 @@
+"""Every option trains, repeats, reloads, and starts where it should."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scvi
+import torch
+from scipy.sparse import issparse
+
+from fitting import COVARIATES, EARLY, SMALL, assert_same_history, assert_same_state, fit, seeded
+from mixscvi import MixSCVI
+from mixscvi.mixture import GaussianMixture
+
+OPTIONS = {
+    "some_to_all, 1": {"estimator": "some_to_all", "n_sampled_components": 1},
+    "some_to_all, 2": {"estimator": "some_to_all", "n_sampled_components": 2},
+    "some_to_some, 1": {"estimator": "some_to_some", "n_sampled_components": 1},
+    "some_to_some, 2": {"estimator": "some_to_some", "n_sampled_components": 2},
+    "amortized": {"component_encoder": "amortized", "n_components": 6},
+    "amortized, some_to_some": {
+        "component_encoder": "amortized",
+        "estimator": "some_to_some",
+        "n_sampled_components": 1,
+        "n_layers": 2,
+    },
+    "mog": {"prior": "mog", "n_prior_components": 5},
+    "vamp": {"prior": "vamp", "n_prior_components": 7, "encode_covariates": True},
+    "vamp, embedding": {
+        "prior": "vamp",
+        "n_prior_components": 7,
+        "encode_covariates": True,
+        "batch_representation": "embedding",
+    },
+    "flow": {"n_flow_steps": 2},
+    "flow, vamp": {"n_flow_steps": 1, "prior": "vamp", "n_prior_components": 5},
+    "flow, modelled library": {"n_flow_steps": 1, "use_observed_lib_size": False},
+    "2 samples": {"n_samples": 2},
+    "siwae": {"n_samples": 2, "objective": "siwae"},
+    "one component, mog": {"n_components": 1, "prior": "mog"},
+    "one component, flow": {"n_components": 1, "n_flow_steps": 2},
+    "one component, 2 samples": {"n_components": 1, "n_samples": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_train_repeat_and_reload(options, make_adata, tmp_path):
+    adata = make_adata()
+    kwargs = {"n_components": 3, **options}
+    model = fit(MixSCVI, adata, COVARIATES, train_kwargs=EARLY, **kwargs)
+    again = fit(MixSCVI, adata, COVARIATES, train_kwargs=EARLY, **kwargs)
+    assert_same_history(model, again)
+    assert_same_state(model, again)
+    latent = model.get_latent_representation(mc_samples=300)
+    assert latent.shape == (adata.n_obs, 3)
+    np.testing.assert_array_equal(latent, again.get_latent_representation(mc_samples=300))
+    other = fit(MixSCVI, adata, COVARIATES, seed=5, **kwargs)
+    assert (latent != other.get_latent_representation(mc_samples=300)).any()
+
+    def evaluate(any_model):
+        return [
+            seeded(any_model.get_marginal_ll, n_mc_samples=60),
+            float(seeded(any_model.get_elbo)),
+            seeded(any_model.get_normalized_expression, n_samples=2, return_numpy=True).sum(),
+        ]
+
+    results = evaluate(model)
+    assert np.isfinite(results).all()
+    model.save(tmp_path / "model")
+    loaded = MixSCVI.load(tmp_path / "model", adata=adata, accelerator="cpu")
+    assert_same_state(loaded, model)
+    np.testing.assert_array_equal(loaded.get_latent_representation(mc_samples=300), latent)
+    assert evaluate(loaded) == results
+    name = next(iter(options))
+    assert loaded.init_params_["non_kwargs"][name] == options[name]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_pseudo_cells_start_as_distinct_real_cells(sparse, make_adata):
+    adata = make_adata(sparse=sparse)
+    MixSCVI.setup_anndata(adata, **COVARIATES)
+    scvi.settings.seed = 0
+    model = MixSCVI(adata, prior="vamp", n_prior_components=9, encode_covariates=True)
+    with torch.no_grad():
+        dense, batch, donor = model.module.prior.pseudo_inputs()
+    counts = adata.X.toarray() if issparse(adata.X) else adata.X
+    real = np.concatenate([np.log1p(counts), adata.obs[["age", "depth"]].to_numpy()], axis=1)
+    distance = abs(dense.numpy()[:, None] - real[None]).max(-1)
+    nearest = distance.argmin(1)
+    assert distance.min(1).max() < 0.01
+    assert len(set(nearest)) == 9
+    for weights, name in ((batch, "batch"), (donor, "donor")):
+        codes = pd.Categorical(adata.obs[name]).codes
+        np.testing.assert_array_equal(weights.argmax(1), codes[nearest])
+
+
+def test_a_vamp_model_meets_fewer_cells_than_pseudo_cells(make_adata, tmp_path):
+    adata = make_adata()
+    model = fit(MixSCVI, adata, n_components=2, prior="vamp", n_prior_components=40)
+    model.save(tmp_path / "model")
+    few = adata[:20].copy()
+    loaded = MixSCVI.load(tmp_path / "model", adata=few)
+    np.testing.assert_array_equal(
+        loaded.get_latent_representation(), model.get_latent_representation(few)
+    )
+    MixSCVI.setup_anndata(few)
+    fresh = MixSCVI(few, n_components=2, prior="vamp", n_prior_components=40)
+    start = fresh.module.prior.pseudo_inputs()[0]
+    assert torch.cdist(start, start).fill_diagonal_(1).min() > 1e-3
+
+
+def test_a_prior_object_is_copied_and_must_fit(make_adata):
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata)
+    prior = GaussianMixture(n_latent=SMALL.get("n_latent", 10), n_components=3)
+    model = MixSCVI(adata, n_components=2, prior=prior, **SMALL)
+    assert model.module.prior is not prior
+    with pytest.raises(ValueError, match=r"prior must have event shape .* got \(1,\)"):
+        MixSCVI(adata, n_components=2, prior=GaussianMixture(1, 3), **SMALL)
+    with pytest.raises(ValueError, match=r"or an instance of mixscvi.mixture.Prior"):
+        MixSCVI(adata, n_components=2, prior=GaussianMixture, **SMALL)

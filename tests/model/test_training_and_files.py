@@ -1,0 +1,159 @@
+"""The last minibatch, and models on disk."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scvi
+import torch
+from scvi.model import SCVI
+
+from fitting import EARLY, assert_same_state, fit, train
+from mixscvi import MixSCVI
+
+
+@pytest.mark.filterwarnings("ignore:Last batch will have a small size")
+@pytest.mark.parametrize("n_components", [1, 3])
+@pytest.mark.parametrize("kwargs", [{}, {"component_encoder": "amortized", "prior": "mog"}])
+def test_a_last_minibatch_of_one_cell(n_components, kwargs, make_adata):
+    adata = make_adata(n_obs=75)
+    sizes = {"train_size": 65 / 75, "validation_size": 10 / 75, "batch_size": 32}
+    model = fit(MixSCVI, adata, n_components=n_components, train_kwargs=sizes, **kwargs)
+    assert len(model.train_indices) == 65
+    assert model.trainer.global_step == 4
+    assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
+    latent = model.get_latent_representation(batch_size=37)
+    assert np.isfinite(latent).all()
+    assert latent.shape == (75, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Last batch will have a small size")
+def test_a_last_validation_minibatch_of_one_cell(make_adata):
+    sizes = {"train_size": 39 / 72, "validation_size": 33 / 72, "batch_size": 32}
+    model = fit(MixSCVI, make_adata(), n_components=3, train_kwargs={**sizes, **EARLY})
+    assert len(model.validation_indices) == 33
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(dtype=float)).all()
+
+
+def test_all_training_cells_are_used_otherwise(make_adata):
+    sizes = {"train_size": 68 / 72, "validation_size": 4 / 72, "batch_size": 32}
+    model = fit(MixSCVI, make_adata(), train_kwargs=sizes)
+    assert model.trainer.global_step == 6
+
+
+class _InterruptedSave:
+    """Writes the first half of a file, then is interrupted."""
+
+    def __init__(self):
+        self.original = torch.save
+
+    def __call__(self, obj, path, *args, **kwargs):
+        self.original(obj, path, *args, **kwargs)
+        with open(path, "rb+") as file:
+            file.truncate(len(file.read()) // 2)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_an_interrupted_save(n_components, make_adata, tmp_path, monkeypatch):
+    """It leaves the earlier model as it was, and nothing beside it."""
+    adata = make_adata()
+    model = fit(MixSCVI, adata, n_components=n_components)
+    path = tmp_path / "model"
+    model.save(path, save_anndata=True)
+    files = sorted(file.name for file in path.iterdir())
+    latent = model.get_latent_representation()
+    train(model, max_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", _InterruptedSave())
+        with pytest.raises(KeyboardInterrupt):
+            model.save(path, overwrite=True, save_anndata=True)
+        with pytest.raises(KeyboardInterrupt):
+            model.save(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert sorted(file.name for file in path.iterdir()) == files
+    loaded = MixSCVI.load(path, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.get_latent_representation(), latent)
+
+
+def test_save_and_overwrite(make_adata, tmp_path):
+    adata = make_adata()
+    model = fit(MixSCVI, adata, n_components=2)
+    path = tmp_path / "deep" / "model"
+    model.save(str(path))
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"dir_path .*model' already exists.*overwrite=True"):
+        model.save(path)
+    train(model, max_epochs=1)
+    model.save(path, overwrite=True)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert sorted(file.name for file in path.iterdir()) == ["model.pt", "notes.txt"]
+    assert [file.name for file in path.parent.iterdir()] == ["model"]
+    loaded = MixSCVI.load(path, adata=adata, accelerator="cpu")
+    assert_same_state(loaded, model)
+    model.save(path, overwrite=True, prefix="best_")
+    loaded = MixSCVI.load(path, adata=adata, prefix="best_", accelerator="cpu")
+    assert_same_state(loaded, model)
+
+
+def test_a_saved_folder_has_the_usual_permissions(make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    model.save(tmp_path / "model")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_loaded_model_trains_on(make_adata, tmp_path):
+    adata = make_adata()
+    model = fit(MixSCVI, adata, n_components=3, prior="vamp", n_prior_components=4)
+    model.save(tmp_path / "model")
+    loaded = MixSCVI.load(tmp_path / "model", adata=adata, accelerator="cpu")
+    for one in (model, loaded):
+        scvi.settings.seed = 4
+        train(one, max_epochs=1)
+    assert_same_state(loaded, model)
+
+
+def test_a_last_cell_trains_where_nothing_is_normalised(make_adata):
+    """SCVI without batch norm takes a minibatch of one cell, so one component does."""
+    adata = make_adata()
+    train_kwargs = {
+        "batch_size": 32,
+        "datasplitter_kwargs": {
+            "external_indexing": [np.arange(33), np.arange(33, adata.n_obs), np.arange(0)]
+        },
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Last batch will have a small size")
+        ours = fit(MixSCVI, adata, n_components=1, use_batch_norm="none", train_kwargs=train_kwargs)
+        theirs = fit(SCVI, adata, use_batch_norm="none", train_kwargs=train_kwargs)
+    assert (ours.history["elbo_train"].values == theirs.history["elbo_train"].values).all()
+
+
+def test_an_interrupt_between_two_files_leaves_the_old_pair(make_adata, tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    model.save(target, save_anndata=True)
+    (target / "notes.txt").write_text("mine")
+    old = {path.name: path.read_bytes() for path in target.iterdir()}
+    other = fit(MixSCVI, make_adata(seed=1), n_components=2, seed=5)
+    rename = Path.rename
+
+    def interrupted(self, to):
+        if self.name == "complete":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(target, overwrite=True, save_anndata=True)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    other.save(target, overwrite=True, save_anndata=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "model.pt").read_bytes() != old["model.pt"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        model.save(tmp_path / "file", overwrite=True)
