@@ -24,7 +24,7 @@ from common import RESULTS, data_folder
 from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import load
 from mixscvi.images.probe import probe
-from mixscvi.images.report import csv_text, markdown_table
+from mixscvi.images.report import csv_text, markdown_table, with_ending
 from mixscvi.images.sweep import run_once
 from mixscvi.system import write_beside
 
@@ -85,8 +85,8 @@ def main() -> None:
                 "accuracy_samples": accuracy["samples"],
             }
             rows.append(identity | row | {"command": command})
-            write_beside(results.with_suffix(".csv"), csv_text(rows))
-            write_beside(results.with_suffix(".md"), f"{table(rows)}\n`{command}`\n")
+            write_beside(with_ending(results, ".csv"), csv_text(rows))
+            write_beside(with_ending(results, ".md"), f"{table(rows)}\n`{command}`\n")
             print(f"{model} seed {seed}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}", flush=True)
     print(table(rows), end="")
 

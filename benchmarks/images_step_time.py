@@ -242,11 +242,12 @@ class _Loop(nn.Module):
             log_p = self.log_prior(z, self.pseudo_posteriors() if pseudo is None else pseudo)
             log_q = [value - log_det for value in log_q]
             if self.lower_encoders is not None:
-                own = self.lower_encoders[a](images[a], z).base_dist
+                posterior = self.lower_encoders[a](images[a], z)
+                own = posterior.base_dist
                 z0 = own.loc + own.scale * lower_noise[:, a]
                 lower, log_det = self.flows[1](z0) if self.flows else (z0, 0.0)
                 for j in range(n):
-                    conditional = self.lower_encoders[j](images[j], z)
+                    conditional = posterior if j == a else self.lower_encoders[j](images[j], z)
                     log_q[j] = log_q[j] + conditional.log_prob(z0) - log_det
                 log_p = log_p + self.lower_prior(z).log_prob(lower)
                 z = torch.cat((z, lower), -1)

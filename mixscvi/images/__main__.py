@@ -75,14 +75,11 @@ class Train(Data):
 
     def config(self) -> RunConfig:
         """The run's configuration."""
-        sampled = self.sampled
-        if sampled is None and self.estimator != "all_to_all":
-            sampled = 1
         return RunConfig.of(
             self.preset,
             budget=self.budget,
             n_components=self.components,
-            n_sampled=sampled,
+            n_sampled=self.sampled,
             estimator=self.estimator,
             component_encoder=self.component_encoder,
             protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
@@ -102,7 +99,7 @@ class Train(Data):
         data = run_data(config, data_folder=self.data_folder)
         counts = parameter_counts(build(config, data.image_shape))
         print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
-        train(config, self.output, data=data, resume=self.resume, progress=sys.stderr.isatty())
+        train(config, self.output, data=data, resume=self.resume, progress=sys.stdout.isatty())
         _show(json.loads((self.output / "summary.json").read_text()))
 
 
@@ -255,7 +252,7 @@ class Curves:
         from mixscvi.images.report import curves
 
         curves(self.run_folders, self.output)
-        print(self.output.with_suffix(".png"))
+        print(f"{self.output}.png")
 
 
 def _show(result: dict) -> None:
@@ -288,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     try:
         command.run()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"mixscvi-images: {error}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mixscvi.images.encoders import ComponentEncoder
 from mixscvi.mixture import Estimator
@@ -13,6 +13,21 @@ __all__ = ["BUDGETS", "PRESETS", "Budget", "Mixture", "Parts", "Protocol", "RunC
 
 Preset = Literal["vanilla", "flow", "vamp", "hierarchical", "pixelcnn", "composite"]
 BudgetName = Literal["paper", "cpu", "smoke"]
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse values that are none of those that the fields' types name."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {[*get_args(hint)]}, got {value!r}")
+
+
+def _check_at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,10 @@ class Parts:
     prior: Literal["normal", "mog", "vamp"] = "normal"
     """Prior of the (upper) level."""
     decoder: Literal["bernoulli", "pixelcnn"] = "bernoulli"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_at_least(self, 0, "n_flow_steps")
 
 
 PRESETS: dict[str, Parts] = {
@@ -46,19 +65,21 @@ class Mixture:
     n_components: int = 1
     """`A`."""
     n_sampled: int | None = None
-    """`S`; all `A` when ``None``."""
+    """`S`; when ``None`` all `A` with ``"all_to_all"``, otherwise 1."""
     estimator: Literal["all_to_all", "some_to_all", "some_to_some"] = "all_to_all"
     component_encoder: ComponentEncoder = "separate"
 
     def __post_init__(self) -> None:
-        if self.n_components < 1:
-            raise ValueError(f"n_components must be at least 1, got {self.n_components}")
-        Estimator(self.estimator).choose(self.n_components, self.n_drawn)
+        _check_choices(self)
+        _check_at_least(self, 1, "n_components")
+        Estimator(self.estimator).check(self.n_components, self.n_drawn)
 
     @property
     def n_drawn(self) -> int:
         """`S`."""
-        return self.n_components if self.n_sampled is None else self.n_sampled
+        if self.n_sampled is not None:
+            return self.n_sampled
+        return self.n_components if self.estimator == "all_to_all" else 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,7 @@ class Sizes:
     """`K`: pseudo-inputs of the VampPrior, Gaussians of the mixture prior."""
     flow_hidden: tuple[int, ...] = (320,)
     pixelcnn_layers: int = 8
+    """Masked layers, the first of them 7 x 7, the others 3 x 3."""
     pixelcnn_channels: int = 64
     encoder_width: float = 1.0
     """Factor on the encoder's widths; other than 1 in the big IWAE alone."""
@@ -101,6 +123,10 @@ class Protocol:
     """Images to train on; all when ``None``."""
     n_validation: int | None = None
     n_test: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "batch_size", "max_epochs", "n_train", "n_validation", "n_test")
+        _check_at_least(self, 0, "learning_rate", "warmup_epochs", "patience")
 
 
 @dataclass(frozen=True)
@@ -200,6 +226,7 @@ class RunConfig:
     budget: str = "custom"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.objective == "iwae" and self.ensemble:
             raise ValueError("objective='iwae' and ensemble=True are two different controls")
         if self.ensemble and self.mixture.component_encoder != "separate":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import zlib
 from collections.abc import Iterator
@@ -152,6 +153,11 @@ def _grey_levels(images: ArrayLike, name: str) -> Tensor:
         raise ValueError(f"{name} must have shape (n, height, width), got {array.shape}")
     levels = torch.from_numpy(array.astype(np.float32))
     if array.dtype == np.uint8:
+        if array.max() == 1:
+            raise ValueError(
+                f"{name} are unsigned bytes of 0 and 1, which would be all but black: give 0 to "
+                "255, or zeros and ones as booleans"
+            )
         levels /= 255
     if not bool(((levels >= 0) & (levels <= 1)).all()):
         raise ValueError(
@@ -191,6 +197,13 @@ class ImageData:
         """Height and width in pixels."""
         return self.train.shape[-2], self.train.shape[-1]
 
+    def fingerprint(self, *parts: Literal["train", "validation", "test"]) -> str:
+        """Hash of the images of some parts, to tell data of one name and shape apart."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            digest.update(getattr(self, part).contiguous().numpy())
+        return digest.hexdigest()
+
     @classmethod
     def from_arrays(
         cls,
@@ -206,7 +219,8 @@ class ImageData:
         Parameters
         ----------
         images
-            Grey levels, `(n, height, width)`: unsigned bytes, or numbers in [0, 1].
+            Grey levels, `(n, height, width)`: unsigned bytes from 0 to 255, booleans, or numbers
+            in [0, 1].
         labels
             Class of every image, `(n,)`, for the probe.
         n_validation, n_test
@@ -261,9 +275,14 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         Naming the file that is missing, truncated or could not be fetched, and how to get it.
     """
     if name.endswith(".npy"):
-        images = np.load(name)
-        sixth = max(1, len(images) // 6)
-        return ImageData.from_arrays(images, n_validation=sixth, n_test=sixth, name=Path(name).stem)
+        try:
+            images = np.load(name)
+            sixth = max(1, len(images) // 6)
+            return ImageData.from_arrays(
+                images, n_validation=sixth, n_test=sixth, name=Path(name).stem
+            )
+        except (EOFError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} holds no (n, height, width) images: {error}") from error
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {[*DATASETS]} or a .npy file, got {name!r}")
     url, checksums = DATASETS[name]
@@ -271,6 +290,15 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
     for (part, file), md5 in zip(_FILES.items(), checksums, strict=True):
         path = _fetch(file, url, md5) if folder is None else _find(name, file, Path(folder))
         arrays[part] = read_idx(path)
+        kind = part.split("_")[1]
+        if arrays[part].ndim != {"images": 3, "labels": 1}[kind]:
+            raise ValueError(f"{path} must hold {kind}, got an array of shape {arrays[part].shape}")
+        images = arrays[part.replace("labels", "images")]
+        if len(arrays[part]) != len(images) or images.shape[1:] != arrays["train_images"].shape[1:]:
+            raise ValueError(
+                f"{path} of shape {arrays[part].shape} does not go with the other files of "
+                f"{name!r}: fetch them again"
+            )
     return ImageData.from_arrays(
         np.concatenate((arrays["train_images"], arrays["test_images"])),
         np.concatenate((arrays["train_labels"], arrays["test_labels"])),

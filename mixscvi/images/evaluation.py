@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import load_run, run_data
+from mixscvi.images.runs import finished_run_data, load_run
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -121,9 +121,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the best model of a finished run on its test images.
 
-    Draws are streamed, so memory does not grow with their number; an evaluation that was
-    interrupted goes on where it was, to the same result. It writes ``evaluation.json`` and
-    ``evaluation.csv`` (one row per image) into the run's folder.
+    Draws are streamed: the networks see a bounded number at a time, and what grows with `draws`
+    is three log-densities for each of them, of 50 images. An evaluation that was interrupted goes
+    on where it was, to the same result. It writes ``evaluation.json`` and ``evaluation.csv`` (one
+    row per image) into the run's folder.
 
     Parameters
     ----------
@@ -133,7 +134,7 @@ def evaluate(
         Importance samples per image, of all components together (rounded up to as many for
         each); the budget's number when ``None``.
     data
-        The user's own images, if the run was trained on such.
+        The user's own images, if the run was trained on such; or others, of the same size.
     data_folder
         Where the idx files are; they are fetched when ``None``.
     seed
@@ -152,7 +153,7 @@ def evaluate(
     FileNotFoundError
         If the folder holds no finished run.
     ValueError
-        If `draws` are fewer than Pareto k-hat needs.
+        If `draws` are fewer than Pareto k-hat needs, or the images are not those of the run.
 
     Examples
     --------
@@ -169,12 +170,13 @@ def evaluate(
     """
     folder = Path(folder)
     config, model = load_run(folder)
-    data = run_data(config, data, data_folder)
+    data = finished_run_data(folder, data, data_folder)
     n_components = model.mixture.n_components
     n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
     if n_samples * n_components < 25:
         raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
-    key = {"n_samples": n_samples, "seed": seed, "n_images": len(data.test), "rows": _ROWS}
+    images = data.fingerprint("test")
+    key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
     progress = _Progress(folder / "evaluation.partial.pt", key)
     groups = data.test.split(_IMAGES)
     for group in range(len(progress.done), len(groups)):

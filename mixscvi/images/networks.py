@@ -84,6 +84,11 @@ class DenseTrunk(nn.Module):
         return h
 
 
+def _check_odd(kernel_size: int) -> None:
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+
+
 class ConvTrunk(nn.Module):
     """`A` gated convolutional networks on one image, up to the last pre-activations.
 
@@ -116,6 +121,7 @@ class ConvTrunk(nn.Module):
         self.layers = nn.ModuleList()
         n_in, (height, width) = 1, image_shape
         for channels, kernel_size, stride in layers:
+            _check_odd(kernel_size)
             self.layers.append(
                 StackedConv2d(
                     n_components,
@@ -174,8 +180,7 @@ class MaskedConv2d(nn.Module):
         self, in_channels: int, out_channels: int, *, kernel_size: int, kind: Literal["A", "B"]
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        _check_odd(kernel_size)
         self.reach = kernel_size // 2
         mask = torch.ones(self.reach + 1, kernel_size)
         mask[-1, self.reach + (kind == "B") :] = 0

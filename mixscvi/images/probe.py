@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
+from mixscvi.images.datasets import ImageBatches, ImageData, binarise, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import load_run, run_data
+from mixscvi.images.runs import finished_run_data, load_run
 from mixscvi.system import write_beside
 
 __all__ = ["linear_accuracy", "parameter_features", "probe", "sample_features"]
@@ -79,7 +79,8 @@ def probe(
     Parameters
     ----------
     folder
-        The run. Its features are the means and variances of its `A` components.
+        The run. Its features are the means and variances of its `A` components, ahead of a flow
+        if there is one; samples are behind it.
     against
         A run with one component, of which `2 A` posterior samples are as many features. Without
         it, `2` samples of each of the run's own components are.
@@ -96,7 +97,7 @@ def probe(
     Raises
     ------
     ValueError
-        If the data have no labels, or `against` has more than one component.
+        If the data have no labels, or `against` has more than one component or other data.
 
     Examples
     --------
@@ -114,12 +115,17 @@ def probe(
     """
     folder = Path(folder)
     config, model = load_run(folder)
-    data = run_data(config, data, data_folder)
+    data = finished_run_data(folder, data, data_folder)
     if data.labels is None:
         raise ValueError(f"the probe needs labels, and the data {data.name!r} have none")
     other, n_samples = model, 2
     if against is not None:
-        _, other = load_run(against)
+        other_config, other = load_run(against)
+        if other_config.dataset != config.dataset:
+            raise ValueError(
+                f"against must be a run on {config.dataset!r}, {against} is one on "
+                f"{other_config.dataset!r}"
+            )
         if other.mixture.n_components != 1:
             raise ValueError(
                 f"against must be a run with one component, {against} has "
@@ -127,9 +133,8 @@ def probe(
             )
         n_samples = 2 * model.mixture.n_components
     # Grey levels are binarised with a seed: the encoders know binary images only.
-    (train_images,) = ImageBatches(data.train, len(data.train), seed=None)
     generator = torch.Generator().manual_seed(epoch_seed(seed, 0, "probe images"))
-    train_images = torch.bernoulli(train_images, generator=generator)
+    train_images = binarise(data.train, generator)
     accuracies, n_features = {}, {}
     for name, features in {
         "parameters": lambda images: parameter_features(model, images),

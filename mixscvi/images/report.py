@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixscvi.images.configs import PRESETS
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import load_run, read_config, run_data
+from mixscvi.images.runs import finished_run_data, load_run, read_config
 from mixscvi.system import write_beside
 
 __all__ = [
@@ -28,7 +29,19 @@ __all__ = [
     "sample",
     "sweep_figure",
     "sweep_table",
+    "with_ending",
 ]
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """A path and an ending, whatever dots the path has.
+
+    Examples
+    --------
+    >>> with_ending(Path("mnist-v0.2"), ".csv").name
+    'mnist-v0.2.csv'
+    """
+    return path.with_name(path.name + ending)
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,8 +88,6 @@ def _groups(
 
 
 def _order(preset: str) -> int:
-    from mixscvi.images.configs import PRESETS
-
     return [*PRESETS].index(preset)
 
 
@@ -162,7 +173,8 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, An
 
     Returns
     -------
-    One row per run and epoch, with the bound on training and on validation images in nats.
+    One row per run and epoch, with the bound on training images, its KL term weighted as in that
+    epoch, and the bound on validation images, in nats.
     """
     from matplotlib.figure import Figure
 
@@ -198,9 +210,9 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, An
     axis.set_ylim(float(np.quantile(seen, 0.1)), None)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path.with_suffix(".csv"), csv_text(rows))
+    write_beside(with_ending(path, ".csv"), csv_text(rows))
     write_beside(
-        path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
+        with_ending(path, ".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
     )
     return rows
 
@@ -250,8 +262,8 @@ def reconstruct(
     -------
     The picture, ``reconstructions.png`` in the run's folder.
     """
-    config, model = load_run(folder)
-    x = run_data(config, data, data_folder).test[:n_images]
+    _, model = load_run(folder)
+    x = finished_run_data(folder, data, data_folder).test[:n_images]
     generator = torch.Generator(x.device).manual_seed(seed)
     z = model.draw(x, generator=generator).z[0]
     # (A, B, ...): a row of the picture is a component.

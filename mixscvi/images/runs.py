@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,14 @@ from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.models import ImageVAE, build, count_parameters
 from mixscvi.system import write_beside
 
-__all__ = ["load_run", "parameter_counts", "prepare", "read_config", "run_data"]
+__all__ = [
+    "finished_run_data",
+    "load_run",
+    "parameter_counts",
+    "prepare",
+    "read_config",
+    "run_data",
+]
 
 
 def run_data(
@@ -33,6 +41,32 @@ def run_data(
     data = load(config.dataset, data_folder) if data is None else data
     protocol = config.protocol
     return data.subset(protocol.n_train, protocol.n_validation, protocol.n_test)
+
+
+def finished_run_data(
+    folder: str | Path, data: ImageData | None = None, data_folder: str | Path | None = None
+) -> ImageData:
+    """The images of a finished run, or others of the same size that the user gives.
+
+    Raises
+    ------
+    ValueError
+        If their size is another, or the images that were loaded are not those of the training.
+    """
+    config, summary = read_config(folder), _read_summary(folder)
+    loaded = data is None
+    data = run_data(config, data, data_folder)
+    if list(data.image_shape) != summary["image_shape"]:
+        raise ValueError(
+            f"{folder} was trained on images of shape {tuple(summary['image_shape'])}, "
+            f"got {data.image_shape}"
+        )
+    if loaded and data.fingerprint("train", "validation") != summary["images"]:
+        raise ValueError(
+            f"{folder} was trained on other images than those of {config.dataset!r}: give them "
+            "as data=..., or name their folder"
+        )
+    return data
 
 
 def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
@@ -69,13 +103,18 @@ def read_config(folder: str | Path) -> RunConfig:
     return RunConfig.from_json(path.read_text())
 
 
+def _read_summary(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
+    return json.loads(path.read_text())
+
+
 def load_run(folder: str | Path) -> tuple[RunConfig, ImageVAE]:
     """Configuration and best model of a finished run, in evaluation mode."""
     folder = Path(folder)
-    if not (folder / "summary.json").exists():
-        raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
+    summary = _read_summary(folder)
     config = read_config(folder)
-    summary = json.loads((folder / "summary.json").read_text())
     model = build(config, tuple(summary["image_shape"]))
     model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
     return config, model.eval()

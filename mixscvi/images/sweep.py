@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.evaluation import evaluate
-from mixscvi.images.report import csv_text, sweep_figure, sweep_table
+from mixscvi.images.report import csv_text, sweep_figure, sweep_table, with_ending
 from mixscvi.images.runs import read_config
 from mixscvi.images.training import train
 from mixscvi.system import write_beside
@@ -41,10 +41,17 @@ _RESULTS = (
 
 def _configs(
     presets: Sequence[str], components: Sequence[int], seeds: int, **kwargs: Any
-) -> Iterator[RunConfig]:
+) -> list[RunConfig]:
     # Seeds outermost: an interrupted sweep has all presets once before any of them twice.
-    for seed, preset, n_components in itertools.product(range(seeds), presets, components):
-        yield RunConfig.of(preset, n_components=n_components, seed=seed, **kwargs)
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    for name, values in (("presets", presets), ("components", components)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be some different ones, got {[*values]}")
+    return [
+        RunConfig.of(preset, n_components=n_components, seed=seed, **kwargs)
+        for seed, preset, n_components in itertools.product(range(seeds), presets, components)
+    ]
 
 
 def sweep(
@@ -118,10 +125,10 @@ def sweep(
         name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
         row = run_once(config, folder / name, data, draws=draws)
         rows.append(row)
-        write_beside(results.with_suffix(".csv"), csv_text(rows))
+        write_beside(with_ending(results, ".csv"), csv_text(rows))
         note = "" if command is None else f"\n`{command}`\n"
-        write_beside(results.with_suffix(".md"), sweep_table(rows) + note)
-        sweep_figure(rows, results.with_suffix(".png"))
+        write_beside(with_ending(results, ".md"), sweep_table(rows) + note)
+        sweep_figure(rows, with_ending(results, ".png"))
         if progress is not None:
             progress(f"{config.dataset} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
     return rows
@@ -145,7 +152,8 @@ def run_once(
 
     Returns
     -------
-    What identifies the run, its averages over the test images and its cost.
+    What identifies the run, its averages over the test images and its cost; ``seconds`` is
+    ``None`` if it took more than one call.
 
     Raises
     ------
@@ -154,15 +162,19 @@ def run_once(
     """
     folder = Path(folder)
     cost_file = folder / "cost.json"
+    untouched = not (folder / "config.json").exists()
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
         train(config, folder, data=data, resume=True)
     elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
-    if not (folder / "evaluation.json").exists():
+    if not _is_evaluated(folder, config, draws):
         evaluate(folder, data=data, draws=draws)
+    if not cost_file.exists():
+        # The time of a run that went on in a second process is known to nobody.
+        seconds = round(time.perf_counter() - started, 1) if untouched else None
         cost = {
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": seconds,
             "threads": torch.get_num_threads(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
@@ -172,7 +184,7 @@ def run_once(
     result = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     return {
-        "dataset": config.dataset,
+        "dataset": result["dataset"],
         "preset": config.preset,
         "budget": config.budget,
         "components": config.mixture.n_components,
@@ -185,3 +197,13 @@ def run_once(
         "parameters": summary["parameters"]["total"],
         **json.loads(cost_file.read_text()),
     }
+
+
+def _is_evaluated(folder: Path, config: RunConfig, draws: int | None) -> bool:
+    """Whether there is an evaluation with as many draws, up to rounding, from seed 0."""
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    wanted = config.draws if draws is None else draws
+    return result["seed"] == 0 and 0 <= result["draws"] - wanted < config.mixture.n_components

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -119,12 +120,20 @@ class _Recorder(Callback):
         self.folder = folder
         self.rows: list[dict[str, float]] = []
         self.best = float("-inf")
+        self.stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "best": self.best}
+        return {"rows": self.rows, "best": self.best, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best = state_dict["rows"], state_dict["best"]
+        self.stopped = state_dict["stopped"]
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        # A run that had been stopped early when it was killed is not to go on.
+        trainer.should_stop = self.stopped
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -137,6 +146,7 @@ class _Recorder(Callback):
             "validation_bound": bound,
         }
         self.rows.append(row)
+        self.stopped = trainer.should_stop
         if bound > self.best:
             self.best = bound
             weights = pl_module.model.state_dict()
@@ -215,6 +225,8 @@ def train(
     ------
     FileExistsError
         If the folder holds a finished run, or an unfinished one and ``resume`` is off.
+    FloatingPointError
+        If no validation bound was finite.
 
     Examples
     --------
@@ -249,6 +261,7 @@ def train(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(
             max_epochs=protocol.max_epochs,
+            devices=1,
             callbacks=[
                 _Patience(
                     "validation_bound",
@@ -266,10 +279,18 @@ def train(
             log_every_n_steps=1,
         )
         trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
+    if trainer.interrupted:  # older versions of Lightning return
+        raise KeyboardInterrupt
+    if not math.isfinite(recorder.best):
+        raise FloatingPointError(
+            f"the validation bound of {folder} was never finite: lower the learning rate "
+            f"(now {protocol.learning_rate})"
+        )
     summary = {
         "epochs": len(recorder.rows),
         "best_validation_bound": recorder.best,
         "image_shape": list(data.image_shape),
+        "images": data.fingerprint("train", "validation"),
         "parameters": parameter_counts(model),
     }
     write_beside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -45,6 +45,23 @@ class Estimator(StrEnum):
     SOME_TO_ALL = "some_to_all"
     SOME_TO_SOME = "some_to_some"
 
+    def check(self, n_components: int, n_sampled: int) -> None:
+        """Refuse numbers of components that this estimator cannot use.
+
+        Raises
+        ------
+        ValueError
+            If `S` is not in 1..A, or is not `A` with ``all_to_all``.
+        """
+        if not 1 <= n_sampled <= n_components:
+            raise ValueError(
+                f"n_sampled must be between 1 and n_components={n_components}, got {n_sampled}"
+            )
+        if self is Estimator.ALL_TO_ALL and n_sampled != n_components:
+            raise ValueError(
+                f"all_to_all draws from all n_components={n_components}, got n_sampled={n_sampled}"
+            )
+
     def choose(
         self, n_components: int, n_sampled: int, generator: torch.Generator | None = None
     ) -> Tensor | None:
@@ -66,18 +83,10 @@ class Estimator(StrEnum):
         Raises
         ------
         ValueError
-            If `S` is not in 1..A, or is not `A` with ``all_to_all``.
+            As :meth:`check`.
         """
-        if not 1 <= n_sampled <= n_components:
-            raise ValueError(
-                f"n_sampled must be between 1 and n_components={n_components}, got {n_sampled}"
-            )
+        self.check(n_components, n_sampled)
         if self is Estimator.ALL_TO_ALL:
-            if n_sampled != n_components:
-                raise ValueError(
-                    f"all_to_all draws from all n_components={n_components}, "
-                    f"got n_sampled={n_sampled}"
-                )
             return None
         if n_sampled == n_components:
             return None

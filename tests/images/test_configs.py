@@ -1,8 +1,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from mixscvi.images import BUDGETS, PRESETS, Mixture, RunConfig
+from mixscvi.images import BUDGETS, PRESETS, Mixture, Parts, Protocol, RunConfig
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -52,6 +53,35 @@ def test_changes_to_the_protocol():
 def test_mixtures_that_make_no_sense(kwargs, match):
     with pytest.raises(ValueError, match=match):
         Mixture(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Parts(prior="gaussian"), "prior must be one of .*'gaussian'"),
+        (lambda: Parts(decoder="dense"), "decoder must be one of"),
+        (lambda: Parts(n_levels=3), r"n_levels must be one of \[1, 2\], got 3"),
+        (lambda: Parts(n_flow_steps=-1), "n_flow_steps must be at least 0, got -1"),
+        (lambda: Mixture(component_encoder="amortised"), "component_encoder must be one of"),
+        (lambda: RunConfig(objective="IWAE"), "objective must be one of .*'IWAE'"),
+        (lambda: Protocol(max_epochs=0), "max_epochs must be at least 1, got 0"),
+        (lambda: Protocol(n_train=-5), "n_train must be at least 1, got -5"),
+    ],
+)
+def test_what_no_run_can_be_made_of(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_making_a_configuration_draws_nothing():
+    before = torch.get_rng_state()
+    Mixture(4, 2, "some_to_all")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_some_to_all_draws_from_one_component_unless_told():
+    assert Mixture(4, estimator="some_to_all").n_drawn == 1
+    assert Mixture(4).n_drawn == 4
 
 
 def test_unknown_names():

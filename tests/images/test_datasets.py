@@ -66,7 +66,7 @@ def test_fetched_files_are_checked_by_hash(monkeypatch, tmp_path, array):
     def retrieve(url, known_hash, **kwargs):
         asked.append((url, known_hash))
         path = tmp_path / "file.gz"
-        path.write_bytes(gzip.compress(idx(array)))
+        path.write_bytes(gzip.compress(idx(array if "images" in url else array[:, 0, 0])))
         return str(path)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
@@ -130,6 +130,52 @@ def test_arrays_of_the_users_own(tmp_path):
 def test_arrays_that_are_no_images(images, match):
     with pytest.raises(ValueError, match=match):
         ImageData.from_arrays(images, n_validation=3, n_test=3)
+
+
+def test_bytes_of_zero_and_one_are_not_taken_for_grey_levels():
+    binary = np.eye(4, dtype=np.uint8)[None].repeat(9, 0)
+    with pytest.raises(ValueError, match="unsigned bytes of 0 and 1"):
+        ImageData.from_arrays(binary, n_validation=2, n_test=2)
+    data = ImageData.from_arrays(binary.astype(bool), n_validation=2, n_test=2)
+    assert torch.equal(data.test[0, 0], torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"<html>"),
+        lambda path: np.save(path, np.zeros((5, 4, 4))) or path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: np.save(path, np.float32(1)),
+        lambda path: np.save(path, np.zeros((5, 4))),
+    ],
+    ids=["empty", "no array", "truncated", "a number", "two axes"],
+)
+def test_array_files_that_hold_no_images_are_named(tmp_path, write):
+    write(tmp_path / "mine.npy")
+    with pytest.raises(ValueError, match=r"mine\.npy holds no \(n, height, width\) images"):
+        load(str(tmp_path / "mine.npy"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("train-labels-idx1-ubyte", np.zeros(29), r"shape \(29,\) does not go with the other"),
+        ("t10k-images-idx3-ubyte", np.zeros((9, 4, 5)), r"\(9, 4, 5\) does not go with the other"),
+        ("t10k-images-idx3-ubyte", np.zeros(9), "must hold images, got"),
+    ],
+)
+def test_files_that_do_not_go_together_are_named(tmp_path, file, content, match):
+    files = {
+        "train-images-idx3-ubyte": np.zeros((30, 4, 4)),
+        "train-labels-idx1-ubyte": np.zeros(30),
+        "t10k-images-idx3-ubyte": np.zeros((9, 4, 4)),
+        "t10k-labels-idx1-ubyte": np.zeros(9),
+    }
+    for name, array in (files | {file: content}).items():
+        (tmp_path / name).write_bytes(idx(array.astype(np.uint8)))
+    with pytest.raises(ValueError, match=f"{file} .*{match}"):
+        load("mnist", tmp_path)
 
 
 def test_binarisation_has_the_grey_level_as_its_mean():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixscvi.images import ImageData, RunConfig, evaluate, evaluation, load_run, train
+from mixscvi.images import ImageData, RunConfig, evaluate, evaluation, load_run, runs, train
 from mixscvi.images.evaluation import image_statistics
 from mixscvi.mixture import ImportanceDraws
 
@@ -107,6 +107,37 @@ def test_another_number_of_draws_starts_anew(tmp_path, data):
         {"key": {"n_samples": 7}, "done": [], "blocks": []}, tmp_path / "evaluation.partial.pt"
     )
     assert evaluate(tmp_path, data=data, draws=40) == expected
+
+
+def test_other_test_images_start_anew(tmp_path, data, monkeypatch):
+    other = replace(data, test=1 - data.test)
+    run(tmp_path, data)
+    expected = evaluate(tmp_path, data=other, draws=100)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    original = evaluation._Progress.save
+
+    def killed(self):
+        original(self)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(evaluation._Progress, "save", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate(tmp_path, data=data, draws=100)
+    monkeypatch.undo()
+    assert (tmp_path / "evaluation.partial.pt").exists()
+    assert evaluate(tmp_path, data=other, draws=100) == expected
+
+
+def test_images_that_are_not_the_runs_are_refused(tmp_path, data, monkeypatch):
+    """A run on arrays that keeps the default name of a data set, and one on other sizes."""
+    run(tmp_path, data)
+    same_size = replace(data, train=1 - data.train, name="mnist")
+    monkeypatch.setattr(runs, "load", lambda *args: same_size)
+    with pytest.raises(ValueError, match="trained on other images than those of 'mnist'"):
+        evaluate(tmp_path, draws=100)
+    wide = ImageData.from_arrays(np.zeros((50, 3, 4)), n_validation=10, n_test=12)
+    with pytest.raises(ValueError, match=r"images of shape \(3, 3\), got \(3, 4\)"):
+        evaluate(tmp_path, data=wide, draws=100)
 
 
 def test_too_few_draws(tmp_path, data):

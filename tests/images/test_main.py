@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixscvi.images import BUDGETS
+from mixscvi.images import BUDGETS, ImageData
 from mixscvi.images.__main__ import main
 from mixscvi.images.sweep import sweep
 
@@ -95,6 +95,52 @@ def test_presets_of_a_sweep_take_as_many_images_as_their_protocols_say(tmp_path,
         dataset=str(tmp_path / "mine.npy"),
     )
     assert {row["preset"]: row["n_images"] for row in rows} == {"pixelcnn": 7, "vanilla": 20}
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep of one run, to be called again."""
+    grey = np.random.default_rng(0).random((80, 6, 5))
+    data = ImageData.from_arrays(grey, n_validation=20, n_test=10, name="mine")
+
+    def again(**kwargs):
+        arguments = {"presets": ["vanilla"], "components": [2], "seeds": 1, "draws": 40}
+        arguments |= {"data": data, "budget": "smoke", "results": tmp_path / "table-v0.2"}
+        (row,) = sweep(tmp_path / "runs", **(arguments | kwargs))
+        return row
+
+    return again
+
+
+def test_a_sweep_evaluates_with_as_many_draws_as_it_is_asked_for(tmp_path, swept):
+    first = swept()
+    assert (first["draws"], first["dataset"]) == (40, "mine")
+    assert swept(draws=60)["draws"] == 60
+    assert (tmp_path / "table-v0.2.csv").exists()
+
+
+def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
+    first = swept()
+    assert first["seconds"] > 0
+    (tmp_path / "runs" / "vanilla-A2-seed0" / "cost.json").unlink()
+    again = swept()
+    assert again["seconds"] is None
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
+        ({"components": [1, 1]}, r"components must be some different ones, got \[1, 1\]"),
+        ({"presets": []}, "presets must be some different ones"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_run(tmp_path, swept, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        swept(**kwargs)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])

@@ -102,6 +102,76 @@ def test_early_stopping_counts_from_the_end_of_the_warm_up(tmp_path, data):
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 8
 
 
+def test_a_run_that_was_stopped_early_does_not_go_on(tmp_path, data):
+    """Killed between its last epoch and its summary."""
+    config = config_of(max_epochs=50)
+    protocol = replace(config.protocol, learning_rate=0.0, patience=3, warmup_epochs=5)
+    config = replace(config, protocol=protocol)
+    train(config, tmp_path, data=data)
+    names = ("summary.json", "log.csv")
+    whole = [(tmp_path / name).read_text() for name in names]
+    (tmp_path / "summary.json").unlink()
+    train(config, tmp_path, data=data, resume=True)
+    assert [(tmp_path / name).read_text() for name in names] == whole
+
+
+def test_a_run_without_a_finite_bound_is_not_finished(tmp_path, data):
+    config = config_of(max_epochs=1)
+    config = replace(config, protocol=replace(config.protocol, learning_rate=float("inf")))
+    with pytest.raises(FloatingPointError, match="never finite: lower the learning rate"):
+        train(config, tmp_path, data=data)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_kl_weight_rises_to_one_and_does_not_touch_the_validation(tmp_path, data, monkeypatch):
+    """Every bound of a run, as it is asked for."""
+    seen = []
+    original = ImageTraining.bound
+
+    def bound(self, x, *, beta=1.0, **kwargs):
+        seen.append((self.training, beta))
+        return original(self, x, beta=beta, **kwargs)
+
+    monkeypatch.setattr(ImageTraining, "bound", bound)
+    config = config_of(max_epochs=6)
+    train(replace(config, protocol=replace(config.protocol, warmup_epochs=4)), tmp_path, data=data)
+    assert list(dict.fromkeys(beta for training, beta in seen if training)) == [0.25, 0.5, 0.75, 1]
+    assert {beta for training, beta in seen if not training} == {1.0}
+
+
+def test_big_iwae_is_trained_by_the_importance_weighted_bound(data):
+    config = config_of(n_components=5, objective="iwae")
+    training = ImageTraining(build(config, data.image_shape), config, data)
+    x, generator = data.validation[:4], torch.Generator()
+    actual = training.bound(x, beta=0.5, generator=generator.manual_seed(1))
+    draws = training.model.draw(x, 5, generator=generator.manual_seed(1))
+    assert draws.z.shape[:3] == (5, 4, 1)
+    log_likelihood = training.model.decoder.log_prob(x, draws.z)
+    log_weights = log_likelihood + 0.5 * (draws.log_prior - draws.own_log_prob)
+    expected = log_weights.double().squeeze(-1).exp().mean(0).log().float()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("control", [{"objective": "iwae"}, {"ensemble": True}])
+def test_controls_resume_as_uninterrupted(tmp_path, data, monkeypatch, control):
+    config = config_of("composite", **control)
+    train(config, tmp_path / "whole", data=data)
+    original = ImageTraining.training_step
+
+    def kill_in_the_third_epoch(self, *args):
+        if self.current_epoch == 2 and self.config == config:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(ImageTraining, "training_step", kill_in_the_third_epoch)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", data=data)
+    monkeypatch.undo()
+    train(config, tmp_path / "killed", data=data, resume=True)
+    whole, killed = weights(tmp_path / "whole/best.pt"), weights(tmp_path / "killed/best.pt")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
 def test_a_run_is_never_overwritten(tmp_path, data):
     config = config_of(max_epochs=1)
     train(config, tmp_path, data=data)
