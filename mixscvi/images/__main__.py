@@ -112,6 +112,8 @@ class Evaluate(Data):
     draws: int | None = None
     """Importance samples per image, of all components together."""
     seed: int = 0
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, mps."""
 
     def run(self) -> None:
         """Evaluate."""
@@ -119,7 +121,11 @@ class Evaluate(Data):
 
         _show(
             evaluate(
-                self.run_folder, draws=self.draws, data_folder=self.data_folder, seed=self.seed
+                self.run_folder,
+                draws=self.draws,
+                data_folder=self.data_folder,
+                seed=self.seed,
+                device=self.device,
             )
         )
 
@@ -133,6 +139,8 @@ class Probe(Data):
     against: Path | None = None
     """Folder of a run with one component, whose posterior samples are the comparison."""
     seed: int = 0
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, mps."""
 
     def run(self) -> None:
         """Probe."""
@@ -144,6 +152,7 @@ class Probe(Data):
                 against=self.against,
                 data_folder=self.data_folder,
                 seed=self.seed,
+                device=self.device,
             )
         )
 
@@ -157,12 +166,14 @@ class Sample:
     images: int = 64
     """How many."""
     seed: int = 0
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, mps."""
 
     def run(self) -> None:
         """Sample."""
         from mixscvi.images.report import sample
 
-        print(sample(self.run_folder, n_images=self.images, seed=self.seed))
+        print(sample(self.run_folder, n_images=self.images, seed=self.seed, device=self.device))
 
 
 @dataclass
@@ -174,6 +185,8 @@ class Reconstruct(Data):
     images: int = 8
     """How many."""
     seed: int = 0
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, mps."""
 
     def run(self) -> None:
         """Reconstruct."""
@@ -185,6 +198,7 @@ class Reconstruct(Data):
                 n_images=self.images,
                 data_folder=self.data_folder,
                 seed=self.seed,
+                device=self.device,
             )
         )
 

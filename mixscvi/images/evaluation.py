@@ -102,7 +102,7 @@ def _evaluate_images(
         n_block = min(size, n_samples - block * size)
         draws = model.importance_draws(x, n_block, prior=prior, generator=generator)
         # Sums of some hundred terms: kept in double precision, they lose nothing further.
-        progress.blocks.append(ImportanceDraws(*(part.double().cpu() for part in draws)))
+        progress.blocks.append(ImportanceDraws(*(part.cpu().double() for part in draws)))
         if (block + 1) % _SAVE_EVERY == 0:
             progress.save()
     merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*progress.blocks, strict=True)))
@@ -118,6 +118,7 @@ def evaluate(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Evaluate the best model of a finished run on its test images.
 
@@ -139,6 +140,8 @@ def evaluate(
         Where the idx files are; they are fetched when ``None``.
     seed
         Seed of the draws.
+    device
+        Where the model runs.
 
     Returns
     -------
@@ -169,7 +172,7 @@ def evaluate(
     (52, True)
     """
     folder = Path(folder)
-    config, model = load_run(folder)
+    config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     n_components = model.mixture.n_components
     n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
@@ -178,7 +181,7 @@ def evaluate(
     images = data.fingerprint("test")
     key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
     progress = _Progress(folder / "evaluation.partial.pt", key)
-    groups = data.test.split(_IMAGES)
+    groups = data.test.to(device).split(_IMAGES)
     for group in range(len(progress.done), len(groups)):
         statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), progress)
         progress.done.append(statistics)

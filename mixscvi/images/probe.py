@@ -73,6 +73,7 @@ def probe(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Classify the labels linearly from a run's latents; train on train, test on test images.
 
@@ -88,6 +89,8 @@ def probe(
         As in :func:`~mixscvi.images.evaluation.evaluate`.
     seed
         Seed of the samples.
+    device
+        Where the model runs.
 
     Returns
     -------
@@ -114,13 +117,13 @@ def probe(
     {'parameters': 12, 'samples': 12}
     """
     folder = Path(folder)
-    config, model = load_run(folder)
+    config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     if data.labels is None:
         raise ValueError(f"the probe needs labels, and the data {data.name!r} have none")
     other, n_samples = model, 2
     if against is not None:
-        other_config, other = load_run(against)
+        other_config, other = load_run(against, device)
         if other_config.dataset != config.dataset:
             raise ValueError(
                 f"against must be a run on {config.dataset!r}, {against} is one on "
@@ -140,7 +143,7 @@ def probe(
         "parameters": lambda images: parameter_features(model, images),
         "samples": lambda images: sample_features(other, images, n_samples, seed=seed),
     }.items():
-        train, test = features(train_images), features(data.test)
+        train, test = features(train_images.to(device)), features(data.test.to(device))
         n_features[name] = train.shape[1]
         accuracies[name] = linear_accuracy(train, data.labels["train"], test, data.labels["test"])
     result = accuracies | {

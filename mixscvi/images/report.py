@@ -235,7 +235,13 @@ def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> Non
     )
 
 
-def sample(folder: str | Path, *, n_images: int = 64, seed: int = 0) -> Path:
+def sample(
+    folder: str | Path,
+    *,
+    n_images: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Path:
     """Write a grid of images drawn from a run's model; a PixelCNN's are drawn pixel by pixel.
 
     Returns
@@ -243,7 +249,7 @@ def sample(folder: str | Path, *, n_images: int = 64, seed: int = 0) -> Path:
     The picture, ``samples.png`` in the run's folder.
     """
     path = Path(folder) / "samples.png"
-    picture_grid(load_run(folder)[1].sample(n_images, seed), path)
+    picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
     return path
 
 
@@ -255,6 +261,7 @@ def reconstruct(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Write test images above their reconstructions, one row for each component.
 
@@ -262,8 +269,8 @@ def reconstruct(
     -------
     The picture, ``reconstructions.png`` in the run's folder.
     """
-    _, model = load_run(folder)
-    x = finished_run_data(folder, data, data_folder).test[:n_images]
+    _, model = load_run(folder, device)
+    x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)
     generator = torch.Generator(x.device).manual_seed(seed)
     z = model.draw(x, generator=generator).z[0]
     # (A, B, ...): a row of the picture is a component.

@@ -110,11 +110,11 @@ def _read_summary(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_run(folder: str | Path) -> tuple[RunConfig, ImageVAE]:
-    """Configuration and best model of a finished run, in evaluation mode."""
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
+    """Configuration and best model of a finished run, in evaluation mode, on a device."""
     folder = Path(folder)
     summary = _read_summary(folder)
     config = read_config(folder)
     model = build(config, tuple(summary["image_shape"]))
     model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
-    return config, model.eval()
+    return config, model.to(device).eval()
