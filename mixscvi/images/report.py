@@ -120,7 +120,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "preset": preset,
                 "A": n_components,
                 "seeds": len(group),
-                "NLL": f"{statistics.fmean(nll):.2f} ± {_spread(nll):.2f}",
+                "NLL": f"{statistics.fmean(nll):.2f}{_spread(nll)}",
                 "NLL (paper form)": mean("nll_paper"),
                 "-ELBO": f"{-float(mean('elbo')):.2f}",
                 "JSD": mean("jsd"),
@@ -128,7 +128,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "k-hat": mean("k_hat_median"),
                 "active": mean("active_units", 1),
                 "NLL against A = 1": (
-                    f"{statistics.fmean(gains):+.2f} ± {_spread(gains):.2f}, "
+                    f"{statistics.fmean(gains):+.2f}{_spread(gains)}, "
                     f"lower in {n_lower} of {len(gains)}"
                     if gains
                     else ""
@@ -138,8 +138,8 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(lines)
 
 
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def _spread(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

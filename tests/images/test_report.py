@@ -32,7 +32,7 @@ def test_sweep_table_averages_over_seeds_and_compares_at_equal_seeds():
     assert [line.split(" | ")[:4] for line in lines[2:]] == [
         ["| vanilla", "1", "2", "100.00 ± 1.41"],
         ["| vanilla", "4", "2", "97.50 ± 0.71"],
-        ["| pixelcnn", "1", "1", "80.00 ± 0.00"],
+        ["| pixelcnn", "1", "1", "80.00"],
     ]
     assert lines[2].endswith("|  |")
     assert lines[3].endswith("| -2.50 ± 0.71, lower in 2 of 2 |")
