@@ -172,7 +172,7 @@ def run_once(
         evaluate(folder, data=data, draws=draws)
     if not cost_file.exists():
         # The time of a run that went on in a second process is known to nobody.
-        seconds = round(time.perf_counter() - started, 1) if untouched else None
+        seconds = round(time.perf_counter() - started, 3) if untouched else None
         cost = {
             "seconds": seconds,
             "threads": torch.get_num_threads(),

@@ -121,7 +121,7 @@ def test_a_sweep_evaluates_with_as_many_draws_as_it_is_asked_for(tmp_path, swept
 
 def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
     first = swept()
-    assert first["seconds"] > 0
+    assert first["seconds"] is not None
     (tmp_path / "runs" / "vanilla-A2-seed0" / "cost.json").unlink()
     again = swept()
     assert again["seconds"] is None
