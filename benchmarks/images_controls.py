@@ -24,7 +24,8 @@ from common import RESULTS, data_folder
 from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import load
 from mixscvi.images.probe import probe
-from mixscvi.images.report import csv_text, markdown_table, with_ending
+from mixscvi.images.report import markdown_table, with_ending
+from mixscvi.images.runs import csv_text
 from mixscvi.images.sweep import run_once
 from mixscvi.system import write_beside
 

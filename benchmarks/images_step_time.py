@@ -19,7 +19,6 @@ itself.
 
 from __future__ import annotations
 
-import csv
 import platform
 import shlex
 import statistics
@@ -38,8 +37,9 @@ from torch import Tensor, nn
 from mixscvi.images.configs import BUDGETS, PRESETS, BudgetName, Mixture
 from mixscvi.images.encoders import clamped_variance
 from mixscvi.images.models import ImageVAE
+from mixscvi.images.runs import csv_text
 from mixscvi.mixture import miselbo
-from mixscvi.system import keep_freed_memory
+from mixscvi.system import keep_freed_memory, write_beside
 
 RESULTS = Path(__file__).parent / "results" / "images_step_time.csv"
 
@@ -353,10 +353,7 @@ def main() -> None:
             )
             print(*list(rows[-1].values())[:9], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_beside(arguments.output, csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def clamped_variance(raw: Tensor) -> Tensor:
     return F.hardtanh(raw, -6.0, 2.0).exp()
 
 
+def _make_codes(n_components: int, n_hidden: int, scale: float) -> nn.Parameter:
+    """A code per component, to be added to both halves of gated pre-activations."""
+    return nn.Parameter(scale * torch.randn(n_components, 2 * n_hidden))
+
+
 class ImageEncoder(nn.Module):
     r"""q(z | x): a trunk's pre-activations, gated, and the heads of `A` Gaussians.
 
@@ -75,15 +80,12 @@ class ImageEncoder(nn.Module):
         code_scale: float = 0.5,
     ) -> None:
         super().__init__()
-        self.codes = None
-        n_networks = n_components
-        if component_encoder == "amortized":
-            n_networks = 1
+        amortized = component_encoder == "amortized"
+        n_networks = 1 if amortized else n_components
         self.trunk = make_trunk(n_networks)
-        if component_encoder == "amortized":
-            self.codes = nn.Parameter(
-                code_scale * torch.randn(n_components, 2 * self.trunk.n_hidden)
-            )
+        self.codes = (
+            _make_codes(n_components, self.trunk.n_hidden, code_scale) if amortized else None
+        )
         self.heads = GaussianHeads(
             n_networks,
             self.trunk.n_hidden,
@@ -149,11 +151,7 @@ class ConditionalEncoder(nn.Module):
         self.from_image = StackedLinear(n_networks, self.trunk.n_hidden, 2 * n_hidden)
         self.latent_trunk = StackedLinear(n_networks, n_latent, 2 * n_hidden)
         self.from_latent = StackedLinear(n_networks, n_hidden, 2 * n_hidden, bias=False)
-        self.codes = (
-            nn.Parameter(code_scale * torch.randn(n_components, 2 * n_hidden))
-            if amortized
-            else None
-        )
+        self.codes = _make_codes(n_components, n_hidden, code_scale) if amortized else None
         self.heads = GaussianHeads(
             n_networks, n_hidden, n_latent, var_activation=clamped_variance, var_eps=0.0
         )

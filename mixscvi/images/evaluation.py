@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import finished_run_data, load_run
+from mixscvi.images.runs import csv_text, finished_run_data, load_run
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -195,7 +193,7 @@ def evaluate(
         "dataset": data.name,
         "seed": seed,
     }
-    _write_rows(folder / "evaluation.csv", images)
+    write_beside(folder / "evaluation.csv", csv_text(_rows(images)))
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     progress.path.unlink()
     return result
@@ -224,10 +222,7 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _write_rows(path: Path, images: dict[str, Tensor]) -> None:
+def _rows(images: dict[str, Tensor]) -> list[dict[str, Any]]:
     columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *columns])
-    writer.writerows(zip(range(len(images["siwae"])), *columns.values(), strict=True))
-    write_beside(path, text.getvalue())
+    columns = {"image": range(len(images["siwae"]))} | columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixscvi.images.datasets import ImageBatches, ImageData, binarise, epoch_seed
+from mixscvi.images.datasets import ImageData, binarise, epoch_seed
 from mixscvi.images.models import ImageVAE
 from mixscvi.images.runs import finished_run_data, load_run
 from mixscvi.system import write_beside
@@ -24,7 +24,7 @@ _BATCH = 200
 def parameter_features(model: ImageVAE, images: Tensor) -> np.ndarray:
     """Means and variances of all components, `(n, 2 * A * n_levels * D)`."""
     rows = []
-    for x in ImageBatches(images, _BATCH):
+    for x in images.split(_BATCH):
         loc, scale = model.component_parameters(x)
         rows.append(torch.cat((loc, scale.square()), -1).flatten(1).cpu().numpy())
     return np.concatenate(rows)
@@ -37,7 +37,7 @@ def sample_features(
     """Draws of every component side by side, `(n, L * A * n_levels * D)`."""
     rows = []
     prior = model.prior_distribution()
-    for batch, x in enumerate(ImageBatches(images, _BATCH)):
+    for batch, x in enumerate(images.split(_BATCH)):
         generator = torch.Generator(x.device).manual_seed(epoch_seed(seed, batch, "probe"))
         z = model.draw(x, n_samples, prior=prior, generator=generator).z
         rows.append(z.transpose(0, 1).flatten(1).cpu().numpy())

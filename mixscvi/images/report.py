@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import statistics
 from collections import defaultdict
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from mixscvi.images.configs import PRESETS
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import finished_run_data, load_run, read_config
+from mixscvi.images.runs import csv_text, finished_run_data, load_run, read_config
 from mixscvi.system import write_beside
 
 __all__ = [
-    "csv_text",
     "curves",
     "markdown_table",
     "picture_grid",
@@ -42,24 +40,6 @@ def with_ending(path: Path, ending: str) -> Path:
     'mnist-v0.2.csv'
     """
     return path.with_name(path.name + ending)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV text, the columns in the order of their first appearance.
-
-    Examples
-    --------
-    >>> print(csv_text([{"a": 1}, {"a": 2, "b": 3}]), end="")
-    a,b
-    1,
-    2,3
-    """
-    text = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

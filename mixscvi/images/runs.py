@@ -13,7 +13,10 @@ A run is a folder:
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,33 @@ from mixscvi.images.models import ImageVAE, build, count_parameters
 from mixscvi.system import write_beside
 
 __all__ = [
+    "csv_text",
     "finished_run_data",
     "load_run",
     "parameter_counts",
     "prepare",
     "read_config",
+    "read_summary",
     "run_data",
 ]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV text, the columns in the order of their first appearance.
+
+    Examples
+    --------
+    >>> print(csv_text([{"a": 1}, {"a": 2, "b": 3}]), end="")
+    a,b
+    1,
+    2,3
+    """
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def run_data(
@@ -53,7 +76,7 @@ def finished_run_data(
     ValueError
         If their size is another, or the images that were loaded are not those of the training.
     """
-    config, summary = read_config(folder), _read_summary(folder)
+    config, summary = read_config(folder), read_summary(folder)
     loaded = data is None
     data = run_data(config, data, data_folder)
     if list(data.image_shape) != summary["image_shape"]:
@@ -103,7 +126,8 @@ def read_config(folder: str | Path) -> RunConfig:
     return RunConfig.from_json(path.read_text())
 
 
-def _read_summary(folder: str | Path) -> dict[str, Any]:
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
@@ -113,7 +137,7 @@ def _read_summary(folder: str | Path) -> dict[str, Any]:
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
     """Configuration and best model of a finished run, in evaluation mode, on a device."""
     folder = Path(folder)
-    summary = _read_summary(folder)
+    summary = read_summary(folder)
     config = read_config(folder)
     model = build(config, tuple(summary["image_shape"]))
     model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))

@@ -15,8 +15,8 @@ import torch
 from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.evaluation import evaluate
-from mixscvi.images.report import csv_text, sweep_figure, sweep_table, with_ending
-from mixscvi.images.runs import read_config
+from mixscvi.images.report import sweep_figure, sweep_table, with_ending
+from mixscvi.images.runs import csv_text, read_config, read_summary
 from mixscvi.images.training import train
 from mixscvi.system import write_beside
 
@@ -182,7 +182,7 @@ def run_once(
         }
         write_beside(cost_file, json.dumps(cost) + "\n")
     result = json.loads((folder / "evaluation.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     return {
         "dataset": result["dataset"],
         "preset": config.preset,

@@ -7,8 +7,6 @@ resumed run takes the very steps that an uninterrupted one does.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import warnings
@@ -24,7 +22,7 @@ from torch import Tensor
 from mixscvi.images.configs import Mixture, RunConfig
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import load_run, parameter_counts, prepare, run_data
+from mixscvi.images.runs import csv_text, load_run, parameter_counts, prepare, run_data
 from mixscvi.mixture import miselbo, siwae
 from mixscvi.system import write_beside
 
@@ -151,11 +149,7 @@ class _Recorder(Callback):
             self.best = bound
             weights = pl_module.model.state_dict()
             write_beside(self.folder / "best.pt", lambda path: torch.save(weights, path))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_beside(self.folder / "log.csv", text.getvalue())
+        write_beside(self.folder / "log.csv", csv_text(self.rows))
         write_beside(self.folder / "last.ckpt", lambda path: trainer.save_checkpoint(path, False))
 
 
