@@ -13,16 +13,14 @@ With an amortized encoder, the loop runs the shared network once per component, 
 A VampPrior makes two loops: one that encodes the pseudo-inputs once per step, and one that does so
 whenever it evaluates log p(z), so once per component. Both are in the CSV, under `loop`.
 
-Run ``python benchmarks/images_step_time.py``; it writes ``results/images_step_time.csv`` beside
-itself.
+Images are real, for what a step costs depends on how many pixels are on. Run
+``python benchmarks/images_step_time.py``; it writes ``results/images_step_time.csv`` beside itself.
 """
 
 from __future__ import annotations
 
-import platform
-import shlex
+import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,16 +30,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from common import RESULTS, data_folder, machine
 from torch import Tensor, nn
 
 from mixscvi.images.configs import BUDGETS, PRESETS, BudgetName, Mixture
+from mixscvi.images.datasets import binarise, load
 from mixscvi.images.encoders import clamped_variance
 from mixscvi.images.models import ImageVAE
 from mixscvi.images.runs import csv_text
-from mixscvi.mixture import miselbo
+from mixscvi.mixture import StackedLinear, miselbo
 from mixscvi.system import keep_freed_memory, write_beside
-
-RESULTS = Path(__file__).parent / "results" / "images_step_time.csv"
 
 
 class _Gated(nn.Module):
@@ -100,9 +98,11 @@ def _gated_mlp(layers: nn.Sequential) -> nn.Sequential:
 def _trunk(stacked: nn.Module, a: int) -> nn.Sequential:
     layers = []
     for layer in stacked.layers:
-        make = _linear if layer.weight.dim() == 3 else _conv(layer.stride)
-        layers.append(_Gated(make, layer.weight[a], layer.bias[a]))
-    convolutional = stacked.layers[0].weight.dim() == 5
+        if isinstance(layer, StackedLinear):
+            layers.append(_Gated(_linear, layer.weight_of(a), layer.bias[a]))
+        else:
+            layers.append(_Gated(_conv(layer.stride), layer.weight[a], layer.bias[a]))
+    convolutional = not isinstance(stacked.layers[0], StackedLinear)
     return (
         nn.Sequential(*layers, nn.Flatten())
         if convolutional
@@ -269,15 +269,16 @@ class Arguments:
 
     models: tuple[Model, ...] = ("vanilla", "vanilla amortized", "pixelcnn", "composite")
     """Presets, with separate encoders unless amortized is said."""
-    budget: BudgetName = "paper"
+    budgets: tuple[BudgetName, ...] = ("paper", "cpu")
     """Sizes of the networks."""
+    datasets: tuple[str, ...] = ("mnist",)
+    """Where the minibatch comes from."""
+    threads: tuple[int, ...] = (1, 2)
     components: int = 4
     batch_size: int = 100
-    repeats: int = 5
-    slow_loop: bool = True
-    """Also time the loop that builds the VampPrior once per component."""
-    threads: int = 1
-    output: Path = RESULTS
+    seconds: float = 20.0
+    """Steps are repeated for so long, and three times at least."""
+    output: Path = RESULTS / "images_step_time.csv"
 
 
 def _stepper(module: nn.Module, loss: Callable[[], Tensor], *, fused: bool) -> Callable[[], float]:
@@ -293,66 +294,76 @@ def _stepper(module: nn.Module, loss: Callable[[], Tensor], *, fused: bool) -> C
     return step
 
 
+def _repeated(steps: list[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Times of each, taken in turn, so that what else the machine does falls on all of them."""
+    for step in steps:
+        step()
+    rows: list[list[float]] = []
+    while len(rows) < 3 or sum(map(sum, rows)) < seconds:
+        rows.append([step() for step in steps])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _compare(
+    model: ImageVAE, x: Tensor, loops: dict[str, _Loop], seconds: float
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Times of the model's step, and of each loop's."""
+
+    def ours() -> Tensor:
+        draws = model.draw(x, generator=torch.Generator().manual_seed(0))
+        return -miselbo(model.log_weights(x, draws)).mean()
+
+    steps = [_stepper(model, ours, fused=True)]
+    for loop in loops.values():
+
+        def theirs(loop: _Loop = loop) -> Tensor:
+            return loop(x, torch.Generator().manual_seed(0))
+
+        with torch.no_grad():
+            torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-2)
+        steps.append(_stepper(loop, theirs, fused=False))
+    mixture, *others = _repeated(steps, seconds)
+    return mixture, dict(zip(loops, others, strict=True))
+
+
 def main() -> None:
     """Measure."""
     arguments = tyro.cli(Arguments)
-    torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     rows = []
-    for name in arguments.models:
+    for dataset, budget, name, threads in itertools.product(
+        arguments.datasets, arguments.budgets, arguments.models, arguments.threads
+    ):
+        torch.set_num_threads(threads)
         preset, _, amortized = name.partition(" ")
-        parts, sizes = PRESETS[preset], BUDGETS[arguments.budget].sizes
         mixture = Mixture(arguments.components, component_encoder=amortized or "separate")
         torch.manual_seed(0)
-        model = ImageVAE((28, 28), parts, mixture, sizes)
-        x = torch.rand(arguments.batch_size, 1, 28, 28).round()
+        images = load(dataset, data_folder() / "images").train[: arguments.batch_size]
+        x = binarise(images)
+        model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)
         loops = {"prior once per step": _Loop(model, prior_once=True)}
-        if parts.prior == "vamp" and arguments.slow_loop:
+        if model.parts.prior == "vamp":
             loops["prior once per component"] = _Loop(model, prior_once=False)
-
-        def ours(model: ImageVAE = model, x: Tensor = x) -> Tensor:
-            draws = model.draw(x, generator=torch.Generator().manual_seed(0))
-            return -miselbo(model.log_weights(x, draws)).mean()
-
-        steps = [_stepper(model, ours, fused=True)]
-        for loop in loops.values():
-
-            def theirs(loop: _Loop = loop, x: Tensor = x) -> Tensor:
-                return loop(x, torch.Generator().manual_seed(0))
-
-            with torch.no_grad():
-                torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-2)
-            steps.append(_stepper(loop, theirs, fused=False))
-        for step in steps:
-            step()
-        # In turn, so that what else the machine does falls on all of them.
-        times = [[step() for step in steps] for _ in range(arguments.repeats)]
-        mixture_s, *loops_s = (statistics.median(column) for column in zip(*times, strict=True))
-        for kind, loop_s in zip(loops, loops_s, strict=True):
-            rows.append(
-                {
-                    "preset": preset,
-                    "component_encoder": mixture.component_encoder,
-                    "budget": arguments.budget,
-                    "components": arguments.components,
-                    "batch_size": arguments.batch_size,
-                    "loop": kind,
-                    "loop_ms": round(1e3 * loop_s, 1),
-                    "mixture_ms": round(1e3 * mixture_s, 1),
-                    "ratio": round(mixture_s / loop_s, 3),
-                    "repeats": arguments.repeats,
-                    "threads": arguments.threads,
-                    "seed": 0,
-                    "machine": f"{platform.system()} {platform.machine()}",
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "command": shlex.join(
-                        ["python", "benchmarks/images_step_time.py", *sys.argv[1:]]
-                    ),
-                }
-            )
-            print(*list(rows[-1].values())[:9], flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        mixture_s, loops_s = _compare(model, x, loops, arguments.seconds)
+        for kind, loop_s in loops_s.items():
+            row = {
+                "dataset": dataset,
+                "preset": preset,
+                "component_encoder": mixture.component_encoder,
+                "budget": budget,
+                "components": arguments.components,
+                "batch_size": arguments.batch_size,
+                "threads": threads,
+                "loop": kind,
+                "loop_ms": round(1e3 * statistics.median(loop_s), 1),
+                "mixture_ms": round(1e3 * statistics.median(mixture_s), 1),
+                "ratio": round(statistics.median(mixture_s) / statistics.median(loop_s), 3),
+                "ratio_of_fastest": round(min(mixture_s) / min(loop_s), 3),
+                "repeats": len(mixture_s),
+                "seed": 0,
+            }
+            print(*row.values(), flush=True)
+            rows.append(row | machine())
     write_beside(arguments.output, csv_text(rows))
 
 

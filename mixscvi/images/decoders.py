@@ -16,15 +16,16 @@ __all__ = ["BernoulliDecoder", "PixelCNNDecoder"]
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
-    """Log-probability of images `(B, P)` under logits `(L, B, S, P)`, summed over pixels."""
-    on = torch.einsum("lbsp,bp->lbs", logits, x)
-    return on - F.softplus(logits).sum(-1)
+    """Log-probability of binary images `(B, P)` under logits `(L, B, S, P)`, summed over pixels."""
+    sign = 2 * x - 1
+    return F.logsigmoid(logits * sign.unsqueeze(1)).sum(-1)
 
 
 class BernoulliDecoder(nn.Module):
     r"""Pixels independent given the latents.
 
-    .. math:: \log p(x \mid z) = \sum_i x_i \ell_i(z) - \log(1 + e^{\ell_i(z)})
+    .. math:: \log p(x \mid z) = \sum_i \log \sigma((2 x_i - 1)\, \ell_i(z)),
+        \qquad x_i \in \{0, 1\}
 
     Parameters
     ----------

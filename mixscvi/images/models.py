@@ -305,7 +305,7 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     >>> from mixscvi.images.configs import RunConfig
     >>> model = build(RunConfig.of("vanilla", budget="smoke", n_components=4), (8, 8))
     >>> model.encoder.trunk.layers[0]
-    StackedLinear(n_components=4, n_in=64, n_out=24, bias=True)
+    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
     """
     mixture, sizes = config.mixture, config.sizes
     if config.objective == "iwae":

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.mixture import StackedConv2d, StackedLinear
+from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
 
 __all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
 
@@ -70,10 +70,11 @@ class DenseTrunk(nn.Module):
     ) -> None:
         super().__init__()
         widths = [image_shape[0] * image_shape[1], *hidden]
-        self.layers = nn.ModuleList(
-            StackedLinear(n_components, n_in, 2 * n_out)
-            for n_in, n_out in zip(widths, hidden, strict=False)
-        )
+        self.layers = nn.ModuleList()
+        for n_in, n_out in zip(widths, hidden, strict=False):
+            # An image's pixels are mostly off.
+            layer = StackedLinear if self.layers else StackedSparseLinear
+            self.layers.append(layer(n_components, n_in, 2 * n_out))
         self.n_hidden = hidden[-1]
 
     def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@
 | posterior | A diagonal Gaussians as one distribution |
 | objectives | MISELBO and SIWAE of log-weights; the estimators that choose components |
 | layers | A networks in one call |
+| products | matrix products with what is mostly zero |
 | encoders | separate components, and components amortised by a code |
 | priors | standard normal, mixture of Gaussians, VampPrior |
 | flows | the inverse autoregressive flow that all components share |
@@ -27,7 +28,7 @@ from mixscvi.mixture.encoders import (
     SeparateEncoder,
 )
 from mixscvi.mixture.flows import InverseAutoregressiveFlow
-from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedMLP
+from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedMLP, StackedSparseLinear
 from mixscvi.mixture.objectives import (
     Estimator,
     importance_weighted_miselbo,
@@ -53,6 +54,7 @@ __all__ = [
     "StackedConv2d",
     "StackedLinear",
     "StackedMLP",
+    "StackedSparseLinear",
     "StandardNormal",
     "VampPrior",
     "active_units",

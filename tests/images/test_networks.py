@@ -34,9 +34,9 @@ def test_dense_trunk_against_a_loop():
     x = torch.randn(2, 1, 4, 5, dtype=torch.float64)
     for a, y in enumerate(trunk(x).unbind(1)):
         first, second = trunk.layers
-        h = x.flatten(1) @ first.weight[a].T + first.bias[a]
+        h = x.flatten(1) @ first.weight_of(a).T + first.bias[a]
         h = h[:, :6] * h[:, 6:].sigmoid()
-        torch.testing.assert_close(y, h @ second.weight[a].T + second.bias[a])
+        torch.testing.assert_close(y, h @ second.weight_of(a).T + second.bias[a])
 
 
 @pytest.mark.parametrize("image_shape", [(8, 8), (9, 6)])

@@ -235,8 +235,9 @@ def test_components_of_an_ensemble_do_not_learn_from_each_other(data):
 
     before = gradient()
     with torch.no_grad():
-        for parameter in model.encoder.parameters():
-            parameter[1] += 1
+        for layer in (*model.encoder.trunk.layers, *model.encoder.heads.children()):
+            layer.weight_of(1).add_(1)
+            layer.bias[1] += 1
     torch.testing.assert_close(gradient(), before)
 
 

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from mixscvi.mixture import StackedConv2d, StackedLinear, StackedMLP
+from mixscvi.mixture import StackedConv2d, StackedLinear, StackedMLP, StackedSparseLinear
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -80,6 +80,46 @@ def test_stacked_linear_starts_as_linear_does():
     before = layer.weight.clone()
     layer.reset_parameters()
     assert not torch.equal(layer.weight, before)
+
+
+# Linear with an input that is mostly zero
+
+
+def a_share_of(x, share):
+    """The entries of x but for a share of them, which are zero."""
+    return x * (torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share)
+
+
+@pytest.mark.parametrize("components", [None, [2, 0], [3]])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("share", "n_out"), [(0.1, 700), (0.0, 700), (0.9, 700), (0.1, 5)], ids=str
+)
+def test_stacked_sparse_linear_is_stacked_linear(normal, share, n_out, bias, components):
+    torch.manual_seed(0)
+    reference = StackedLinear(4, 30, n_out, bias=bias).double()
+    torch.manual_seed(0)
+    layer = StackedSparseLinear(4, 30, n_out, bias=bias).double()
+    for a in range(4):
+        assert torch.equal(layer.weight_of(a), reference.weight_of(a))
+    x, weights = a_share_of(normal(8, 30), share), normal(n_out)
+    assert not x[0].count_nonzero() or share, "a row without any non-zero is to be among them"
+    index = None if components is None else torch.tensor(components)
+    results = []
+    for module in (reference, layer):
+        y = module(x, index)
+        (y.square() * weights).sum().backward()
+        results.append(y)
+    assert_close(*results)
+    assert_close(layer.weight.grad, reference.weight.grad.permute(2, 0, 1))
+    if bias:
+        assert_close(layer.bias.grad, reference.bias.grad)
+
+
+def test_inputs_of_a_sparse_linear_can_have_a_gradient(normal):
+    layer = StackedSparseLinear(4, 30, 700).double()
+    x = a_share_of(normal(8, 30), 0.1).requires_grad_()
+    torch.autograd.gradcheck(lambda x: layer(x).square().sum(-1), x)
 
 
 # Convolution

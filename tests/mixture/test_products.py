@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from mixscvi.mixture.products import mostly_zero, product_by_nonzeros
+
+
+def few_nonzeros(normal, *shape):
+    x = normal(*shape)
+    return x * (x.abs() > 1.5)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 9])
+def test_product_by_nonzeros_is_the_product(normal, n_rows):
+    x, table = few_nonzeros(normal, n_rows, 20), normal(20, 6)
+    torch.testing.assert_close(product_by_nonzeros(x, table), x @ table)
+
+
+def test_derivatives_of_the_product_by_nonzeros(normal):
+    x, table = few_nonzeros(normal, 5, 7), normal(7, 3).requires_grad_()
+    assert 0 < x.count_nonzero() < x.numel()
+    torch.autograd.gradcheck(lambda table: product_by_nonzeros(x, table), table)
+    torch.autograd.gradgradcheck(lambda table: product_by_nonzeros(x, table).pow(3), table)
+
+
+def test_derivatives_by_function_transforms(normal):
+    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
+    actual = torch.func.grad(lambda table: product_by_nonzeros(x, table).square().sum())(table)
+    torch.testing.assert_close(actual, 2 * x.T @ (x @ table))
+
+
+def test_nan_is_not_taken_for_zero(normal):
+    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
+    x[2, 4] = torch.nan
+    product = product_by_nonzeros(x, table)
+    assert product.isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("x", "n_out", "expected"),
+    [
+        (torch.eye(10), 600, True),
+        (torch.eye(10), 6, False),
+        (torch.eye(10).requires_grad_(), 600, False),
+        (torch.eye(10) + 1, 600, False),
+        (torch.zeros(10, 10), 600, True),
+        (torch.zeros(10, 10, device="meta"), 600, False),
+    ],
+    ids=["yes", "few columns", "gradient", "no zeros", "nothing else", "other device"],
+)
+def test_when_the_nonzeros_are_taken(x, n_out, expected):
+    assert mostly_zero(x, torch.ones(10, n_out, device=x.device)) is expected
