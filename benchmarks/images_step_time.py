@@ -277,7 +277,7 @@ class Arguments:
     components: int = 4
     batch_size: int = 100
     seconds: float = 20.0
-    """Steps are repeated for so long, and three times at least."""
+    """Steps are repeated for so long, and five times at least."""
     output: Path = RESULTS / "images_step_time.csv"
 
 
@@ -299,7 +299,7 @@ def _repeated(steps: list[Callable[[], float]], seconds: float) -> list[list[flo
     for step in steps:
         step()
     rows: list[list[float]] = []
-    while len(rows) < 3 or sum(map(sum, rows)) < seconds:
+    while len(rows) < 5 or sum(map(sum, rows)) < seconds:
         rows.append([step() for step in steps])
     return [list(column) for column in zip(*rows, strict=True)]
 

@@ -16,34 +16,34 @@ _LEAST_COLUMNS = 512
 _MOST_NONZERO = 0.2
 
 
-def _sum_of_rows(x: Tensor, table: Tensor) -> Tensor:
-    """`x @ table` as sums of the table's rows, weighted by the non-zeros of x."""
-    row, column = x.nonzero(as_tuple=True)
-    n_nonzero = x.count_nonzero(1)
-    return F.embedding_bag(
-        column.contiguous(),
-        table.contiguous(),
-        n_nonzero.cumsum(0) - n_nonzero,
-        mode="sum",
-        per_sample_weights=x[row, column],
-    )
+def _sums_of_rows(
+    table: Tensor, index: Tensor, weight: Tensor, of_sum: Tensor, n_sums: int
+) -> Tensor:
+    """Sums of weighted rows of a table; `of_sum` says for each to which it belongs, in order."""
+    n_rows = torch.bincount(of_sum, minlength=n_sums)
+    start = n_rows.cumsum(0) - n_rows
+    return F.embedding_bag(index, table.contiguous(), start, mode="sum", per_sample_weights=weight)
 
 
 class _ProductByNonzeros(torch.autograd.Function):
     # As embedding_bag, but its gradient is made of sums of rows as well.
 
     @staticmethod
-    def forward(x: Tensor, table: Tensor) -> Tensor:
-        return _sum_of_rows(x, table)
+    def forward(table: Tensor, row: Tensor, column: Tensor, value: Tensor, n_rows: int) -> Tensor:
+        return _sums_of_rows(table, column, value, row, n_rows)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, *nonzeros, _ = inputs
+        ctx.n_in = len(table)
+        ctx.save_for_backward(*nonzeros)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        return None, _sum_of_rows(x.T.contiguous(), grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        row, column, value = ctx.saved_tensors
+        order = column.argsort(stable=True)
+        by_column = _sums_of_rows(grad, row[order], value[order], column[order], ctx.n_in)
+        return by_column, None, None, None, None
 
 
 def mostly_zero(x: Tensor, table: Tensor) -> bool:
@@ -84,4 +84,6 @@ def product_by_nonzeros(x: Tensor, table: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    return _ProductByNonzeros.apply(x, table)
+    row, column = x.nonzero(as_tuple=True)
+    value = x[row, column]
+    return _ProductByNonzeros.apply(table, row, column.contiguous(), value, len(x))
