@@ -1,0 +1,95 @@
+"""The loss stays on one device, on fakes."""
+
+import pytest
+import torch
+
+from naive_module import COMBINATIONS, COVARIATES, make_module, make_tensors
+
+DEVICE_CASES = COMBINATIONS | {
+    "zinb, library, gene-batch": {
+        "gene_likelihood": "zinb",
+        "use_observed_lib_size": False,
+        "dispersion": "gene-batch",
+    },
+    "poisson, embedding": {"gene_likelihood": "poisson", "batch_representation": "embedding"},
+    "normal, gene-label, siwae": {
+        "gene_likelihood": "normal",
+        "dispersion": "gene-label",
+        "objective": "siwae",
+        "n_samples": 2,
+    },
+    "gene-cell, ln": {"dispersion": "gene-cell", "latent_distribution": "ln"},
+}
+
+
+@pytest.fixture(autouse=True)
+def unvalidated(monkeypatch):
+    """A fake has no values for scvi-tools' distributions to check, if another test turned it on."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+
+
+def loss_on_fakes(module, *, device="meta", left_behind=()):
+    """Run the loss on fakes on another device, some parameters left on the CPU.
+
+    "meta" is another device than the CPU to every operation, and takes gradients. On fakes of
+    "cuda" a build of torch without it aborts, in batch normalisation's training and wherever
+    gradients are recorded, so those run the loss alone.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def fake(value, device=device):
+        empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+        return torch.nn.Parameter(empty) if isinstance(value, torch.nn.Parameter) else empty
+
+    parts = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = make_tensors(module, 6)
+    shape_env = ShapeEnv(allow_dynamic_output_shape_ops=True)
+    with FakeTensorMode(shape_env=shape_env):
+        parts = {
+            name: fake(value, "cpu" if name in left_behind else device)
+            for name, value in parts.items()
+        }
+        tensors = {name: fake(value) for name, value in tensors.items()}
+        with torch.set_grad_enabled(device == "meta"):
+            _, _, losses = torch.func.functional_call(module, parts, (tensors,))
+        if device == "meta":
+            losses.loss.backward()
+    gradients = {name: part.grad for name, part in parts.items() if part.grad is not None}
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [(name, True) for name in DEVICE_CASES]
+    + [(name, False) for name in DEVICE_CASES if "," in name or name.endswith("vamp-2")],
+)
+def test_loss_keeps_to_one_device(name, training):
+    kwargs = DEVICE_CASES[name]
+    module = make_module(**{"gene_likelihood": "nb", **COVARIATES, **kwargs}).train(training)
+    losses, gradients = loss_on_fakes(module)
+    assert any(name.startswith("z_encoder") for name in gradients)
+    assert {gradient.device.type for gradient in gradients.values()} == {"meta"}
+    assert losses.loss.device.type == "meta"
+    assert losses.loss.shape == ()
+    assert losses.reconstruction_loss["reconstruction_loss"].shape == (6,)
+    for term in losses.kl_local.values():
+        assert term.device.type == "meta"
+        assert term.shape == (6,)
+
+
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_loss_runs_on_cuda_fakes(name):
+    kwargs = DEVICE_CASES[name]
+    module = make_module(**{"gene_likelihood": "zinb", **COVARIATES, **kwargs}).eval()
+    losses, _ = loss_on_fakes(module, device="cuda")
+    assert losses.loss.device.type == "cuda"
+    assert losses.reconstruction_loss["reconstruction_loss"].shape == (6,)
+    assert {term.device.type for term in losses.kl_local.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("name", ["prior.loc", "prior.log_scale", "px_r"])
+def test_fakes_tell_mixed_devices(name):
+    module = make_module(prior="mog", **COVARIATES)
+    with pytest.raises(RuntimeError, match="device"):
+        loss_on_fakes(module, left_behind=(name,))
