@@ -45,6 +45,17 @@ DATASETS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
+# What is in them, by a hash of the bytes behind the header: the files' names are the same.
+_CONTENTS = {
+    "000b548c0dd88b2b": ("mnist", "train_images"),
+    "f52eea2c5f99c70c": ("mnist", "train_labels"),
+    "a66f37370f3f012b": ("mnist", "test_images"),
+    "9b61c31a41795831": ("mnist", "test_labels"),
+    "2f2c7539a12d77a4": ("fashion-mnist", "train_images"),
+    "5a94272eea281cb1": ("fashion-mnist", "train_labels"),
+    "991baa1070496e0a": ("fashion-mnist", "test_images"),
+    "91602d8c52e4381e": ("fashion-mnist", "test_labels"),
+}
 _N_VALIDATION = 10_000
 # Fixed once for everybody: validation and test images do not depend on a run's seed.
 _BINARISATION_SEED = 20220930
@@ -98,6 +109,24 @@ def read_idx(path: str | Path) -> np.ndarray:
             f"it has {len(raw) - start}: {again}"
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(array)
+    return digest.hexdigest()
+
+
+def _check_contents(path: Path, array: np.ndarray, name: str, part: str) -> None:
+    """Refuse a file that is known to hold something else than its name says."""
+    holds = _CONTENTS.get(_hash(array), (name, part))
+    if holds != (name, part):
+        raise ValueError(
+            f"{path} holds the {holds[1].replace('_', ' ')} of {holds[0]!r}, not the "
+            f"{part.replace('_', ' ')} of {name!r}: name the folder of {name!r}, or put the files "
+            f"of each into a folder of its own, {name} and {holds[0]}"
+        )
 
 
 def _find(name: str, file: str, folder: Path) -> Path:
@@ -199,10 +228,7 @@ class ImageData:
 
     def fingerprint(self, *parts: Literal["train", "validation", "test"]) -> str:
         """Hash of the images of some parts, to tell data of one name and shape apart."""
-        digest = hashlib.blake2b(digest_size=8)
-        for part in parts:
-            digest.update(getattr(self, part).contiguous().numpy())
-        return digest.hexdigest()
+        return _hash(*(getattr(self, part).contiguous().numpy() for part in parts))
 
     @classmethod
     def from_arrays(
@@ -272,7 +298,8 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
     Raises
     ------
     FileNotFoundError, ValueError, OSError
-        Naming the file that is missing, truncated or could not be fetched, and how to get it.
+        Naming the file that is missing, truncated, of the other data set or could not be fetched,
+        and how to get it.
     """
     if name.endswith(".npy"):
         try:
@@ -293,6 +320,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         kind = part.split("_")[1]
         if arrays[part].ndim != {"images": 3, "labels": 1}[kind]:
             raise ValueError(f"{path} must hold {kind}, got an array of shape {arrays[part].shape}")
+        _check_contents(path, arrays[part], name, part)
         images = arrays[part.replace("labels", "images")]
         if len(arrays[part]) != len(images) or images.shape[1:] != arrays["train_images"].shape[1:]:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
@@ -69,7 +70,7 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
     }
 
 
-class _Progress:
+class _State:
     """What an evaluation has done so far, on file so that it can be continued."""
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
@@ -89,21 +90,21 @@ class _Progress:
 
 
 def _evaluate_images(
-    model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], progress: _Progress
+    model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], state: _State
 ) -> dict[str, Tensor]:
     """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
     n_components = model.mixture.n_components
     size = max(1, _ROWS // (len(x) * n_components))
     prior = model.prior_distribution()
-    for block in range(len(progress.blocks), math.ceil(n_samples / size)):
+    for block in range(len(state.blocks), math.ceil(n_samples / size)):
         generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
         n_block = min(size, n_samples - block * size)
         draws = model.importance_draws(x, n_block, prior=prior, generator=generator)
         # Sums of some hundred terms: kept in double precision, they lose nothing further.
-        progress.blocks.append(ImportanceDraws(*(part.cpu().double() for part in draws)))
+        state.blocks.append(ImportanceDraws(*(part.cpu().double() for part in draws)))
         if (block + 1) % _SAVE_EVERY == 0:
-            progress.save()
-    merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*progress.blocks, strict=True)))
+            state.save()
+    merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*state.blocks, strict=True)))
     loc, _ = model.component_parameters(x)
     return image_statistics(merged) | {"mean": loc.mean(1).cpu()}
 
@@ -117,6 +118,7 @@ def evaluate(
     data_folder: str | Path | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the best model of a finished run on its test images.
 
@@ -140,6 +142,8 @@ def evaluate(
         Seed of the draws.
     device
         Where the model runs.
+    progress
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -178,15 +182,18 @@ def evaluate(
         raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
     images = data.fingerprint("test")
     key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
-    progress = _Progress(folder / "evaluation.partial.pt", key)
-    groups = data.test.to(device).split(_IMAGES)
-    for group in range(len(progress.done), len(groups)):
-        statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), progress)
-        progress.done.append(statistics)
-        progress.blocks = []
-        progress.save()
-    names = list(progress.done[0])
-    images = {name: torch.cat([done[name] for done in progress.done]) for name in names}
+    state = _State(folder / "evaluation.partial.pt", key)
+    with tqdm(total=len(data.test), unit="image", disable=not progress) as bar:
+        bar.update(sum(len(done["siwae"]) for done in state.done))
+        groups = data.test.to(device).split(_IMAGES)
+        for group in range(len(state.done), len(groups)):
+            statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), state)
+            state.done.append(statistics)
+            state.blocks = []
+            state.save()
+            bar.update(len(groups[group]))
+    names = list(state.done[0])
+    images = {name: torch.cat([done[name] for done in state.done]) for name in names}
     result = _averages(images) | {
         "draws": n_samples * n_components,
         "n_images": len(data.test),
@@ -195,7 +202,7 @@ def evaluate(
     }
     write_beside(folder / "evaluation.csv", csv_text(_rows(images)))
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    progress.path.unlink()
+    state.path.unlink()
     return result
 
 

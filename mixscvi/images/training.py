@@ -236,6 +236,13 @@ def train(
     ['active_units', 'dataset', 'draws', 'elbo']
     """
     folder = Path(folder)
+    protocol = config.protocol
+    if protocol.max_epochs < protocol.warmup_epochs:
+        warnings.warn(
+            f"training for {protocol.max_epochs} epochs ends within the warm-up of the KL term, "
+            f"{protocol.warmup_epochs} epochs: its weight does not reach 1",
+            stacklevel=2,
+        )
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
     model = build(config, data.image_shape)
@@ -248,7 +255,6 @@ def train(
         alone = _trained_alone(config, folder / "alone", data, progress=progress)
         _freeze_generative_half(model, alone)
     recorder = _Recorder(folder)
-    protocol = config.protocol
     with warnings.catch_warnings():
         # A run on a few minibatches is no mistake, nor is one on the CPU.
         warnings.filterwarnings("ignore", message=".*(number of training batches|not used).*")

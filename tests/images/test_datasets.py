@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixscvi.images import datasets
 from mixscvi.images.datasets import ImageBatches, ImageData, binarise, load, read_idx
 
 
@@ -79,6 +80,28 @@ def test_fetched_files_are_checked_by_hash(monkeypatch, tmp_path, array):
     )
 
 
+def write_files(folder, array):
+    folder.mkdir(exist_ok=True)
+    for file in ("train-images-idx3", "t10k-images-idx3"):
+        (folder / f"{file}-ubyte").write_bytes(idx(array))
+    for file in ("train-labels-idx1", "t10k-labels-idx1"):
+        (folder / f"{file}-ubyte").write_bytes(idx(array[:, 0, 0]))
+
+
+def test_files_of_the_other_data_set_are_refused(monkeypatch, tmp_path):
+    """Both data sets have files of the same names."""
+    array = np.arange(20_000 * 2).reshape(20_000, 2, 1).astype(np.uint8)
+    write_files(tmp_path, array)
+    assert load("mnist", tmp_path).name == "mnist"
+    known = {datasets._hash(array[:, 0, 0].copy()): ("fashion-mnist", "test_labels")}
+    monkeypatch.setattr(datasets, "_CONTENTS", known)
+    match = (
+        "train-labels.*holds the test labels of 'fashion-mnist', not the train labels of 'mnist'"
+    )
+    with pytest.raises(ValueError, match=match):
+        load("mnist", tmp_path)
+
+
 def test_unknown_dataset():
     with pytest.raises(ValueError, match="'mnits'"):
         load("mnits")
@@ -99,6 +122,9 @@ def test_the_real_files(data_folder, name):
     assert [len(labels) for labels in data.labels.values()] == [50_000, 10_000, 10_000]
     again = load(name, data_folder / "images" / name)
     assert torch.equal(data.test, again.test)
+    (other,) = set(datasets.DATASETS) - {name}
+    with pytest.raises(ValueError, match=f"holds the train images of '{name}'"):
+        load(other, data_folder / "images" / name)
 
 
 def test_arrays_of_the_users_own(tmp_path):

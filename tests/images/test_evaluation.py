@@ -60,6 +60,16 @@ def test_what_it_writes_and_returns(tmp_path, data):
     assert not (tmp_path / "evaluation.partial.pt").exists()
 
 
+def test_progress_is_shown_if_asked_for(tmp_path, data, capsys):
+    folder = run(tmp_path, data)
+    capsys.readouterr()
+    silent = evaluate(folder, data=data, draws=51)
+    assert capsys.readouterr().err == ""
+    assert evaluate(folder, data=data, draws=51, progress=True) == silent
+    n = len(data.test)
+    assert f"{n}/{n}" in capsys.readouterr().err
+
+
 def test_one_component_has_one_form_and_no_divergence(tmp_path, data):
     result = evaluate(run(tmp_path, data, n_components=1), data=data, draws=30)
     assert result["nll"] == pytest.approx(result["nll_paper"])
@@ -114,13 +124,13 @@ def test_other_test_images_start_anew(tmp_path, data, monkeypatch):
     run(tmp_path, data)
     expected = evaluate(tmp_path, data=other, draws=100)
     monkeypatch.setattr(evaluation, "_IMAGES", 5)
-    original = evaluation._Progress.save
+    original = evaluation._State.save
 
     def killed(self):
         original(self)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(evaluation._Progress, "save", killed)
+    monkeypatch.setattr(evaluation._State, "save", killed)
     with pytest.raises(RuntimeError, match="killed"):
         evaluate(tmp_path, data=data, draws=100)
     monkeypatch.undo()

@@ -25,7 +25,7 @@ def config_of(preset="vanilla", n_components=3, *, max_epochs=4, **kwargs) -> Ru
         preset,
         budget="smoke",
         n_components=n_components,
-        protocol={"max_epochs": max_epochs, "warmup_epochs": 2},
+        protocol={"max_epochs": max_epochs, "warmup_epochs": min(2, max_epochs)},
         **kwargs,
     )
 
@@ -137,6 +137,15 @@ def test_the_kl_weight_rises_to_one_and_does_not_touch_the_validation(tmp_path, 
     train(replace(config, protocol=replace(config.protocol, warmup_epochs=4)), tmp_path, data=data)
     assert list(dict.fromkeys(beta for training, beta in seen if training)) == [0.25, 0.5, 0.75, 1]
     assert {beta for training, beta in seen if not training} == {1.0}
+
+
+def test_a_training_within_the_warm_up_is_warned_of(tmp_path, data):
+    config = config_of(max_epochs=1)
+    config = replace(config, protocol=replace(config.protocol, warmup_epochs=4))
+    with pytest.warns(UserWarning, match="1 epochs ends within the warm-up.*4 epochs"):
+        train(config, tmp_path, data=data)
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    assert float(row["kl_weight"]) == 0.25
 
 
 def test_big_iwae_is_trained_by_the_importance_weighted_bound(data):
