@@ -4,8 +4,8 @@ The loop is what one writes first: an encoder of its own for every component, th
 every draw under every component one by one, the decoder once per component, gates as two layers,
 masked convolutions as whole kernels times a mask. It
 has the same weights and the same noise, and its loss is checked to be the same. Both take one
-step: loss, gradients, Adam, which is torch's default in the loop, and the fused one, as
-`mixscvi.images` trains with, in the other. The C library keeps freed memory for both, as the
+step: loss, gradients, Adam, which is torch's default in the loop unless ``--fused-loop`` is given,
+and the fused one, as `mixscvi.images` trains with, in the other. The C library keeps freed memory for both, as the
 command line has it do.
 
 With an amortized encoder, the loop runs the shared network once per component, with its code.
@@ -278,6 +278,8 @@ class Arguments:
     batch_size: int = 100
     seconds: float = 20.0
     """Steps are repeated for so long, and five times at least."""
+    fused_loop: bool = False
+    """Give the loop the fused Adam too."""
     output: Path = RESULTS / "images_step_time.csv"
 
 
@@ -305,7 +307,7 @@ def _repeated(steps: list[Callable[[], float]], seconds: float) -> list[list[flo
 
 
 def _compare(
-    model: ImageVAE, x: Tensor, loops: dict[str, _Loop], seconds: float
+    model: ImageVAE, x: Tensor, loops: dict[str, _Loop], seconds: float, *, fused_loop: bool
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Times of the model's step, and of each loop's."""
 
@@ -321,7 +323,7 @@ def _compare(
 
         with torch.no_grad():
             torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-2)
-        steps.append(_stepper(loop, theirs, fused=False))
+        steps.append(_stepper(loop, theirs, fused=fused_loop))
     mixture, *others = _repeated(steps, seconds)
     return mixture, dict(zip(loops, others, strict=True))
 
@@ -344,7 +346,9 @@ def main() -> None:
         loops = {"prior once per step": _Loop(model, prior_once=True)}
         if model.parts.prior == "vamp":
             loops["prior once per component"] = _Loop(model, prior_once=False)
-        mixture_s, loops_s = _compare(model, x, loops, arguments.seconds)
+        mixture_s, loops_s = _compare(
+            model, x, loops, arguments.seconds, fused_loop=arguments.fused_loop
+        )
         for kind, loop_s in loops_s.items():
             row = {
                 "dataset": dataset,
@@ -355,6 +359,7 @@ def main() -> None:
                 "batch_size": arguments.batch_size,
                 "threads": threads,
                 "loop": kind,
+                "loop_adam": "fused" if arguments.fused_loop else "default",
                 "loop_ms": round(1e3 * statistics.median(loop_s), 1),
                 "mixture_ms": round(1e3 * statistics.median(mixture_s), 1),
                 "ratio": round(statistics.median(mixture_s) / statistics.median(loop_s), 3),

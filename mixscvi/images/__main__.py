@@ -126,7 +126,7 @@ class Evaluate(Data):
                 data_folder=self.data_folder,
                 seed=self.seed,
                 device=self.device,
-                progress=sys.stdout.isatty(),
+                progress=sys.stderr.isatty(),
             )
         )
 

@@ -120,12 +120,16 @@ def _hash(*arrays: np.ndarray) -> str:
 
 def _check_contents(path: Path, array: np.ndarray, name: str, part: str) -> None:
     """Refuse a file that is known to hold something else than its name says."""
-    holds = _CONTENTS.get(_hash(array), (name, part))
-    if holds != (name, part):
+    other, holds = _CONTENTS.get(_hash(array), (name, part))
+    if (other, holds) != (name, part):
+        mend = (
+            "give the files their names back"
+            if other == name
+            else f"put the files of each into a folder of its own, {name} and {other}"
+        )
         raise ValueError(
-            f"{path} holds the {holds[1].replace('_', ' ')} of {holds[0]!r}, not the "
-            f"{part.replace('_', ' ')} of {name!r}: name the folder of {name!r}, or put the files "
-            f"of each into a folder of its own, {name} and {holds[0]}"
+            f"{path} holds the {holds.replace('_', ' ')} of {other!r}, not the "
+            f"{part.replace('_', ' ')} of {name!r}: {mend}"
         )
 
 
@@ -220,6 +224,16 @@ class ImageData:
     """Zeros and ones, `(n, 1, height, width)`: binarised once."""
     labels: dict[Literal["train", "validation", "test"], np.ndarray] | None = None
     """Class of every image, `(n,)` for each part."""
+
+    def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            images = getattr(self, part)
+            binary = part != "train"
+            valid = (images == 0) | (images == 1) if binary else (images >= 0) & (images <= 1)
+            if not bool(valid.all()):
+                first = int((~valid).flatten(1).any(1).nonzero()[0])
+                expected = "zeros and ones (binarise them)" if binary else "grey levels in [0, 1]"
+                raise ValueError(f"{part} must be {expected}; image {first} is the first not to be")
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ __all__ = ["BernoulliDecoder", "PixelCNNDecoder"]
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Log-probability of binary images `(B, P)` under logits `(L, B, S, P)`, summed over pixels."""
-    sign = 2 * x - 1
+    sign = 2 * x.to(logits.dtype) - 1
     return F.logsigmoid(logits * sign.unsqueeze(1)).sum(-1)
 
 

@@ -183,8 +183,8 @@ def evaluate(
     images = data.fingerprint("test")
     key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
     state = _State(folder / "evaluation.partial.pt", key)
-    with tqdm(total=len(data.test), unit="image", disable=not progress) as bar:
-        bar.update(sum(len(done["siwae"]) for done in state.done))
+    done = sum(len(group["siwae"]) for group in state.done)
+    with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.to(device).split(_IMAGES)
         for group in range(len(state.done), len(groups)):
             statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), state)

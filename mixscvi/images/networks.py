@@ -72,7 +72,7 @@ class DenseTrunk(nn.Module):
         widths = [image_shape[0] * image_shape[1], *hidden]
         self.layers = nn.ModuleList()
         for n_in, n_out in zip(widths, hidden, strict=False):
-            # An image's pixels are mostly off.
+            # Often enough, few of an image's pixels are on.
             layer = StackedLinear if self.layers else StackedSparseLinear
             self.layers.append(layer(n_components, n_in, 2 * n_out))
         self.n_hidden = hidden[-1]

@@ -135,10 +135,25 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
-    """Configuration and best model of a finished run, in evaluation mode, on a device."""
+    """Configuration and best model of a finished run, in evaluation mode, on a device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no finished run.
+    ValueError
+        If its weights are those of another model, as another version may have made it.
+    """
     folder = Path(folder)
     summary = read_summary(folder)
     config = read_config(folder)
     model = build(config, tuple(summary["image_shape"]))
-    model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
+    weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: value.shape for name, value in weights.items()}:
+        raise ValueError(
+            f"{folder / 'best.pt'} does not fit the model of config.json: another version of "
+            "mixscvi wrote it. Train the run anew, or use that version"
+        )
+    model.load_state_dict(weights)
     return config, model.to(device).eval()

@@ -237,14 +237,15 @@ def train(
     """
     folder = Path(folder)
     protocol = config.protocol
-    if protocol.max_epochs < protocol.warmup_epochs:
+    data = run_data(config, data, data_folder)
+    checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
+    # An ensemble leaves it to the run that its decoder is from.
+    if not config.ensemble and protocol.max_epochs < protocol.warmup_epochs:
         warnings.warn(
             f"training for {protocol.max_epochs} epochs ends within the warm-up of the KL term, "
             f"{protocol.warmup_epochs} epochs: its weight does not reach 1",
             stacklevel=2,
         )
-    data = run_data(config, data, data_folder)
-    checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
     model = build(config, data.image_shape)
     if config.parts.prior == "vamp":
         generator = torch.Generator().manual_seed(config.seed)

@@ -105,8 +105,9 @@ class StackedSparseLinear(StackedLinear):
     r"""`A` linear maps of one input that is mostly zero, such as a binary image.
 
     The same maps as those of :class:`StackedLinear`, but every input feature has its weights
-    together in memory: `weight` is `(n_in, A, n_out)`. On a CPU, minibatches with few non-zeros
-    then cost sums of rows, and any other minibatch one matrix product.
+    together in memory: `weight` is `(n_in, A, n_out)`. On a CPU and with enough outputs of all
+    maps together, minibatches with few non-zeros cost sums of rows
+    (:func:`~mixscvi.mixture.products.mostly_zero`); any other minibatch costs one matrix product.
 
     Parameters
     ----------
@@ -142,7 +143,14 @@ class StackedSparseLinear(StackedLinear):
         Returns
         -------
         `(B, S, n_out)`.
+
+        Raises
+        ------
+        ValueError
+            If `x` is not one input for all maps.
         """
+        if x.dim() != 2:
+            raise ValueError(f"x must have shape (B, {self.n_in}), got {tuple(x.shape)}")
         weight = self.weight if components is None else self.weight.index_select(1, components)
         table = weight.flatten(1)
         bias = None if self.bias is None else rows(self.bias, components).flatten()

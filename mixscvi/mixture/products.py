@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 __all__ = ["mostly_zero", "product_by_nonzeros"]
 
@@ -47,9 +48,11 @@ class _ProductByNonzeros(torch.autograd.Function):
 
 
 def mostly_zero(x: Tensor, table: Tensor) -> bool:
-    """Whether :func:`product_by_nonzeros` of them is possible, and the faster product.
+    """Whether :func:`product_by_nonzeros` is the product to take.
 
-    It is for a constant `x` on a CPU, a table of many columns, and few non-zeros.
+    It is for a constant `x` in a CPU's memory, a table of many columns, and few non-zeros. Where
+    the choice may not depend on numbers, as in compiled or transformed functions and on fakes,
+    and where autocast would choose the type, it is the dense one.
 
     Examples
     --------
@@ -58,6 +61,10 @@ def mostly_zero(x: Tensor, table: Tensor) -> bool:
     (True, False)
     """
     if x.requires_grad or x.device.type != "cpu" or table.shape[1] < _LEAST_COLUMNS:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if isinstance(x, FakeTensor) or torch.is_autocast_enabled("cpu"):
         return False
     return int(x.count_nonzero()) <= _MOST_NONZERO * x.numel()
 
@@ -76,6 +83,11 @@ def product_by_nonzeros(x: Tensor, table: Tensor) -> Tensor:
     -------
     `(B, n_out)`.
 
+    Raises
+    ------
+    ValueError
+        If `x` needs a gradient, which would be lost.
+
     Examples
     --------
     >>> import torch
@@ -84,6 +96,8 @@ def product_by_nonzeros(x: Tensor, table: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
+    if x.requires_grad:
+        raise ValueError("x must not need a gradient: only the table gets one")
     row, column = x.nonzero(as_tuple=True)
     value = x[row, column]
     return _ProductByNonzeros.apply(table, row, column.contiguous(), value, len(x))

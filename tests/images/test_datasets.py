@@ -1,4 +1,5 @@
 import gzip
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,7 +94,11 @@ def test_files_of_the_other_data_set_are_refused(monkeypatch, tmp_path):
     array = np.arange(20_000 * 2).reshape(20_000, 2, 1).astype(np.uint8)
     write_files(tmp_path, array)
     assert load("mnist", tmp_path).name == "mnist"
-    known = {datasets._hash(array[:, 0, 0].copy()): ("fashion-mnist", "test_labels")}
+    digest = datasets._hash(array[:, 0, 0].copy())
+    monkeypatch.setattr(datasets, "_CONTENTS", {digest: ("mnist", "test_labels")})
+    with pytest.raises(ValueError, match="train-labels.*holds the test labels.*names back"):
+        load("mnist", tmp_path)
+    known = {digest: ("fashion-mnist", "test_labels")}
     monkeypatch.setattr(datasets, "_CONTENTS", known)
     match = (
         "train-labels.*holds the test labels of 'fashion-mnist', not the train labels of 'mnist'"
@@ -122,9 +127,28 @@ def test_the_real_files(data_folder, name):
     assert [len(labels) for labels in data.labels.values()] == [50_000, 10_000, 10_000]
     again = load(name, data_folder / "images" / name)
     assert torch.equal(data.test, again.test)
+    for part, file in datasets._FILES.items():
+        array = read_idx(datasets._find(name, file, data_folder / "images"))
+        assert datasets._CONTENTS[datasets._hash(array)] == (name, part)
     (other,) = set(datasets.DATASETS) - {name}
     with pytest.raises(ValueError, match=f"holds the train images of '{name}'"):
         load(other, data_folder / "images" / name)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("test", 0.5, "test must be zeros and ones.*image 3"),
+        ("validation", torch.nan, "validation must be zeros and ones.*image 3"),
+        ("train", 255.0, r"train must be grey levels in \[0, 1\]; image 3"),
+    ],
+)
+def test_parts_that_no_likelihood_is_for(part, value, match):
+    data = ImageData.from_arrays(np.zeros((60, 5, 7)), n_validation=10, n_test=15)
+    images = getattr(data, part).clone()
+    images[3:5, 0, 2, 2] = value
+    with pytest.raises(ValueError, match=match):
+        replace(data, **{part: images})
 
 
 def test_arrays_of_the_users_own(tmp_path):

@@ -70,6 +70,30 @@ def test_progress_is_shown_if_asked_for(tmp_path, data, capsys):
     assert f"{n}/{n}" in capsys.readouterr().err
 
 
+def test_progress_of_a_continued_evaluation_starts_where_it_was(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    original, bars = evaluation._State.save, []
+
+    def killed(self):
+        original(self)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._State, "save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            evaluate(run(tmp_path, data), data=data, draws=100)
+
+    class Bar(evaluation.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    evaluate(tmp_path, data=data, draws=100, progress=True)
+    (bar,) = bars
+    assert (bar.initial, bar.n, bar.total) == (5, 12, 12)
+
+
 def test_one_component_has_one_form_and_no_divergence(tmp_path, data):
     result = evaluate(run(tmp_path, data, n_components=1), data=data, draws=30)
     assert result["nll"] == pytest.approx(result["nll_paper"])

@@ -8,7 +8,8 @@ from torch.distributions import Independent, Normal
 
 from mixscvi.images.configs import BUDGETS, PRESETS, Mixture, Parts, RunConfig, Sizes
 from mixscvi.images.models import ImageVAE, build, count_parameters
-from mixscvi.mixture import miselbo
+from mixscvi.mixture import layers, miselbo
+from mixscvi.mixture.products import product_by_nonzeros
 
 TINY = Sizes(
     n_latent=2,
@@ -48,6 +49,7 @@ def log_det(flow, z0: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
 @pytest.mark.parametrize("n_flow_steps", [0, 2])
 @pytest.mark.parametrize("n_levels", [1, 2])
+@pytest.mark.usefixtures("first_layer")
 def test_densities_against_a_loop_over_components(n_levels, n_flow_steps, component_encoder):
     """Each q_j by itself, at draws pulled back through the inverse of the flow."""
     parts = Parts(n_levels=n_levels, n_flow_steps=n_flow_steps)
@@ -121,6 +123,7 @@ def test_vamp_prior_is_the_mixture_over_pseudo_images_and_components():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("first_layer")
 def test_an_image_does_not_change_another_ones_likelihood(preset):
     model = model_of(PRESETS[preset], Mixture(2)).train()
     x = images(4)
@@ -212,6 +215,44 @@ def test_composite_at_the_papers_size_runs_on_cuda_fakes():
             assert {p.grad.device.type for p in model.parameters()} == {"cuda"}
     assert bound.device.type == "cuda" and bound.shape == (100,)
     assert 4_000_000 < count_parameters(model) < 50_000_000
+
+
+@pytest.mark.parametrize("estimator", ["all_to_all", "some_to_all", "some_to_some"])
+def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
+    sizes = BUDGETS["cpu"].sizes
+    mixture = Mixture(4, estimator=estimator, n_sampled=None if estimator == "all_to_all" else 3)
+    torch.manual_seed(0)
+    model = ImageVAE((28, 28), PRESETS["vanilla"], mixture, sizes).double()
+    x = (torch.rand(9, 1, 28, 28) < 0.1).double()
+    components = model.choose(torch.Generator().manual_seed(0))
+    calls = []
+
+    def counted(x, table):
+        calls.append(table.shape)
+        return product_by_nonzeros(x, table)
+
+    monkeypatch.setattr(layers, "product_by_nonzeros", counted)
+
+    def results() -> list[torch.Tensor]:
+        model.zero_grad()
+        draws = model.draw(x, components=components, generator=torch.Generator().manual_seed(0))
+        bound = miselbo(model.log_weights(x, draws))
+        bound.sum().backward()
+        return [bound.detach(), *(p.grad.clone() for p in model.encoder.parameters())]
+
+    by_rows = results()
+    assert calls == [(784, (3 if estimator == "some_to_some" else 4) * 2 * sizes.hidden[0])]
+    monkeypatch.setattr(layers, "mostly_zero", lambda x, table: False)
+    for ours, dense in zip(by_rows, results(), strict=True):
+        torch.testing.assert_close(ours, dense)
+    assert len(calls) == 1
+
+
+def test_a_wide_dense_model_runs_on_fakes():
+    with FakeTensorMode():
+        model = ImageVAE((28, 28), PRESETS["vanilla"], Mixture(4), BUDGETS["paper"].sizes)
+        x = torch.empty(10, 1, 28, 28)
+        assert model.log_weights(x, model.draw(x)).shape == (1, 10, 4)
 
 
 def test_sample_is_a_function_of_the_seed_and_leaves_the_global_one_alone():

@@ -1,5 +1,6 @@
 import csv
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,7 @@ class Killed(RuntimeError):
     ],
 )
 @pytest.mark.parametrize("when", ["on_train_epoch_start", "training_step", "on_train_epoch_end"])
+@pytest.mark.usefixtures("first_layer")
 def test_resumed_is_uninterrupted(tmp_path, data, monkeypatch, preset, kwargs, when):
     config = config_of(preset, **kwargs)
     train(config, tmp_path / "whole", data=data)
@@ -144,6 +146,10 @@ def test_a_training_within_the_warm_up_is_warned_of(tmp_path, data):
     config = replace(config, protocol=replace(config.protocol, warmup_epochs=4))
     with pytest.warns(UserWarning, match="1 epochs ends within the warm-up.*4 epochs"):
         train(config, tmp_path, data=data)
+    with warnings.catch_warnings():  # nor is one that is refused
+        warnings.simplefilter("error")
+        with pytest.raises(FileExistsError):
+            train(config, tmp_path, data=data)
     (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
     assert float(row["kl_weight"]) == 0.25
 
@@ -194,6 +200,7 @@ def test_a_run_is_never_overwritten(tmp_path, data):
         train(replace(config, seed=1), tmp_path, data=data, resume=True)
 
 
+@pytest.mark.usefixtures("first_layer")
 def test_same_seed_same_run(tmp_path, data):
     config = config_of(max_epochs=2)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -201,6 +208,15 @@ def test_same_seed_same_run(tmp_path, data):
         train(replace(config, seed=seed), tmp_path / name, data=data)
     a, b, c = ((tmp_path / name / "log.csv").read_text() for name in "abc")
     assert a == b and a != c
+
+
+def test_weights_of_another_model_are_refused(tmp_path, data):
+    train(config_of(max_epochs=1), tmp_path, data=data)
+    best = weights(tmp_path / "best.pt")
+    name = "encoder.trunk.layers.0.weight"
+    torch.save(best | {name: best[name].permute(1, 2, 0)}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt does not fit the model.*another version"):
+        load_run(tmp_path)
 
 
 def test_load_run_needs_a_finished_one(tmp_path):

@@ -116,6 +116,12 @@ def test_stacked_sparse_linear_is_stacked_linear(normal, share, n_out, bias, com
         assert_close(layer.bias.grad, reference.bias.grad)
 
 
+@pytest.mark.parametrize("shape", [(30,), (8, 4, 30)])
+def test_a_sparse_linear_takes_one_input_for_all_maps(shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 30\), got"):
+        StackedSparseLinear(4, 30, 700)(torch.zeros(shape))
+
+
 def test_inputs_of_a_sparse_linear_can_have_a_gradient(normal):
     layer = StackedSparseLinear(4, 30, 700).double()
     x = a_share_of(normal(8, 30), 0.1).requires_grad_()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixscvi.mixture.products import mostly_zero, product_by_nonzeros
 
@@ -33,6 +34,28 @@ def test_nan_is_not_taken_for_zero(normal):
     x[2, 4] = torch.nan
     product = product_by_nonzeros(x, table)
     assert product.isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+def test_a_gradient_that_would_be_lost_is_refused(normal):
+    with pytest.raises(ValueError, match="x must not need a gradient"):
+        product_by_nonzeros(normal(5, 7).requires_grad_(), normal(7, 3))
+
+
+def test_the_choice_is_not_made_where_numbers_must_not_matter():
+    x, table = torch.eye(10), torch.ones(10, 600)
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(mostly_zero(x, table))
+        return x @ table
+
+    torch.func.vmap(function)(torch.stack((x, x)))
+    with torch.autocast("cpu"):
+        function(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        function(mode.from_tensor(x))
+    function(x)
+    assert seen == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
