@@ -5,8 +5,8 @@ every draw under every component one by one, the decoder once per component, gat
 masked convolutions as whole kernels times a mask. It
 has the same weights and the same noise, and its loss is checked to be the same. Both take one
 step: loss, gradients, Adam, which is torch's default in the loop unless ``--fused-loop`` is given,
-and the fused one, as `mixscvi.images` trains with, in the other. The C library keeps freed memory for both, as the
-command line has it do.
+and the fused one, as `mixscvi.images` trains with, in the other. The C library keeps freed memory
+for both, as the command line has it do.
 
 With an amortized encoder, the loop runs the shared network once per component, with its code.
 
