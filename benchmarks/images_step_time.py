@@ -333,14 +333,15 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     keep_freed_memory()
     rows = []
-    for dataset, budget, name, threads in itertools.product(
-        arguments.datasets, arguments.budgets, arguments.models, arguments.threads
+    folder, n_images = data_folder() / "images", arguments.batch_size
+    minibatches = {name: load(name, folder).train[:n_images] for name in arguments.datasets}
+    for (dataset, images), budget, name, threads in itertools.product(
+        minibatches.items(), arguments.budgets, arguments.models, arguments.threads
     ):
         torch.set_num_threads(threads)
         preset, _, amortized = name.partition(" ")
         mixture = Mixture(arguments.components, component_encoder=amortized or "separate")
         torch.manual_seed(0)
-        images = load(dataset, data_folder() / "images").train[: arguments.batch_size]
         x = binarise(images)
         model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)
         loops = {"prior once per step": _Loop(model, prior_once=True)}

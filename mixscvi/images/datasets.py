@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -179,6 +179,13 @@ def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     return torch.bernoulli(images, generator=generator)
 
 
+def _within_unit_interval(images: Tensor) -> bool:
+    if not images.numel():
+        return True
+    low, high = images.aminmax()  # NaN, if there is any
+    return bool(low >= 0) and bool(high <= 1)
+
+
 def _grey_levels(images: ArrayLike, name: str) -> Tensor:
     """`(n, 1, height, width)` grey levels in [0, 1]."""
     array = np.asarray(images)
@@ -192,7 +199,7 @@ def _grey_levels(images: ArrayLike, name: str) -> Tensor:
                 "255, or zeros and ones as booleans"
             )
         levels /= 255
-    if not bool(((levels >= 0) & (levels <= 1)).all()):
+    if not _within_unit_interval(levels):
         raise ValueError(
             f"{name} must be unsigned bytes or lie in [0, 1], got {array.dtype} in "
             f"[{array.min()}, {array.max()}]"
@@ -226,14 +233,17 @@ class ImageData:
     """Class of every image, `(n,)` for each part."""
 
     def __post_init__(self) -> None:
-        for part in ("train", "validation", "test"):
+        if not _within_unit_interval(self.train):
+            self._refuse("train", "grey levels in [0, 1]", (self.train >= 0) & (self.train <= 1))
+        for part in ("validation", "test"):
             images = getattr(self, part)
-            binary = part != "train"
-            valid = (images == 0) | (images == 1) if binary else (images >= 0) & (images <= 1)
-            if not bool(valid.all()):
-                first = int((~valid).flatten(1).any(1).nonzero()[0])
-                expected = "zeros and ones (binarise them)" if binary else "grey levels in [0, 1]"
-                raise ValueError(f"{part} must be {expected}; image {first} is the first not to be")
+            binary = images == images.bool()
+            if not bool(binary.all()):
+                self._refuse(part, "zeros and ones (binarise them)", binary)
+
+    def _refuse(self, part: str, expected: str, valid: Tensor) -> NoReturn:
+        first = int((~valid).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{part} must be {expected}; image {first} is the first not to be")
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -9,4 +9,3 @@ def first_layer(request, monkeypatch):
     if request.param == "sums of rows":
         monkeypatch.setattr(products, "_LEAST_COLUMNS", 0)
         monkeypatch.setattr(products, "_MOST_NONZERO", 1.0)
-    return request.param

@@ -5,16 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from idx_files import idx, write_idx_files
 from mixscvi.images import datasets
 from mixscvi.images.datasets import ImageBatches, ImageData, binarise, load, read_idx
-
-
-def idx(array: np.ndarray) -> bytes:
-    return (
-        bytes([0, 0, 8, array.ndim])
-        + b"".join(n.to_bytes(4, "big") for n in array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
 
 
 @pytest.fixture
@@ -81,20 +74,16 @@ def test_fetched_files_are_checked_by_hash(monkeypatch, tmp_path, array):
     )
 
 
-def write_files(folder, array):
-    folder.mkdir(exist_ok=True)
-    for file in ("train-images-idx3", "t10k-images-idx3"):
-        (folder / f"{file}-ubyte").write_bytes(idx(array))
-    for file in ("train-labels-idx1", "t10k-labels-idx1"):
-        (folder / f"{file}-ubyte").write_bytes(idx(array[:, 0, 0]))
-
-
 def test_files_of_the_other_data_set_are_refused(monkeypatch, tmp_path):
     """Both data sets have files of the same names."""
     array = np.arange(20_000 * 2).reshape(20_000, 2, 1).astype(np.uint8)
-    write_files(tmp_path, array)
+    labels = array[:, 0, 0].copy()
+    kinds = {"images": array, "labels": labels}
+    write_idx_files(
+        tmp_path, {file: kinds[part.split("_")[1]] for part, file in datasets._FILES.items()}
+    )
     assert load("mnist", tmp_path).name == "mnist"
-    digest = datasets._hash(array[:, 0, 0].copy())
+    digest = datasets._hash(labels)
     monkeypatch.setattr(datasets, "_CONTENTS", {digest: ("mnist", "test_labels")})
     with pytest.raises(ValueError, match="train-labels.*holds the test labels.*names back"):
         load("mnist", tmp_path)
@@ -222,8 +211,7 @@ def test_files_that_do_not_go_together_are_named(tmp_path, file, content, match)
         "t10k-images-idx3-ubyte": np.zeros((9, 4, 4)),
         "t10k-labels-idx1-ubyte": np.zeros(9),
     }
-    for name, array in (files | {file: content}).items():
-        (tmp_path / name).write_bytes(idx(array.astype(np.uint8)))
+    write_idx_files(tmp_path, files | {file: content})
     with pytest.raises(ValueError, match=f"{file} .*{match}"):
         load("mnist", tmp_path)
 

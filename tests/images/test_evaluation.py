@@ -30,6 +30,20 @@ def run(folder, data, preset="vanilla", n_components=2, **kwargs):
     return folder
 
 
+def killed_at_first_save(folder, data, monkeypatch):
+    """Evaluate with 100 draws until something is saved."""
+    original = evaluation._State.save
+
+    def killed(self):
+        original(self)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._State, "save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            evaluate(folder, data=data, draws=100)
+
+
 @pytest.mark.parametrize("preset", ["vanilla", "composite"])
 def test_the_likelihood_is_one(tmp_path, preset):
     """On a 3 x 3 lattice the evaluated p(x) of all 512 images sum to 1."""
@@ -72,16 +86,8 @@ def test_progress_is_shown_if_asked_for(tmp_path, data, capsys):
 
 def test_progress_of_a_continued_evaluation_starts_where_it_was(tmp_path, data, monkeypatch):
     monkeypatch.setattr(evaluation, "_IMAGES", 5)
-    original, bars = evaluation._State.save, []
-
-    def killed(self):
-        original(self)
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation._State, "save", killed)
-        with pytest.raises(RuntimeError, match="killed"):
-            evaluate(run(tmp_path, data), data=data, draws=100)
+    bars = []
+    killed_at_first_save(run(tmp_path, data), data, monkeypatch)
 
     class Bar(evaluation.tqdm):
         def __init__(self, *args, **kwargs):
@@ -148,15 +154,7 @@ def test_other_test_images_start_anew(tmp_path, data, monkeypatch):
     run(tmp_path, data)
     expected = evaluate(tmp_path, data=other, draws=100)
     monkeypatch.setattr(evaluation, "_IMAGES", 5)
-    original = evaluation._State.save
-
-    def killed(self):
-        original(self)
-        raise RuntimeError("killed")
-
-    monkeypatch.setattr(evaluation._State, "save", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        evaluate(tmp_path, data=data, draws=100)
+    killed_at_first_save(tmp_path, data, monkeypatch)
     monkeypatch.undo()
     assert (tmp_path / "evaluation.partial.pt").exists()
     assert evaluate(tmp_path, data=other, draws=100) == expected

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from idx_files import write_idx_files
 from mixscvi.images import BUDGETS, ImageData
 from mixscvi.images.__main__ import main
 from mixscvi.images.sweep import sweep
@@ -23,18 +24,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
 
-    def write(name, array):
-        header = bytes([0, 0, 8, array.ndim])
-        header += b"".join(n.to_bytes(4, "big") for n in array.shape)
-        (folder / name).write_bytes(header + array.astype(np.uint8).tobytes())
-
     for part, n in (("train", 10_200), ("t10k", 30)):
         labels = rng.integers(0, 2, n)
-        write(f"{part}-labels-idx1-ubyte", labels)
-        write(
-            f"{part}-images-idx3-ubyte",
-            rng.integers(0, 256, (n, 6, 5)) // (1 + labels)[:, None, None],
-        )
+        images = rng.integers(0, 256, (n, 6, 5)) // (1 + labels)[:, None, None]
+        files = {f"{part}-labels-idx1-ubyte": labels, f"{part}-images-idx3-ubyte": images}
+        write_idx_files(folder, files)
     return folder
 
 
