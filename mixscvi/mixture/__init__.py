@@ -4,7 +4,8 @@
 | --- | --- |
 | posterior | A diagonal Gaussians as one distribution |
 | objectives | MISELBO and SIWAE of log-weights; the estimators that choose components |
-| layers | A networks in one call |
+| layers | A linear maps or convolutions in one call |
+| mlp | A multilayer perceptrons in one call |
 | products | matrix products with what is mostly zero |
 | encoders | separate components, and components amortised by a code |
 | priors | standard normal, mixture of Gaussians, VampPrior |
@@ -28,7 +29,8 @@ from mixscvi.mixture.encoders import (
     SeparateEncoder,
 )
 from mixscvi.mixture.flows import InverseAutoregressiveFlow
-from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedMLP, StackedSparseLinear
+from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedSparseLinear
+from mixscvi.mixture.mlp import StackedMLP
 from mixscvi.mixture.objectives import (
     Estimator,
     importance_weighted_miselbo,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixscvi.mixture.layers import StackedLinear, StackedMLP, rows
+from mixscvi.mixture.layers import StackedLinear, rows
+from mixscvi.mixture.mlp import StackedMLP
 from mixscvi.mixture.posterior import MixturePosterior
 
 __all__ = ["AmortizedEncoder", "CodedHeads", "GaussianHeads", "SeparateEncoder"]
@@ -98,7 +99,7 @@ class SeparateEncoder(nn.Module):
     var_activation, var_eps
         See :class:`GaussianHeads`.
     **mlp_kwargs
-        Passed to :class:`~mixscvi.mixture.layers.StackedMLP`.
+        Passed to :class:`~mixscvi.mixture.mlp.StackedMLP`.
 
     Examples
     --------
@@ -224,7 +225,7 @@ class AmortizedEncoder(nn.Module):
     var_activation, var_eps
         See :class:`GaussianHeads`.
     **mlp_kwargs
-        Passed to :class:`~mixscvi.mixture.layers.StackedMLP`.
+        Passed to :class:`~mixscvi.mixture.mlp.StackedMLP`.
 
     Examples
     --------
