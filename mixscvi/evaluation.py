@@ -21,7 +21,7 @@ from mixscvi.mixture import (
     pareto_k,
     siwae,
     siwae_standard_error,
-    specialisation,
+    specialization,
 )
 from mixscvi.module import FORMS
 
@@ -36,7 +36,7 @@ class ComponentDiagnostics(NamedTuple):
 
     elbo: np.ndarray
     """The component's ELBO as if it were the whole posterior, `(n, A)`, in nats."""
-    specialisation: np.ndarray
+    specialization: np.ndarray
     """KL divergence of the component from the mixture, `(n, A)`, in nats; at most log A."""
 
 
@@ -196,7 +196,7 @@ class EvaluationMixin:
             log_weights = draws.log_weights
             per_cell = log_weights.movedim(1, 0).flatten(1)
             columns = {
-                "jensen_shannon_divergence": specialisation(draws.log_own, draws.log_mixture).mean(
+                "jensen_shannon_divergence": specialization(draws.log_own, draws.log_mixture).mean(
                     -1
                 ),
                 "effective_sample_size": effective_sample_size(per_cell),
@@ -236,7 +236,7 @@ class EvaluationMixin:
 
         Returns
         -------
-        Named arrays ``elbo`` and ``specialisation``, each `(n, A)`, in nats. The mean of their
+        Named arrays ``elbo`` and ``specialization``, each `(n, A)`, in nats. The mean of their
         sum over components is MISELBO.
 
         Examples
@@ -249,13 +249,13 @@ class EvaluationMixin:
         >>> model.get_component_diagnostics(indices=[0, 1, 2], n_mc_samples=100).elbo.shape
         (3, 2)
         """
-        elbos, specialisations = [], []
+        elbos, specializations = [], []
         for draws in self._importance_draws(
             n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, dataloader, None
         ):
             elbos.append(component_elbo(draws.log_joint, draws.log_own).cpu())
-            specialisations.append(specialisation(draws.log_own, draws.log_mixture).cpu())
-        return ComponentDiagnostics(torch.cat(elbos).numpy(), torch.cat(specialisations).numpy())
+            specializations.append(specialization(draws.log_own, draws.log_mixture).cpu())
+        return ComponentDiagnostics(torch.cat(elbos).numpy(), torch.cat(specializations).numpy())
 
     def get_active_units(
         self,

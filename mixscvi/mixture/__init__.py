@@ -7,7 +7,7 @@
 | layers | A linear maps or convolutions in one call |
 | mlp | A multilayer perceptrons in one call |
 | products | matrix products with what is mostly zero |
-| encoders | separate components, and components amortised by a code |
+| encoders | separate components, and components amortized by a code |
 | priors | standard normal, mixture of Gaussians, VampPrior |
 | flows | the inverse autoregressive flow that all components share |
 | diagnostics | divergence, effective sample size, Pareto k-hat, active units |
@@ -20,7 +20,7 @@ from mixscvi.mixture.diagnostics import (
     effective_sample_size,
     jensen_shannon_divergence,
     pareto_k,
-    specialisation,
+    specialization,
 )
 from mixscvi.mixture.encoders import (
     AmortizedEncoder,
@@ -69,5 +69,5 @@ __all__ = [
     "pareto_k",
     "siwae",
     "siwae_standard_error",
-    "specialisation",
+    "specialization",
 ]

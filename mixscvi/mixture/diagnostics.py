@@ -20,7 +20,7 @@ __all__ = [
     "effective_sample_size",
     "jensen_shannon_divergence",
     "pareto_k",
-    "specialisation",
+    "specialization",
 ]
 
 
@@ -48,7 +48,7 @@ class ImportanceDraws(NamedTuple):
         return self.log_joint - self.log_mixture
 
 
-def specialisation(own_log_prob: Tensor, mixture_log_prob: Tensor) -> Tensor:
+def specialization(own_log_prob: Tensor, mixture_log_prob: Tensor) -> Tensor:
     r"""How far each component stands from the mixture it is a part of.
 
     .. math:: \mathrm{KL}(q_a \,\|\, q) \approx
@@ -71,7 +71,7 @@ def specialisation(own_log_prob: Tensor, mixture_log_prob: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> specialisation(torch.zeros(5, 3, 4), torch.zeros(5, 3, 4)).shape
+    >>> specialization(torch.zeros(5, 3, 4), torch.zeros(5, 3, 4)).shape
     torch.Size([3, 4])
     """
     return (own_log_prob - mixture_log_prob).mean(0)
@@ -96,7 +96,7 @@ def jensen_shannon_divergence(cross_log_prob: Tensor) -> Tensor:
     tensor([0., 0., 0.])
     """
     own = cross_log_prob.diagonal(dim1=-2, dim2=-1)
-    return specialisation(own, mixture_log_prob(cross_log_prob)).mean(-1)
+    return specialization(own, mixture_log_prob(cross_log_prob)).mean(-1)
 
 
 def component_elbo(log_joint: Tensor, own_log_prob: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return (2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1)).exp()
 
 
-def pareto_k(log_weights: Tensor) -> Tensor:
+def pareto_k(log_weights: Tensor, *, computed_in: torch.dtype | None = None) -> Tensor:
     r"""Pareto k-hat: the tail index of the importance weights.
 
-    A generalised Pareto distribution is fitted to the largest
+    A generalized Pareto distribution is fitted to the largest
     :math:`\min(N / 5, 3 \sqrt N)` weights by the estimator of Zhang & Stephens (2009), with the
     weakly informative prior of Vehtari et al. (2024, JMLR 25:72). Below 0.7 the estimates built on
     the weights can be trusted; above it, the proposal misses a part of the posterior.
@@ -154,12 +154,15 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     Parameters
     ----------
     log_weights
-        Log-weights with all draws on the last axis, `(B, N)`.
+        Log-weights with all draws on the last axis, `(B, N)`; minus infinity is a weight of zero.
+    computed_in
+        Type that the log-weights were computed in, if they were cast to another one since; it
+        says which of them are equal to rounding.
 
     Returns
     -------
     `(B,)`; minus infinity where the largest weights are equal to rounding, infinity where all but
-    a few underflow beside the largest.
+    a few vanish beside the largest, or all are zero; NaN where a log-weight is.
 
     Raises
     ------
@@ -179,27 +182,31 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     if n_draws < 25:
         raise ValueError(f"log_weights must hold at least 25 draws per row, got {n_draws}")
     n_tail = math.ceil(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    shifted = log_weights.to("cpu", torch.float64)  # not every accelerator has float64
-    shifted = shifted - shifted.amax(-1, keepdim=True)
+    precise = log_weights.to("cpu", torch.float64)  # not every accelerator has float64
+    top = precise.amax(-1, keepdim=True)
+    no_weight = top.squeeze(-1) == -torch.inf
+    shifted = precise - top.masked_fill(top == -torch.inf, 0)
     largest = shifted.topk(n_tail + 1, dim=-1).values.flip(-1)
     exceedances = largest[..., 1:].exp() - largest[..., :1].exp()
-    # Log-weights are differences of large numbers: equal ones come out a few roundings apart.
-    rounding = 16 * torch.finfo(log_weights.dtype).eps * log_weights.abs().amax(-1).clamp_min(1)
-    flat = exceedances[..., -1] <= rounding.to(exceedances)
+    # Log-weights are differences of large numbers: equal ones come out a few roundings apart. If
+    # the whole tail is equal, it is as large as its largest value; what else the row holds, of
+    # draws far from the posterior, says nothing of the tail's roundings.
+    eps = torch.finfo(computed_in or log_weights.dtype).eps
+    flat = exceedances[..., -1] <= 16 * eps * top.squeeze(-1).abs().clamp_min(1)
     exceedances = torch.where(flat[..., None], torch.ones_like(exceedances), exceedances)
-    k = _generalised_pareto_shape(exceedances)
+    k = _generalized_pareto_shape(exceedances)
     k = (k * n_tail + 0.5 * 10) / (n_tail + 10)
+    k = torch.where(flat, -torch.inf, k)
     # The cutoff weighs nothing beside the largest weight: a few draws stand for all.
     outweighed = largest[..., 0] < math.log(torch.finfo(largest.dtype).tiny)
-    k = torch.where(outweighed, torch.inf, k)
-    return torch.where(flat, -torch.inf, k).to(log_weights)
+    return torch.where(outweighed | no_weight, torch.inf, k).to(log_weights)
 
 
-def _generalised_pareto_shape(sorted_values: Tensor) -> Tensor:
-    """Shape k of a generalised Pareto distribution, fitted to rows of ascending values.
+def _generalized_pareto_shape(sorted_values: Tensor) -> Tensor:
+    """Shape k of a generalized Pareto distribution, fitted to rows of ascending values.
 
     The profile posterior mean of Zhang & Stephens (2009, Technometrics 51:316), in their
-    parametrisation theta = -k / sigma, over a grid of 30 + sqrt(n) points.
+    parametrization theta = -k / sigma, over a grid of 30 + sqrt(n) points.
     """
     n = sorted_values.shape[-1]
     n_grid = 30 + int(math.sqrt(n))

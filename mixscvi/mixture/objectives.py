@@ -45,8 +45,33 @@ class Estimator(StrEnum):
     SOME_TO_ALL = "some_to_all"
     SOME_TO_SOME = "some_to_some"
 
+    def n_drawn(self, n_components: int, n_sampled: int | None = None) -> int:
+        """Number of components that a step draws from, `S`.
+
+        Parameters
+        ----------
+        n_components
+            Number of components, `A`.
+        n_sampled
+            What the user asked for; by default all `A` with ``all_to_all``, and 1 otherwise.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`check`.
+
+        Examples
+        --------
+        >>> Estimator.ALL_TO_ALL.n_drawn(4), Estimator.SOME_TO_ALL.n_drawn(4)
+        (4, 1)
+        """
+        if n_sampled is None:
+            n_sampled = n_components if self is Estimator.ALL_TO_ALL else 1
+        self.check(n_components, n_sampled)
+        return n_sampled
+
     def check(self, n_components: int, n_sampled: int) -> None:
-        """Refuse numbers of components that this estimator cannot use.
+        """Raise if this estimator cannot draw from so many components.
 
         Raises
         ------
@@ -146,7 +171,7 @@ def importance_weighted_miselbo(log_weights: Tensor) -> Tensor:
 
     .. math:: \frac{1}{S} \sum_s \log \frac{1}{L} \sum_l w_{l,s}
 
-    It averages over the components outside of the logarithm, so it stays below log p(x) as `L`
+    It averages over the components outside the logarithm, so it stays below log p(x) as `L`
     grows when the components specialise; :func:`siwae` is the consistent form. For ``L = 1`` it
     is :func:`miselbo`.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,9 +23,49 @@ _ELEMENTS_AT_ONCE = 2**22  # measured: fastest where a pass over them stays in t
 def _diagonal_normal_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """Log-density of diagonal Gaussians, summed over the last axis."""
     # A pass over all differences costs less as a product than as a division.
-    standardised = (z - loc) * scale.reciprocal()
+    standardized = (z - loc) * scale.reciprocal()
     log_det = scale.log().sum(-1)
-    return -0.5 * standardised.square().sum(-1) - log_det - 0.5 * loc.shape[-1] * _LOG_2PI
+    return -0.5 * standardized.square().sum(-1) - log_det - 0.5 * loc.shape[-1] * _LOG_2PI
+
+
+def _mixture_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    return mixture_log_prob(_diagonal_normal_log_prob(z, loc, scale))
+
+
+def _in_bounded_memory(
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z: Tensor,
+    loc: Tensor,
+    scale: Tensor,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Score points `(..., 1, D)` under components `(..., A, D)`, whose leading axes broadcast.
+
+    The differences of all points to all means are the largest tensor there is. Past a fixed number
+    of them, the longest leading axis is halved, and again, and each piece is computed anew in the
+    backward pass.
+    """
+    lead = torch.broadcast_shapes(z.shape[:-2], loc.shape[:-2])
+    longest = max(range(len(lead)), key=lambda axis: lead[axis], default=None)
+    n_elements = math.prod(lead) * loc.shape[-2] * loc.shape[-1]
+    if n_elements <= _ELEMENTS_AT_ONCE or longest is None or lead[longest] == 1:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(score, z, loc, scale, use_reentrant=False, preserve_rng_state=False)
+        return score(z, loc, scale)
+    from_end = longest - len(lead) - 2
+    pieces = []
+    half = lead[longest] // 2
+    for start, length in ((0, half), (half, lead[longest] - half)):
+        piece = (
+            # An axis that broadcasts, of length one or not there, is whole in every piece.
+            part.narrow(from_end, start, length)
+            if part.dim() >= -from_end and part.shape[from_end] > 1
+            else part
+            for part in (z, loc, scale)
+        )
+        pieces.append(_in_bounded_memory(score, *piece, recompute=True))
+    return torch.cat(pieces, longest)
 
 
 def _randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -111,8 +152,29 @@ class MixturePosterior(Distribution):
     def variance(self) -> Tensor:
         """Marginal variance of each latent dimension, `(B, D)`: law of total variance."""
         within = self.component_scale.square().mean(-2)
-        between = self.component_loc.var(-2, correction=0)
+        between = (self.component_loc - self.mean.unsqueeze(-2)).square().mean(-2)
         return within + between
+
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
+    ) -> Self:
+        """The same mixture for every element of a larger batch shape.
+
+        Parameters
+        ----------
+        batch_shape
+            What the batch shape broadcasts to.
+
+        Returns
+        -------
+        A distribution whose parameters are views of this one's.
+        """
+        new = self._get_checked_instance(MixturePosterior, _instance)
+        event = self.component_loc.shape[-2:]
+        new.component_loc = self.component_loc.expand(*batch_shape, *event)
+        new.component_scale = self.component_scale.expand(*batch_shape, *event)
+        Distribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
 
     def rsample(
         self,
@@ -194,8 +256,11 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(..., B, A)`.
         """
-        return _diagonal_normal_log_prob(
-            value.unsqueeze(-2), self.component_loc, self.component_scale
+        return _in_bounded_memory(
+            _diagonal_normal_log_prob,
+            value.unsqueeze(-2),
+            self.component_loc,
+            self.component_scale,
         )
 
     def cross_log_prob(self, draws: Tensor) -> Tensor:
@@ -210,7 +275,8 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(L, B, S, A)`.
         """
-        return _diagonal_normal_log_prob(
+        return _in_bounded_memory(
+            _diagonal_normal_log_prob,
             draws.unsqueeze(-2),
             self.component_loc.unsqueeze(-3),
             self.component_scale.unsqueeze(-3),
@@ -228,24 +294,9 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(..., B)`.
         """
-        n_elements = self.component_loc.numel()
-        is_one_mixture = self.component_loc.dim() == 2
-        if (
-            not is_one_mixture
-            or (value.numel() // value.shape[-1]) * n_elements <= _ELEMENTS_AT_ONCE
-        ):
-            return self._log_prob(value)
-        # A mixture of many components, such as a VampPrior, scored at many points: bound the
-        # memory of the points' differences to all means, and take them anew in the backward pass.
-        rows = value.reshape(-1, value.shape[-1])
-        scores = [
-            checkpoint(self._log_prob, some, use_reentrant=False, preserve_rng_state=False)
-            for some in rows.split(max(1, _ELEMENTS_AT_ONCE // n_elements))
-        ]
-        return torch.cat(scores).view(value.shape[:-1])
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        return mixture_log_prob(self.component_log_prob(value))
+        return _in_bounded_memory(
+            _mixture_log_prob, value.unsqueeze(-2), self.component_loc, self.component_scale
+        )
 
     def jensen_shannon_divergence(
         self, n_samples: int = 100, generator: torch.Generator | None = None
@@ -257,7 +308,7 @@ class MixturePosterior(Distribution):
 
         It is what MISELBO gains over the average ELBO of the components (Kviman et al., AISTATS
         2022): 0 when all components coincide, log A when they are disjoint. The estimate is
-        unbiased, so it may fall a little outside of [0, log A].
+        unbiased, so it may fall a little outside [0, log A].
 
         Parameters
         ----------

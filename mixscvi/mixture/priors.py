@@ -122,7 +122,7 @@ class VampPrior(Prior):
 
     .. math:: p(z) = \frac{1}{K A} \sum_{k=1}^{K} \sum_{a=1}^{A} q_a(z \mid u_k)
 
-    Tomczak & Welling 2018, with the mixture encoder's `A` components in the place of its one. It
+    Tomczak & Welling 2018, with the mixture encoder's `A` components instead of its one. It
     is a joint density over the latent dimensions. The encoder runs on the pseudo-inputs with its
     running statistics and without dropout, in training too: a prior that depended on the
     minibatch would not be one. With a flow, the pseudo-posteriors are those of the base mixture;

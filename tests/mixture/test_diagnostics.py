@@ -16,7 +16,7 @@ from mixscvi.mixture import (
     miselbo,
     mixture_log_prob,
     pareto_k,
-    specialisation,
+    specialization,
 )
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
@@ -47,18 +47,18 @@ def test_component_bounds_are_loops(draws):
                 special[b, a] += (cross[i, b, a, a] - density.log()) / 5
             divergence[b] += special[b, a] / 4
     assert_close(component_elbo(joint, own), elbo)
-    assert_close(specialisation(own, mixture), special)
+    assert_close(specialization(own, mixture), special)
     assert_close(jensen_shannon_divergence(cross), divergence)
 
 
-def test_component_elbo_and_specialisation_make_miselbo(draws):
+def test_component_elbo_and_specialization_make_miselbo(draws):
     (joint, own, mixture), cross = draws
     log_weights = ImportanceDraws(joint, own, mixture).log_weights
     assert_close(log_weights, joint - mixture)
-    parts = component_elbo(joint, own) + specialisation(own, mixture)
+    parts = component_elbo(joint, own) + specialization(own, mixture)
     assert_close(parts, log_weights.mean(0))
     assert_close(parts.mean(-1), miselbo(log_weights))
-    assert_close(specialisation(own, mixture).mean(-1), jensen_shannon_divergence(cross))
+    assert_close(specialization(own, mixture).mean(-1), jensen_shannon_divergence(cross))
 
 
 def test_importance_draws_are_named(draws):
@@ -69,7 +69,7 @@ def test_importance_draws_are_named(draws):
     )
 
 
-def test_specialisation_of_each_component_by_quadrature(generator):
+def test_specialization_of_each_component_by_quadrature(generator):
     loc = torch.tensor([[[0.0], [0.2], [4.0]]], dtype=torch.float64)
     scale = torch.tensor([[[1.0], [0.8], [0.5]]], dtype=torch.float64)
     grid = np.linspace(-12, 12, 20_001)
@@ -79,7 +79,7 @@ def test_specialisation_of_each_component_by_quadrature(generator):
     q = MixturePosterior(loc, scale)
     cross = q.cross_log_prob(q.rsample_stratified(100_000, generator=generator))
     own = cross.diagonal(dim1=-2, dim2=-1)
-    estimate = specialisation(own, mixture_log_prob(cross))[0]
+    estimate = specialization(own, mixture_log_prob(cross))[0]
     torch.testing.assert_close(estimate, exact, rtol=0, atol=0.01)
     # Two share a place, the third stands alone.
     assert estimate[2] > 0.95 * math.log(3) > 2 * estimate[:2].max()
@@ -254,3 +254,44 @@ def test_active_units(normal):
 def test_active_units_at_the_threshold():
     means = torch.tensor([[-1.0, -2.0], [1.0, 2.0]], dtype=torch.float64)
     assert active_units(means, threshold=1.0).tolist() == [False, True]
+
+
+PARETO_2 = -2 * (1 - (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).log()
+
+
+@pytest.mark.parametrize("outlier", [-math.inf, -6e5, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_far_from_the_posterior_does_not_hide_a_bad_tail(outlier, dtype):
+    """Weights with tail index 2 are no better for one of a thousand being zero."""
+    log_weights = PARETO_2.to(dtype).repeat(2, 1)
+    log_weights[1, 0] = outlier
+    k = pareto_k(log_weights)
+    assert k[0] == pytest.approx(2.0, abs=0.3)
+    torch.testing.assert_close(k[1], k[0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("n_finite", [1, 5, 40])
+def test_a_few_draws_with_any_weight_are_a_bad_sign(n_finite):
+    log_weights = torch.full((1, 1000), -math.inf)
+    log_weights[0, :n_finite] = -5.0
+    assert pareto_k(log_weights).item() == math.inf
+    log_weights[0, n_finite:] = -6e5
+    assert pareto_k(log_weights).item() == math.inf
+
+
+def test_pareto_k_without_any_weight_or_with_nan():
+    log_weights = torch.zeros(3, 100)
+    log_weights[0] = -math.inf
+    log_weights[1, 3] = math.nan
+    k = pareto_k(log_weights)
+    assert k[0] == math.inf
+    assert k[1].isnan()
+    assert k[2] == -math.inf
+
+
+def test_ties_are_judged_in_the_type_that_the_weights_were_computed_in(normal):
+    """Equal weights, a few roundings of single precision apart, cast to double afterwards."""
+    exact = torch.full((1, 400), -1750.0, dtype=torch.float64)
+    rounded = (exact + 2e-4 * normal(1, 400)).float().double()
+    assert pareto_k(rounded, computed_in=torch.float32).item() == -math.inf
+    assert pareto_k(rounded).item() > -1

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixscvi.mixture import MixturePosterior, jensen_shannon_divergence
 
@@ -289,3 +290,78 @@ def test_many_components_are_scored_in_bounded_memory(normal, monkeypatch):
     with torch.inference_mode():
         again = MixturePosterior(loc, log_scale.exp()).log_prob(value)
     torch.testing.assert_close(again, results[0][0].detach(), rtol=1e-12, atol=1e-12)
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.n_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor):
+                self.n_elements = max(self.n_elements, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", ["cross_log_prob", "component_log_prob", "log_prob"])
+def test_densities_of_many_components_take_bounded_memory(method, generator):
+    """Forward and backward; 200 components of 10 dimensions, all at the draws of all."""
+    shape = (9, 200, 10)
+    loc = torch.randn(shape, generator=generator).requires_grad_()
+    scale = (0.5 + torch.rand(shape, generator=generator)).requires_grad_()
+    q = MixturePosterior(loc, scale)
+    z = torch.randn((2, 9, 200, 10) if method == "cross_log_prob" else (400, 9, 10))
+    z.requires_grad_()
+    with _LargestTensor() as largest:
+        result = getattr(q, method)(z)
+        gradients = torch.autograd.grad(result.square().sum(), (z, loc, scale))
+    assert largest.n_elements <= 2**22 < z.numel() * 200
+    with torch.no_grad():
+        whole = torch.distributions.Normal(loc.unsqueeze(1), scale.unsqueeze(1))
+        points = z if method == "cross_log_prob" else z.unsqueeze(2)
+        expected = whole.log_prob(points.unsqueeze(-2)).sum(-1)
+        if method == "log_prob":
+            expected = expected.logsumexp(-1) - math.log(200)
+    torch.testing.assert_close(result, expected.view_as(result), rtol=1e-4, atol=1e-3)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 2, 4, 2), (3, 1, 5, 4, 2), (5, 7, 3, 2, 3)])
+def test_pieces_give_the_values_and_gradients_of_the_whole(sizes, generator, monkeypatch):
+    n_samples, n_cells, n_sampled, n_components, n_latent = sizes
+    shape = (n_cells, n_components, n_latent)
+    loc = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+    scale = (0.5 + torch.rand(shape, dtype=torch.float64, generator=generator)).requires_grad_()
+    z = torch.randn((n_samples, n_cells, n_sampled, n_latent), dtype=torch.float64)
+    z.requires_grad_()
+
+    def compute():
+        q = MixturePosterior(loc, scale)
+        results = (q.cross_log_prob(z), q.component_log_prob(z[:, :, 0]), q.log_prob(z[:, :, 0]))
+        total = sum(result.square().sum() for result in results)
+        return *results, *torch.autograd.grad(total, (z, loc, scale))
+
+    whole = compute()
+    monkeypatch.setattr("mixscvi.mixture.posterior._ELEMENTS_AT_ONCE", 10)
+    for got, expected in zip(compute(), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_expand_repeats_the_mixture(make_posterior):
+    q = make_posterior(1, 4, 3)
+    wide = q.expand((6, 5))
+    assert wide.batch_shape == (6, 5)
+    assert wide.event_shape == (3,)
+    z = torch.randn(2, 6, 5, 3, dtype=q.component_loc.dtype)
+    torch.testing.assert_close(wide.log_prob(z), q.log_prob(z.flatten(0, 2)[:, None]).view(2, 6, 5))
+    independent = torch.distributions.Independent(wide, 1)
+    assert independent.expand((2, 6)).batch_shape == (2, 6)
+
+
+def test_variance_is_never_negative():
+    """Means that are equal to rounding, far from zero, with scales that underflow when squared."""
+    loc = torch.full((1, 3, 1), 1e4) + torch.tensor([0.0, 1e-3, -1e-3])[None, :, None]
+    q = MixturePosterior(loc, torch.full_like(loc, 1e-30))
+    assert (q.variance >= 0).all()

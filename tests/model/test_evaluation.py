@@ -79,11 +79,11 @@ def test_diagnostics(kwargs, make_adata):
     assert (table["miselbo"] <= table["log_likelihood"]).all()
 
     parts = seeded(model.get_component_diagnostics, indices=cells, n_mc_samples=600)
-    assert parts.elbo.shape == parts.specialisation.shape == (3, n_components)
+    assert parts.elbo.shape == parts.specialization.shape == (3, n_components)
     np.testing.assert_allclose(
-        (parts.elbo + parts.specialisation).mean(1), table["miselbo"], rtol=1e-5
+        (parts.elbo + parts.specialization).mean(1), table["miselbo"], rtol=1e-5
     )
-    np.testing.assert_allclose(parts.specialisation.mean(1), divergence, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(parts.specialization.mean(1), divergence, rtol=1e-4, atol=1e-5)
     everyone = model.get_posterior_diagnostics(n_mc_samples=90, batch_size=50)
     assert list(everyone.index) == list(adata.obs_names)
     units = model.get_active_units()
