@@ -1,5 +1,6 @@
 """Small modules, minibatches, and naive computations: one component, draw and cell at a time."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,8 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from mixscvi.module import MixVAE
+from mixscvi.module import MixtureOptions, MixVAE, ScviVAE
+from mixscvi.module.encoding import encoder_input
 
 N_GENES, N_BATCH, N_LABELS, N_CATS, N_CONT = 9, 2, 3, [3, 4], 2
 COVARIATES = {
@@ -47,15 +49,24 @@ def make_tensors(module, n_cells=7, *, seed=0):
     return tensors
 
 
+OPTIONS = {field.name for field in dataclasses.fields(MixtureOptions)}
+
+
 def make_module(*, seed=0, **kwargs):
     torch.manual_seed(seed)
-    defaults = {"n_components": 3, "n_latent": 2, "n_hidden": 6, "n_prior_components": 4}
+    given = {"n_components": 3, "n_prior_components": 4, **kwargs}
+    mixture = MixtureOptions(**{name: given[name] for name in OPTIONS & given.keys()})
+    kwargs = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+    defaults = {"n_latent": 2, "n_hidden": 6}
     if not kwargs.get("use_observed_lib_size", True):
         n_batch = kwargs.get("n_batch", 1)
         defaults["library_log_means"] = np.full((1, n_batch), 2.5)
         defaults["library_log_vars"] = np.full((1, n_batch), 0.4)
-    module = MixVAE(N_GENES, **{**defaults, **kwargs})
-    if kwargs.get("n_flow_steps"):
+    kwargs = {**defaults, **kwargs}
+    if mixture.is_scvi:
+        return ScviVAE(N_GENES, **kwargs)
+    module = MixVAE(N_GENES, mixture=mixture, **kwargs)
+    if mixture.n_flow_steps:
         spread_out(module.flow)
     return module
 
@@ -87,7 +98,7 @@ def standard_normal(n_latent, dtype=torch.float64):
 
 def naive_posterior(module, tensors):
     """The components' parameters, from one call of the encoder per component: `(B, A, D)`."""
-    dense, categories = module._encoder_input(**module._get_inference_input(tensors))
+    dense, categories = encoder_input(module, **module._get_inference_input(tensors))
     parts = [
         module.z_encoder(dense, *categories, components=torch.tensor([a]))
         for a in range(module.n_components)
@@ -159,7 +170,7 @@ def naive_loss(module, tensors, noise, library, kl_weight, chosen):
             log_px = naive_decode(module, tensors, z, library)
             rows.append(log_px + kl_weight * (prior.log_prob(z) - log_q))
     log_w = torch.stack(rows).unflatten(0, (noise.shape[0], len(chosen)))
-    if module.objective == "siwae":
+    if module.mixture.objective == "siwae":
         bound = log_w.flatten(0, 1).logsumexp(0) - math.log(noise.shape[0] * len(chosen))
     else:
         per_component = log_w.logsumexp(0) - math.log(noise.shape[0])

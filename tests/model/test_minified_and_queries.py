@@ -128,3 +128,26 @@ def test_new_batches_leave_the_prior_of_the_reference(make_adata):
     assert after.shape[1] == before.shape[1] + 1
     torch.testing.assert_close(after[:, :-1], before)
     assert (after[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_query_trains_whole_with_the_prior_of_the_reference(saved, make_adata, tmp_path):
+    """Weight decay reaches all of a VampPrior's parameters, also those of batches it lacks."""
+    options = {"prior": "vamp", "n_prior_components": 6, "encode_covariates": True}
+    model = fit(MixSCVI, make_adata(), {"batch_key": "batch"}, n_components=2, **options)
+    query = make_adata(seed=3)
+    query.obs["batch"] = "new"
+    reference = model
+    if saved:
+        reference = str(tmp_path / "reference")
+        model.save(reference)
+    mapped = MixSCVI.load_query_data(query, reference, unfrozen=True)
+    train(mapped, max_epochs=4, plan_kwargs={"weight_decay": 1e-3})
+    for name, parameter in mapped.module.named_parameters():
+        assert parameter.isfinite().all(), name
+    _, weights = mapped.module.prior.pseudo_inputs()
+    assert (weights[:, -1] == 0).all()
+    assert np.isfinite(mapped.get_latent_representation()).all()
+    mapped.save(tmp_path / "mapped")
+    again = MixSCVI.load(tmp_path / "mapped", adata=query)
+    assert torch.equal(again.module.prior.pseudo_inputs()[1], weights)

@@ -118,3 +118,15 @@ def test_a_prior_object_is_copied_and_must_fit(make_adata):
         MixSCVI(adata, n_components=2, prior=GaussianMixture(1, 3), **SMALL)
     with pytest.raises(ValueError, match=r"or an instance of mixscvi.mixture.Prior"):
         MixSCVI(adata, n_components=2, prior=GaussianMixture, **SMALL)
+
+
+@pytest.mark.parametrize("estimator", ["some_to_all", "some_to_some"])
+def test_some_components_are_one_unless_said_otherwise(estimator, make_adata):
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata)
+    model = MixSCVI(adata, n_components=50, estimator=estimator, **SMALL)
+    assert model.module.mixture.n_sampled_components == 1
+    tensors = next(iter(model._make_data_loader(adata=adata, batch_size=8)))
+    inference, _, _ = model.module.train()(tensors)
+    assert inference["z"].shape[2] == 1
+    assert MixSCVI(adata, n_components=5, **SMALL).module.mixture.n_sampled_components == 5

@@ -1,17 +1,13 @@
 """The loss against a naive double loop over draws and components."""
 
-import itertools
-
 import pytest
 import torch
-from scvi.module import VAE
 from torch.distributions import kl_divergence
 
 from mixscvi.mixture import MixturePosterior
 from naive_module import (
     COVARIATES,
     N_BATCH,
-    N_GENES,
     N_LABELS,
     gradients,
     in_double,
@@ -56,9 +52,11 @@ def test_loss_is_the_naive_double_loop(kwargs, kl_weight, monkeypatch):
     module = in_double(make_module(**kwargs))
     tensors = make_tensors(module, 5)
     chosen = list(range(module.n_components))
-    if module.n_sampled_components < module.n_components:
+    if module.mixture.n_sampled_components < module.n_components:
         chosen = [2, 0]
-        monkeypatch.setattr(type(module.estimator), "choose", lambda *_: torch.tensor(chosen))
+        monkeypatch.setattr(
+            type(module.mixture.estimator), "choose", lambda *_: torch.tensor(chosen)
+        )
     drawn = {}
     stratified = MixturePosterior.rsample_stratified
 
@@ -71,7 +69,7 @@ def test_loss_is_the_naive_double_loop(kwargs, kl_weight, monkeypatch):
 
     loc, scale = naive_posterior(module, tensors)
     noise = ((drawn["z0"] - loc[:, chosen]) / scale[:, chosen]).detach()
-    assert noise.shape == (module.n_samples, 5, len(chosen), 2)
+    assert noise.shape == (module.mixture.n_samples, 5, len(chosen), 2)
     assert noise.std() > 0.3
     torch.testing.assert_close(inference["qz"].component_loc, loc)
     per_cell = naive_loss(module, tensors, noise, inference["library"], kl_weight, chosen)
@@ -112,26 +110,3 @@ def test_dispersion_is_that_of_the_cell(gene_likelihood, dispersion):
     expected = -torch.stack(log_px).mean(0)
     got = losses.reconstruction_loss["reconstruction_loss"]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-
-
-def test_generative_decodes_many_draws_as_one_at_a_time():
-    module = make_module(
-        **COVARIATES,
-        batch_representation="embedding",
-        gene_likelihood="zinb",
-        dispersion="gene-cell",
-        use_size_factor_key=True,
-    ).eval()
-    tensors = make_tensors(module, 4)
-    z, library = torch.randn(3, 4, 5, 2), torch.randn(3, 4, 5, 1)
-    inputs = module._get_generative_input(tensors, {"z": z, "library": library})
-    px = module.generative(**inputs)["px"]
-    assert px.mu.shape == (3, 4, 5, N_GENES)
-    for layer, s in itertools.product(range(3), range(5)):
-        one = module._get_generative_input(
-            tensors, {"z": z[layer, :, s], "library": library[layer, :, s]}
-        )
-        alone = VAE.generative(module, **one)["px"]
-        for name in ("mu", "theta", "zi_logits", "scale"):
-            got = getattr(px, name)[layer, :, s]
-            torch.testing.assert_close(got, getattr(alone, name), rtol=1e-4, atol=1e-5)

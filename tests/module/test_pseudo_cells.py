@@ -5,7 +5,7 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from mixscvi.module import PseudoCells
-from naive_module import COVARIATES, N_BATCH, N_CATS, make_module, make_tensors
+from naive_module import COVARIATES, make_module, make_tensors
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "normal"])
@@ -14,7 +14,7 @@ def test_pseudo_cells_start_as_real_cells(likelihood):
     tensors = make_tensors(module, 4)
     if likelihood == "normal":
         tensors[REGISTRY_KEYS.X_KEY][:, 1] = -0.5
-    module.initialise_pseudo_cells(tensors)
+    module.initialize_pseudo_cells(tensors)
     dense, batch, *covariates = module.prior.pseudo_inputs()
     expected = torch.cat(
         [tensors[REGISTRY_KEYS.X_KEY].log1p(), tensors[REGISTRY_KEYS.CONT_COVS_KEY]], dim=1
@@ -36,17 +36,34 @@ def test_pseudo_expression_is_never_negative():
     assert (dense[:, 3] == -1).all()
 
 
-def test_categories_are_indices_or_weights():
-    module = make_module(**COVARIATES).eval()
-    tensors = make_tensors(module, 5)
-    dense, categories = module._encoder_input(**module._get_inference_input(tensors))
-    sizes = [N_BATCH, *N_CATS]
-    weights = [
-        torch.nn.functional.one_hot(c[:, 0], n).float()
-        for c, n in zip(categories, sizes, strict=True)
-    ]
-    by_index = module.z_encoder(dense, *categories)
-    by_weight = module.z_encoder(dense, *weights)
-    torch.testing.assert_close(by_index.component_loc, by_weight.component_loc)
-    other = module.z_encoder(dense, 1 - categories[0], *categories[1:])
-    assert (by_index.component_loc != other.component_loc).any()
+def test_hidden_categories_have_no_weight_whatever_the_optimizer_does():
+    pseudo = PseudoCells(5, 3, 3, [2, 4], non_negative=True)
+    pseudo.hide_categories([2, 3])
+    optimizer = torch.optim.Adam(pseudo.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        _, first, second = pseudo()
+        (first.square().sum() + second[:, 0].sum()).backward()
+        optimizer.step()
+    _, first, second = pseudo()
+    assert first.isfinite().all()
+    assert (second[:, 3] == 0).all()
+    torch.testing.assert_close(second.sum(-1), torch.ones(5))
+    assert all(parameter.isfinite().all() for parameter in pseudo.parameters())
+
+
+def test_hidden_categories_are_saved():
+    pseudo = PseudoCells(5, 3, 3, [4], non_negative=True)
+    pseudo.hide_categories([3])
+    other = PseudoCells(5, 3, 3, [4], non_negative=True)
+    other.load_state_dict(pseudo.state_dict())
+    assert torch.equal(other()[1], pseudo()[1])
+
+
+def test_infinite_logits_of_earlier_files_become_a_mask():
+    pseudo = PseudoCells(5, 3, 3, [4], non_negative=True)
+    state = {name: value for name, value in pseudo.state_dict().items() if "hidden" not in name}
+    state["cat_logits.0"][:, 3] = -torch.inf
+    pseudo.load_state_dict(state)
+    assert all(parameter.isfinite().all() for parameter in pseudo.parameters())
+    assert (pseudo()[1][:, 3] == 0).all()

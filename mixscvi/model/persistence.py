@@ -1,4 +1,4 @@
-"""How a trained model is kept: saved whole or not at all, minified, mapped onto new cells."""
+"""Saving a trained model whole or not at all, minifying its data, mapping queries onto it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
 
 
 class PersistenceMixin:
-    """Methods of :class:`mixscvi.MixSCVI` that stand before scvi-tools' of the same name."""
+    """Methods of :class:`mixscvi.MixSCVI` that extend scvi-tools' of the same name."""
 
     @classmethod
     def load_query_data(
@@ -60,13 +60,9 @@ class PersistenceMixin:
         prior = model.module.prior
         if isinstance(prior, VampPrior) and len(prior.pseudo_inputs.cat_logits):
             # The pseudo-cells are the reference's: none of them is of a batch that is new.
-            logits = prior.pseudo_inputs.cat_logits
-            for values, n_known in zip(logits, _n_categories(reference_model), strict=True):
-                values.data[:, n_known:] = -torch.inf
-        if not model.module.is_scvi and not unfrozen:
-            model.module.z_encoder.encoder.trunk.train_covariates_only(
-                freeze_first_layer=freeze_expression
-            )
+            prior.pseudo_inputs.hide_categories(_n_categories(reference_model))
+        if not unfrozen:
+            model.module.train_covariates_only(freeze_expression=freeze_expression)
         return model
 
     def minify_adata(
@@ -81,7 +77,7 @@ class PersistenceMixin:
         here and stored, `2 * A * D` numbers a cell; the two keys are read with one component
         alone.
         """
-        if self.module.is_scvi:
+        if self.module.mixture.is_scvi:
             super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
             return
         loc, scale = self.get_latent_mixture()
@@ -108,7 +104,7 @@ class PersistenceMixin:
     ) -> None:
         """Save the model; see ``SCVI.save``.
 
-        The folder is written beside `dir_path` and takes its place when complete, so an interrupt
+        The folder is written beside `dir_path` and replaces it when complete, so an interrupt
         leaves what was there. Other files in an overwritten folder are kept.
 
         Raises
@@ -147,7 +143,7 @@ class PersistenceMixin:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Put whatever else stands in the old folder into the new one, without a copy if it can be."""
+    """Keep all other files of the old folder in the new one, linked where possible."""
 
     def link(source: str, destination: str) -> None:
         if Path(destination).exists():

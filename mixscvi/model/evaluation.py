@@ -1,4 +1,4 @@
-"""What a trained model says of likelihoods and of its own posteriors."""
+"""Likelihoods of a trained model, and diagnostics of its posteriors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class EvaluationMixin:
             Draws per cell that are decoded at once, which bounds the memory. By default as many
             as make about four million values.
         form
-            ``"siwae"``: all draws inside of the logarithm, consistent for log p(x).
+            ``"siwae"``: all draws inside the logarithm, consistent for log p(x).
             ``"paper"``: the average over components of the logarithm, as in the papers' tables;
             never larger, and below log p(x) for any number of draws if components specialise.
         return_std_error

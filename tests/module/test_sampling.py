@@ -1,6 +1,5 @@
 """Importance draws and what is made of them, against naive densities."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from scvi import REGISTRY_KEYS
 from torch.distributions import Normal
 
 from mixscvi.mixture import MixturePosterior
-from mixscvi.module import FactorizedMixture, MixVAE
+from mixscvi.module import ImportanceSampling
 from naive_module import (
     COVARIATES,
     N_BATCH,
@@ -20,7 +19,6 @@ from naive_module import (
     naive_flow,
     naive_mixture,
     naive_prior,
-    standard_normal,
 )
 
 PROPOSALS = {
@@ -47,7 +45,7 @@ PROPOSALS = {
 def recorded(monkeypatch):
     """All stratified draws, and all draws of the library size, that are made from here on."""
     record = SimpleNamespace(z0=[], component=[], library=[])
-    stratified, library = MixturePosterior.rsample_stratified, MixVAE._library_draws
+    stratified, library = MixturePosterior.rsample_stratified, ImportanceSampling._library_draws
 
     def rsample_stratified(self, n_samples=1, components=None, generator=None):
         record.z0.append(stratified(self, n_samples, components, generator))
@@ -60,7 +58,7 @@ def recorded(monkeypatch):
         return drawn
 
     monkeypatch.setattr(MixturePosterior, "rsample_stratified", rsample_stratified)
-    monkeypatch.setattr(MixVAE, "_library_draws", library_draws)
+    monkeypatch.setattr(ImportanceSampling, "_library_draws", library_draws)
     return record
 
 
@@ -78,11 +76,11 @@ def test_importance_draws_are_the_naive_densities(kwargs, recorded):
     with torch.no_grad():
         posterior = module.posterior(tensors)
         loc, scale = posterior.component_loc.clone(), posterior.component_scale.clone()
-        encoded = module._encode(**module._get_inference_input(tensors))
-    prior = standard_normal(2) if module.is_scvi else naive_prior(module)
+        encoded = module.encode(**module._get_inference_input(tensors))
+    prior = naive_prior(module)
     for i, a in enumerate(component.tolist()):
         point = z0[:, i]
-        z, log_det = (point, 0.0) if module.is_scvi else naive_flow(module, point)
+        z, log_det = naive_flow(module, point)
         log_joint = prior.log_prob(z)
         library = encoded.library
         if not module.use_observed_lib_size:
@@ -152,34 +150,3 @@ def test_paper_form_is_at_most_siwae_and_both_have_their_formulas():
     torch.manual_seed(3)
     mean = module.marginal_ll(tensors, 60, return_mean=True)
     assert mean == pytest.approx(marginal("siwae").mean().item())
-
-
-def test_posterior_minus_prior_scores_every_point_under_every_cell():
-    module = make_module(n_flow_steps=2, prior="mog").double().eval()
-    tensors = make_tensors(module, 4)
-    qz = module.posterior(tensors)
-    qz = FactorizedMixture(qz.component_loc.clone(), qz.component_scale.clone())
-    z0 = torch.randn(6, 2, dtype=torch.float64)
-    z, log_det = naive_flow(module, z0)
-    z, log_det = z.detach(), log_det.detach()
-    got = module.posterior_minus_prior(qz, z[:, None])
-    mixture = naive_mixture(qz.component_loc, qz.component_scale)
-    shift = standard_normal(2).log_prob(z) - naive_prior(module).log_prob(z) - log_det
-    expected = mixture.log_prob(z0[:, None].expand(6, 4, 2)) + shift[:, None]
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("latent_distribution", ["normal", "ln"])
-def test_latent_moments_are_those_behind_the_flow(latent_distribution):
-    module = make_module(n_flow_steps=2, latent_distribution=latent_distribution).eval()
-    qz = module.posterior(make_tensors(module, 3))
-    mean, variance = module.latent_moments(qz, 30_000)
-    draws = module._plain_draws(qz, 30_000)["z"]
-    assert draws.shape == (30_000, 3, 2)
-    error = (mean - draws.mean(0)) / (draws.std(0) / math.sqrt(15_000))
-    assert error.abs().max() < 5
-    squares = (draws - draws.mean(0)).square()
-    error = (variance - squares.mean(0)) / (squares.std(0) / math.sqrt(15_000))
-    assert error.abs().max() < 5
-    again, _ = module.latent_moments(qz, 30_000)
-    assert torch.equal(mean, again)

@@ -1,0 +1,16 @@
+"""MixSCVI: AnnData in, latents, likelihoods and diagnostics out.
+
+| file | holds |
+| --- | --- |
+| mixscvi | the model: what it is made of, and its data |
+| data | checks of the data, minibatches |
+| latents | latent representations and mixtures |
+| evaluation | likelihoods and diagnostics |
+| persistence | saving, minified data, queries |
+"""
+
+from mixscvi.model.evaluation import ComponentDiagnostics
+from mixscvi.model.latents import LatentMixture
+from mixscvi.model.mixscvi import MixSCVI
+
+__all__ = ["ComponentDiagnostics", "LatentMixture", "MixSCVI"]

@@ -1,0 +1,71 @@
+"""The data that a model trains on: checked, and split into minibatches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scvi import REGISTRY_KEYS
+from scvi.dataloaders import DataSplitter
+
+from mixscvi.checks import check_counts, check_finite, check_positive
+
+if TYPE_CHECKING:
+    from scvi.data import AnnDataManager
+    from scvi.module import VAE
+
+__all__ = ["WithoutSingleCells", "check_data"]
+
+
+class WithoutSingleCells(DataSplitter):
+    """scvi-tools' splitter, which leaves a last training minibatch of one cell out.
+
+    Batch normalization has no variance to divide by in such a minibatch, and training would stop.
+    Shuffling makes it another cell in every epoch.
+    """
+
+    def train_dataloader(self):
+        """Minibatches of the training cells."""
+        batch_size = self.data_loader_kwargs.get("batch_size")
+        if self.n_train > 1 and self.n_train % batch_size == 1:
+            self.drop_last = True
+        return super().train_dataloader()
+
+
+def check_data(manager: AnnDataManager, module: VAE) -> None:
+    """Raise if a model cannot use the registered counts, covariates or size factors.
+
+    Parameters
+    ----------
+    manager
+        Of the data.
+    module
+        Says which values its likelihood takes, and where library sizes come from.
+
+    Raises
+    ------
+    ValueError
+        Naming the field and the first offending cells.
+    """
+    adata = manager.adata
+    layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
+    scaled_by_factor = bool(module.use_size_factor_key)
+    above = None
+    if module.gene_likelihood == "normal":
+        above = -1.0 if module.log_variational else -np.inf
+    check_counts(
+        manager.get_from_registry(REGISTRY_KEYS.X_KEY),
+        adata.obs_names,
+        source="adata.X" if layer is None else f"adata.layers[{layer!r}]",
+        above=above,
+        allow_empty=scaled_by_factor or not module.use_observed_lib_size,
+    )
+    if REGISTRY_KEYS.CONT_COVS_KEY in manager.data_registry:
+        check_finite(manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY), source="adata.obs")
+    if scaled_by_factor:
+        field = manager.data_registry[REGISTRY_KEYS.SIZE_FACTOR_KEY]
+        check_positive(
+            manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY),
+            adata.obs_names,
+            source=f"adata.obs[{field.attr_key!r}]",
+        )

@@ -1,0 +1,248 @@
+"""The latents of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+)
+
+from mixscvi.checks import check_choice
+from mixscvi.module.densities import latent_moments
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["LatentMixture", "LatentsMixin"]
+
+
+class LatentMixture(NamedTuple):
+    """Parameters of each cell's mixture posterior."""
+
+    loc: np.ndarray
+    """Component means, `(n, A, D)`."""
+    scale: np.ndarray
+    """Component standard deviations, `(n, A, D)`."""
+
+
+class LatentsMixin:
+    """Methods of :class:`mixscvi.MixSCVI` that give its latents.
+
+    The model provides ``module``, ``device`` and ``_minibatches``.
+    """
+
+    @torch.inference_mode()
+    def get_latent_mixture(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+        **data_loader_kwargs,
+    ) -> LatentMixture:
+        """Means and standard deviations of every component of every cell's posterior.
+
+        With a flow they are those of the base mixture, before the flow.
+
+        Parameters
+        ----------
+        adata
+            AnnData set up like the training data; by default the training data.
+        indices
+            Cells to use; all by default.
+        batch_size
+            Cells per minibatch.
+        dataloader
+            Minibatches of the user's own, instead of `adata`; `indices` and `batch_size` are
+            then ignored, as in scvi-tools.
+        **data_loader_kwargs
+            Passed to the data loader.
+
+        Returns
+        -------
+        Named arrays ``loc`` and ``scale``, each `(n, A, D)`.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If the genes are not those trained on, or the counts are bad.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> model.get_latent_mixture().scale.shape
+        (700, 2, 10)
+        """
+        posteriors = [
+            self.module.posterior(tensors)
+            for tensors in self._minibatches(
+                adata, indices, batch_size, dataloader, data_loader_kwargs
+            )
+        ]
+        return LatentMixture(
+            torch.cat([q.component_loc.cpu() for q in posteriors]).numpy(),
+            torch.cat([q.component_scale.cpu() for q in posteriors]).numpy(),
+        )
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        mc_samples: int = 5_000,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+        representation: Literal["mean", "components", "parameters"] = "mean",
+        **data_loader_kwargs,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Latent representation of the cells.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader, **data_loader_kwargs
+            As in :meth:`get_latent_mixture`.
+        give_mean
+            Whether to return the mean of the mixture, or a draw from it.
+        mc_samples
+            Draws behind the mean, where it has no closed form: with a flow or the logistic normal
+            latent. They are stratified over the components and come from a seeded generator, so
+            the result repeats.
+        return_dist
+            Whether to return mean and variance of the mixture, the pair of `(n, D)`.
+        representation
+            ``"mean"``: `(n, D)`, for neighbours and UMAP. ``"components"``: all component means,
+            `(n, A * D)`. ``"parameters"``: all component means, then all component variances,
+            `(n, 2 * A * D)`, the features that the mixture papers classify. The latter two are
+            those of the base mixture if there is a flow.
+
+        Returns
+        -------
+        Array of the shape above.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If `representation` is unknown or is at odds with `give_mean` and `return_dist`, the
+            genes are not those trained on, or the counts are bad.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> model.get_latent_representation(representation="parameters").shape
+        (700, 40)
+        """
+        check_choice("representation", representation, ("mean", "components", "parameters"))
+        if representation != "mean":
+            if return_dist or not give_mean:
+                raise ValueError(
+                    f"representation={representation!r} is neither a draw nor a distribution: "
+                    f"got give_mean={give_mean}, return_dist={return_dist}"
+                )
+            loc, scale = self.get_latent_mixture(
+                adata, indices, batch_size, dataloader, **data_loader_kwargs
+            )
+            loc = loc.reshape(len(loc), -1)
+            if representation == "components":
+                return loc
+            return np.concatenate([loc, np.square(scale).reshape(len(loc), -1)], axis=1)
+
+        module = self.module
+        one_draw = not (give_mean or return_dist)
+        if one_draw or module.has_closed_form_moments(on_simplex=not return_dist):
+            return super().get_latent_representation(
+                adata,
+                indices=indices,
+                give_mean=give_mean,
+                mc_samples=mc_samples,
+                batch_size=batch_size,
+                return_dist=return_dist,
+                dataloader=dataloader,
+                **data_loader_kwargs,
+            )
+
+        def transform(z0: Tensor) -> Tensor:
+            z, _ = module.push_forward(z0)
+            return z if return_dist else module.z_encoder.z_transformation(z)
+
+        moments = [
+            latent_moments(module.posterior(tensors), transform, mc_samples)
+            for tensors in self._minibatches(
+                adata, indices, batch_size, dataloader, data_loader_kwargs
+            )
+        ]
+        means = torch.cat([mean.cpu() for mean, _ in moments]).numpy()
+        if not return_dist:
+            return means
+        return means, torch.cat([variance.cpu() for _, variance in moments]).numpy()
+
+    def get_importance_weights(
+        self, adata, indices, qz: Distribution, px: Distribution, zs: Tensor, *args, **kwargs
+    ) -> np.ndarray:
+        """As in scvi-tools, with this model's prior, flow and mixture posterior.
+
+        scvi-tools scores draws under a standard normal prior and divides by the density that it
+        asks of `qz`, which is therefore corrected for this model's prior.
+        """
+        qz = self.module.as_importance_density(qz)
+        return super().get_importance_weights(adata, indices, qz, px, zs, *args, **kwargs)
+
+    @torch.inference_mode()
+    def get_aggregated_posterior(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dof: float | None = 3.0,
+    ) -> Distribution:
+        """Mixture of the posteriors of all cells: `n * A` components, under the flow if any.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`get_latent_mixture`.
+        dof
+            Degrees of freedom of Student's t components; ``None`` for Gaussians.
+
+        Returns
+        -------
+        Distribution with event shape `(D,)`.
+        """
+        if indices is not None and len(indices) == 0:
+            indices = None
+        loc, scale = (
+            torch.from_numpy(part).flatten(0, 1).to(self.device)
+            for part in self.get_latent_mixture(adata, indices, batch_size)
+        )
+        components = Normal(loc, scale) if dof is None else StudentT(dof, loc, scale)
+        aggregated = MixtureSameFamily(
+            Categorical(logits=torch.zeros(len(loc), device=self.device)),
+            Independent(components, 1),
+        )
+        if self.module.flow is None:
+            return aggregated
+        return TransformedDistribution(aggregated, [self.module.flow.transform])

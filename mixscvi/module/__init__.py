@@ -1,0 +1,35 @@
+"""scvi-tools' module contract on the mixture core.
+
+| file | holds |
+| --- | --- |
+| options | what posterior, prior and objective are made of |
+| vae | the mixture's module |
+| scvi_vae | scvi-tools' own module with importance sampling |
+| signatures | the signatures that scvi-tools reads |
+| encoding | from scvi-tools' inputs to the core's encoders |
+| decoding | from draws and covariates to the likelihood of the counts |
+| sampling | importance sampling of log p(x) |
+| densities | moments and densities without a closed form |
+| factorized | the mixture posterior as scvi-tools reads it |
+| pseudo_cells | the VampPrior's inputs |
+"""
+
+from mixscvi.module.decoding import CountLikelihood, decode
+from mixscvi.module.factorized import FactorizedMixture
+from mixscvi.module.options import MixtureOptions
+from mixscvi.module.pseudo_cells import PseudoCells
+from mixscvi.module.sampling import FORMS, ImportanceSampling
+from mixscvi.module.scvi_vae import ScviVAE
+from mixscvi.module.vae import MixVAE
+
+__all__ = [
+    "FORMS",
+    "CountLikelihood",
+    "FactorizedMixture",
+    "ImportanceSampling",
+    "MixVAE",
+    "MixtureOptions",
+    "PseudoCells",
+    "ScviVAE",
+    "decode",
+]

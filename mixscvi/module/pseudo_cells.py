@@ -1,0 +1,98 @@
+"""The inputs that a VampPrior on cells learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PseudoCells"]
+
+
+class PseudoCells(nn.Module):
+    """Learned inputs of the counts encoder: `K` cells that need not exist.
+
+    Expression lives on the encoder's scale and stays non-negative if the data are; each categorical
+    covariate is a softmax over its categories, but for those that :meth:`hide_categories` takes
+    out.
+
+    Parameters
+    ----------
+    n_pseudo
+        Number of pseudo-cells, `K`.
+    n_genes
+        Genes, `G`: the leading columns of the encoder's input.
+    n_dense
+        All dense columns of the encoder's input, `G` and continuous covariates.
+    n_cat_list
+        Number of categories of each covariate that the encoder sees.
+    non_negative
+        Whether expression is constrained to be non-negative.
+    """
+
+    _SHARPNESS = 10.0
+    _LEAST = 5e-3
+    _LOGIT = 3.0
+
+    def __init__(
+        self,
+        n_pseudo: int,
+        n_genes: int,
+        n_dense: int,
+        n_cat_list: Sequence[int],
+        *,
+        non_negative: bool,
+    ) -> None:
+        super().__init__()
+        self.n_genes = n_genes
+        self.non_negative = non_negative
+        self.dense = nn.Parameter(torch.randn(n_pseudo, n_dense))
+        self.cat_logits = nn.ParameterList(torch.zeros(n_pseudo, n_cat) for n_cat in n_cat_list)
+        for i, n_cat in enumerate(n_cat_list):
+            self.register_buffer(self._mask_name(i), torch.zeros(n_cat, dtype=torch.bool))
+
+    @staticmethod
+    def _mask_name(covariate: int) -> str:
+        return f"cat_hidden_{covariate}"
+
+    def hide_categories(self, n_known: Sequence[int]) -> None:
+        """Give no weight to the categories of each covariate beyond its first `n_known`."""
+        for i, n in enumerate(n_known):
+            self.get_buffer(self._mask_name(i))[n:] = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before there were masks, infinite logits hid a category.
+        for i in range(len(self.cat_logits)):
+            logits = state_dict.get(f"{prefix}cat_logits.{i}")
+            mask = prefix + self._mask_name(i)
+            if logits is not None and mask not in state_dict:
+                state_dict[mask] = (logits == -torch.inf).all(0)
+                state_dict[f"{prefix}cat_logits.{i}"] = logits.masked_fill(logits == -torch.inf, 0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def initialize(self, dense: Tensor, *categories: Tensor) -> None:
+        """Start from the encoder inputs of `K` real cells: `(K, n_dense)` and indices `(K, 1)`."""
+        start = dense.clone()
+        if self.non_negative:
+            sharp = self._SHARPNESS * start[:, : self.n_genes].clamp_min(self._LEAST)
+            start[:, : self.n_genes] = (sharp + (-(-sharp).expm1()).log()) / self._SHARPNESS
+        self.dense.copy_(start)
+        for logits, category in zip(self.cat_logits, categories, strict=True):
+            one_hot = F.one_hot(category.squeeze(-1).long(), logits.shape[-1])
+            logits.copy_(self._LOGIT * one_hot)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Encoder inputs: `(K, n_dense)`, then weights `(K, n_cat)` for each covariate."""
+        dense = self.dense
+        if self.non_negative:
+            expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)
+            dense = torch.cat((F.softplus(expression, beta=self._SHARPNESS), rest), dim=-1)
+        weights = (
+            logits.masked_fill(self.get_buffer(self._mask_name(i)), -torch.inf).softmax(-1)
+            for i, logits in enumerate(self.cat_logits)
+        )
+        return dense, *weights

@@ -1,0 +1,63 @@
+"""scvi-tools' own module, for the options that describe scVI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scvi.module import VAE
+from scvi.module.base import auto_move_data
+from torch import Tensor
+from torch.distributions import Distribution
+
+from mixscvi.mixture import MixturePosterior, StandardNormal
+from mixscvi.module.decoding import decode, generative_outputs
+from mixscvi.module.options import MixtureOptions
+from mixscvi.module.sampling import ImportanceSampling
+from mixscvi.module.signatures import signed_as
+
+__all__ = ["ScviVAE"]
+
+
+@signed_as(VAE)
+class ScviVAE(ImportanceSampling, VAE):
+    """scvi-tools' own module, with importance sampling mixed in.
+
+    All that :class:`scvi.model.SCVI` does, it does to the bit. Its posterior is a mixture of one
+    component.
+    """
+
+    mixture = MixtureOptions(n_components=1)
+    n_components = 1
+    flow = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prior = StandardNormal(self.n_latent)
+
+    def _encode_components(
+        self, dense: Tensor, categories: tuple[Tensor, ...], components: Tensor | None
+    ) -> MixturePosterior:
+        normal, _ = self.z_encoder(dense, *categories)
+        return MixturePosterior(normal.loc.unsqueeze(1), normal.scale.unsqueeze(1))
+
+    @signed_as(VAE.generative)
+    @auto_move_data
+    def generative(
+        self, z: Tensor, library: Tensor, batch_index: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Distribution | None]:
+        """As in scvi-tools, and for several draws where batches are embedded."""
+        if z.dim() == 3 and self.batch_representation == "embedding":
+            px = decode(self, z, library, batch_index, *args, **kwargs)
+            return generative_outputs(self, px, z, batch_index)
+        return super().generative(z, library, batch_index, *args, **kwargs)
+
+    def has_closed_form_moments(self, *, on_simplex: bool) -> bool:
+        """Whether scvi-tools' formulas for mean and variance of the latents hold."""
+        return True
+
+    def as_importance_density(self, qz: Distribution) -> Distribution:
+        """What scvi-tools' importance weights are to divide by."""
+        return qz
+
+    def train_covariates_only(self, *, freeze_expression: bool) -> None:
+        """Freeze the encoder for scArches; scvi-tools has done it."""

@@ -1,0 +1,36 @@
+"""Signatures that scvi-tools reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["signed_as"]
+
+
+def signed_as(original: Callable, **keywords: Any) -> Callable:
+    """Show the signature of a function or class, with further keywords and their defaults.
+
+    scvi-tools reads signatures: that of ``generative`` for ``transform_batch``, and that of the
+    module to rebuild one that was trained on a data module.
+
+    Examples
+    --------
+    >>> import inspect
+    >>> @signed_as(lambda z, library=None: None, mixture=4)
+    ... def decode(*args, **kwargs): ...
+    >>> print(inspect.signature(decode))
+    (z, library=None, *, mixture=4)
+    """
+    signature = inspect.signature(original)
+    further = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in keywords.items()
+    ]
+
+    def decorate(own: Callable) -> Callable:
+        own.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *further])
+        return own
+
+    return decorate
