@@ -32,18 +32,18 @@ def data_folder() -> Path:
 def read_counts(name: str, n_genes: int) -> AnnData:
     """One of the single-cell data sets with its `n_genes` most variable genes.
 
-    Variability is the dispersion of log-normalised expression within bins of equal mean, scanpy's
+    Variability is the dispersion of log-normalized expression within bins of equal mean, scanpy's
     "cell_ranger" flavour; cells left without counts are dropped.
     """
     import anndata
     import scanpy as sc
 
     adata = anndata.read_h5ad(data_folder() / "single_cell" / f"{name}.h5ad")
-    normalised = adata.copy()
-    sc.pp.normalize_total(normalised, target_sum=1e4)
-    sc.pp.log1p(normalised)
-    sc.pp.highly_variable_genes(normalised, n_top_genes=n_genes, flavor="cell_ranger")
-    adata = adata[:, normalised.var["highly_variable"].to_numpy()].copy()
+    normalized = adata.copy()
+    sc.pp.normalize_total(normalized, target_sum=1e4)
+    sc.pp.log1p(normalized)
+    sc.pp.highly_variable_genes(normalized, n_top_genes=n_genes, flavor="cell_ranger")
+    adata = adata[:, normalized.var["highly_variable"].to_numpy()].copy()
     sc.pp.filter_cells(adata, min_counts=1)
     return adata
 

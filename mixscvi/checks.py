@@ -78,7 +78,7 @@ def check_counts(
     above: float | None = None,
     allow_empty: bool = False,
 ) -> None:
-    """Refuse counts that a model of counts cannot be trained on.
+    """Raise if a model of counts cannot be trained on these values.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def check_counts(
     obs_names
         Names of the cells.
     source
-        Where the counts stand, for the message: ``"adata.X"`` or ``"adata.layers['counts']"``.
+        Name of the counts for the message: ``"adata.X"`` or ``"adata.layers['counts']"``.
     above
         What values must exceed where negative ones are meaningful (the normal likelihood); by
         default none may be negative.
@@ -142,7 +142,7 @@ def check_counts(
 
 
 def check_finite(table: pd.DataFrame, *, source: str) -> None:
-    """Refuse covariates that are NaN or infinite.
+    """Raise if covariates are NaN or infinite.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def check_finite(table: pd.DataFrame, *, source: str) -> None:
 
 
 def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> None:
-    """Refuse per-cell factors that are not positive and finite.
+    """Raise if per-cell factors are not positive and finite.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> N
 
 
 def check_genes(var_names: Sequence[str], trained_on: Sequence[str]) -> None:
-    """Refuse data whose genes are not those the model was trained on, in their order.
+    """Raise if the genes are not those the model was trained on, in the same order.
 
     Raises
     ------
@@ -207,7 +207,7 @@ def check_genes(var_names: Sequence[str], trained_on: Sequence[str]) -> None:
         detail = f"it has {len(surplus)} other genes, first: {', '.join(surplus[:_NAMES_SHOWN])}"
     else:
         place = next(i for i, (a, b) in enumerate(zip(given, expected, strict=True)) if a != b)
-        detail = f"they stand in another order, first at {place}: {given[place]}, expected "
+        detail = f"they are in another order, first at {place}: {given[place]}, expected "
         detail += expected[place]
     raise ValueError(
         f"adata has {len(given)} genes that are not the {len(expected)} the model was trained on: "

@@ -40,7 +40,7 @@ def component_means(
     model
         A trained model.
     groups
-        Labels of the cells, to colour by; by default the points are coloured by component.
+        Labels of the cells, to color by; by default the points are colored by component.
     indices
         Cells to show; all by default.
     axes
@@ -66,15 +66,15 @@ def component_means(
     loc = model.get_latent_mixture(indices=indices).loc
     n_cells, n_components, _ = loc.shape
     if groups is None:
-        colour, title = np.tile(np.arange(1, n_components + 1), n_cells), "component"
+        color, title = np.tile(np.arange(1, n_components + 1), n_cells), "component"
     else:
         chosen = np.asarray(groups) if indices is None else np.asarray(groups)[indices]
         if len(chosen) != n_cells:
             raise ValueError(f"groups must name {n_cells} cells, got {len(chosen)}")
-        colour, title = np.repeat(chosen, n_components), getattr(groups, "name", None) or "group"
+        color, title = np.repeat(chosen, n_components), getattr(groups, "name", None) or "group"
     points = anndata.AnnData(
         obs=pd.DataFrame(
-            {title: pd.Categorical(colour)},
+            {title: pd.Categorical(color)},
             index=[str(point) for point in range(n_cells * n_components)],
         ),
         obsm={"X_mean": loc.reshape(n_cells * n_components, -1)},
@@ -128,7 +128,7 @@ def divergence(
     axes.set_yticks(range(1, len(order) + 1), order)
     axes.set_xlabel("Jensen-Shannon divergence of the components (nats)")
     if n_components is not None:
-        axes.axvline(np.log(n_components), linestyle=":", color="grey")
+        axes.axvline(np.log(n_components), linestyle=":", color="gray")
     return axes
 
 
@@ -163,7 +163,7 @@ def reliability(
         k = table["pareto_k"]
         axes[0].ecdf(k, label=f"{name}: {(k < 0.7).mean():.0%} under 0.7")
         axes[1].ecdf(table["effective_sample_size"], label=name)
-    axes[0].axvline(0.7, linestyle=":", color="grey")
+    axes[0].axvline(0.7, linestyle=":", color="gray")
     axes[0].set_xlabel("Pareto k-hat")
     axes[0].set_ylabel("share of cells")
     axes[1].set_xlabel("effective sample size (draws)")

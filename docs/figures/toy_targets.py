@@ -24,12 +24,12 @@ SPAN, GRID = 6.0, 400
 
 
 def ring(z: Tensor) -> Tensor:
-    """Unnormalised log-density of a ring of radius 3 and width 0.4."""
+    """Unnormalized log-density of a ring of radius 3 and width 0.4."""
     return -0.5 * ((z.norm(dim=-1) - 3.0) / 0.4).square()
 
 
 def two_modes(z: Tensor) -> Tensor:
-    """Unnormalised log-density of two bent modes at (-2, 0) and (2, 0)."""
+    """Unnormalized log-density of two bent modes at (-2, 0) and (2, 0)."""
     bend = z[..., 1] - 0.25 * (z[..., 0].square() - 4.0)
     width = 0.5 * ((z[..., 0].abs() - 2.0) / 0.6).square()
     return -width - 0.5 * (bend / 0.5).square()
@@ -44,7 +44,7 @@ def grid() -> Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
-def log_normaliser(target: Callable[[Tensor], Tensor]) -> float:
+def log_normalizer(target: Callable[[Tensor], Tensor]) -> float:
     """log Z of a target, by summing over the grid."""
     cell = (2 * SPAN / (GRID - 1)) ** 2
     return target(grid()).logsumexp(0).item() + math.log(cell)
@@ -63,11 +63,11 @@ def fit(
     Parameters
     ----------
     target
-        Unnormalised log-density of points `(..., 2)`.
+        Unnormalized log-density of points `(..., 2)`.
     n_components
         Number of components, `A`.
     joint
-        Whether the components maximise MISELBO together, or each its own ELBO.
+        Whether the components maximize MISELBO together, or each its own ELBO.
     seed
         Seeds the start (the same for both ways) and the draws.
     n_steps
@@ -101,7 +101,7 @@ def score(
     generator = torch.Generator().manual_seed(0)
     z = q.rsample_stratified(n_draws, generator=generator)
     log_q = mixture_log_prob(q.cross_log_prob(z))
-    kl = log_normaliser(target) - miselbo(target(z) - log_q).item()
+    kl = log_normalizer(target) - miselbo(target(z) - log_q).item()
     return kl, q.jensen_shannon_divergence(n_draws, generator).item()
 
 

@@ -49,12 +49,12 @@ class ImportanceDraws(NamedTuple):
 
 
 def specialization(own_log_prob: Tensor, mixture_log_prob: Tensor) -> Tensor:
-    r"""How far each component stands from the mixture it is a part of.
+    r"""Divergence of each component from the mixture that it is a part of.
 
     .. math:: \mathrm{KL}(q_a \,\|\, q) \approx
         \frac{1}{L} \sum_l \log q_a(z_{l,a}) - \log q(z_{l,a})
 
-    0 where the component adds nothing that the others lack, log A where it stands alone. The
+    0 where the component adds nothing that the others lack, log A where it overlaps with none. The
     mean over components is their Jensen-Shannon divergence.
 
     Parameters

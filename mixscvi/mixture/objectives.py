@@ -172,7 +172,7 @@ def importance_weighted_miselbo(log_weights: Tensor) -> Tensor:
     .. math:: \frac{1}{S} \sum_s \log \frac{1}{L} \sum_l w_{l,s}
 
     It averages over the components outside the logarithm, so it stays below log p(x) as `L`
-    grows when the components specialise; :func:`siwae` is the consistent form. For ``L = 1`` it
+    grows when the components specialize; :func:`siwae` is the consistent form. For ``L = 1`` it
     is :func:`miselbo`.
 
     Parameters

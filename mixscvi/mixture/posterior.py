@@ -82,7 +82,7 @@ class MixturePosterior(Distribution):
     Parameters
     ----------
     component_loc
-        Component means, `(B, A, D)`. Further axes may stand before `B`, or none at all.
+        Component means, `(B, A, D)`. Further axes may come before `B`, or none at all.
     component_scale
         Component standard deviations, positive, same shape.
     validate_args
@@ -236,7 +236,7 @@ class MixturePosterior(Distribution):
 
         Returns
         -------
-        Reparameterised draws, `(L, B, S, D)`.
+        Reparameterized draws, `(L, B, S, D)`.
         """
         loc, scale = self.component_loc, self.component_scale
         if components is not None:

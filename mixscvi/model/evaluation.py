@@ -93,7 +93,7 @@ class EvaluationMixin:
         form
             ``"siwae"``: all draws inside the logarithm, consistent for log p(x).
             ``"paper"``: the average over components of the logarithm, as in the papers' tables;
-            never larger, and below log p(x) for any number of draws if components specialise.
+            never larger, and below log p(x) for any number of draws if components specialize.
         return_std_error
             Whether to return the Monte-Carlo standard error as well; SIWAE form alone.
 
@@ -174,7 +174,7 @@ class EvaluationMixin:
         - ``pareto_k``: under 0.7, the likelihood and all importance-weighted results of the cell
           can be trusted;
         - ``log_likelihood``: SIWAE, in nats;
-        - ``miselbo``: the average log-weight, in nats: what training maximises with the default
+        - ``miselbo``: the average log-weight, in nats: what training maximizes with the default
           objective.
 
         Examples
@@ -225,7 +225,7 @@ class EvaluationMixin:
         n_mc_samples_per_pass: int | None = None,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
     ) -> ComponentDiagnostics:
-        """Each component's own ELBO, and how far it stands from the mixture.
+        """Each component's own ELBO, and its divergence from the mixture.
 
         Parameters
         ----------

@@ -129,7 +129,7 @@ class LatentsMixin:
         return_dist
             Whether to return mean and variance of the mixture, the pair of `(n, D)`.
         representation
-            ``"mean"``: `(n, D)`, for neighbours and UMAP. ``"components"``: all component means,
+            ``"mean"``: `(n, D)`, for neighbors and UMAP. ``"components"``: all component means,
             `(n, A * D)`. ``"parameters"``: all component means, then all component variances,
             `(n, 2 * A * D)`, the features that the mixture papers classify. The latter two are
             those of the base mixture if there is a flow.

@@ -47,7 +47,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
     .. math:: q(z \mid x) = \frac{1}{A} \sum_{a=1}^{A}
         \mathcal{N}(z; \mu_a(x), \mathrm{diag}\, \sigma_a(x)^2),
 
-    and training maximises :math:`\frac{1}{A} \sum_a \mathbb{E}_{q_a}[\log p(x, z) - \log q(z \mid
+    and training maximizes :math:`\frac{1}{A} \sum_a \mathbb{E}_{q_a}[\log p(x, z) - \log q(z \mid
     x)]`, which rewards components for covering what the others do not (Kviman et al., arXiv
     2209.15514; Hotti et al., arXiv 2406.07083). With ``n_components=1`` it is
     :class:`scvi.model.SCVI`, bit for bit.

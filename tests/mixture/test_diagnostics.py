@@ -120,7 +120,7 @@ def test_effective_sample_size_of_lognormal_weights(normal):
 def naive_pareto_k(weights):
     """k-hat of one row, from the papers' formulas in their own signs.
 
-    Zhang & Stephens (2009) fit x to a generalised Pareto with shape -k; Vehtari et al. (2024)
+    Zhang & Stephens (2009) fit x to a generalized Pareto with shape -k; Vehtari et al. (2024)
     give the tail's length, the size of the grid and the prior.
     """
     weights = np.sort(weights)

@@ -32,7 +32,7 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
 
 def log_joint(z):
-    """Some log p(x, z) that is neither Gaussian nor normalised."""
+    """Some log p(x, z) that is neither Gaussian nor normalized."""
     return z.sin().sum(-1) - 0.3 * z.square().sum(-1) + 0.1 * z.prod(-1)
 
 
@@ -255,7 +255,7 @@ def test_siwae_converges_to_the_evidence(normal, generator, n_components):
     error = siwae_standard_error(log_weights)
     assert (error < 0.02).all()
     assert ((siwae(log_weights) - model.log_evidence).abs() < 4 * error).all()
-    # The proposal is imperfect: the bound that averages outside of the logarithm shows it.
+    # The proposal is imperfect: the bound that averages outside the logarithm shows it.
     assert (model.log_evidence - miselbo(log_weights) > 10 * error).all()
 
 
@@ -334,7 +334,7 @@ def test_two_components_beat_one_on_two_modes(generator):
     assert two - one == pytest.approx(LOG_TWO, abs=0.03)
 
 
-def test_only_siwae_reaches_the_evidence_when_components_specialise(generator):
+def test_only_siwae_reaches_the_evidence_when_components_specialize(generator):
     # Three components on one mode, one on the other: their mean weights are 2/3 p(x) and 2 p(x).
     side = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64).view(1, 4, 1)
     scale = torch.full_like(side, FOLDED_PRECISION**-0.5)

@@ -181,16 +181,16 @@ def test_rsample_stratified_law(make_posterior, generator):
     q = make_posterior(2, 3, 2, spread=3.0)
     draws = q.rsample_stratified(20_000, generator=generator)
     assert draws.shape == (20_000, 2, 3, 2)
-    standardised = ((draws - q.component_loc) / q.component_scale).detach()
+    standardized = ((draws - q.component_loc) / q.component_scale).detach()
     torch.testing.assert_close(
-        standardised.mean(0), torch.zeros(2, 3, 2).double(), rtol=0, atol=0.03
+        standardized.mean(0), torch.zeros(2, 3, 2).double(), rtol=0, atol=0.03
     )
-    correlation = standardised.flatten(1).T.corrcoef()
+    correlation = standardized.flatten(1).T.corrcoef()
     torch.testing.assert_close(correlation, torch.eye(12).double(), rtol=0, atol=0.03)
-    torch.testing.assert_close(standardised.std(0), torch.ones(2, 3, 2).double(), rtol=0, atol=0.03)
+    torch.testing.assert_close(standardized.std(0), torch.ones(2, 3, 2).double(), rtol=0, atol=0.03)
 
 
-def test_rsample_stratified_is_reparameterised(make_posterior, normal, generator):
+def test_rsample_stratified_is_reparameterized(make_posterior, normal, generator):
     q = make_posterior(2, 3, 2)
     draws = q.rsample_stratified(5, generator=generator)
     weights = normal(5, 2, 3, 2)

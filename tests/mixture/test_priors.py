@@ -154,8 +154,8 @@ def test_gaussian_mixture_is_a_loop(mixture_of_gaussians, normal):
         factor = weights[k]
         for d in range(N_LATENT):
             scale = prior.log_scale[k, d].exp()
-            standardised = (z[:, d] - prior.loc[k, d]) / scale
-            factor = factor * (-(standardised**2) / 2).exp() / (scale * math.sqrt(2 * math.pi))
+            standardized = (z[:, d] - prior.loc[k, d]) / scale
+            factor = factor * (-(standardized**2) / 2).exp() / (scale * math.sqrt(2 * math.pi))
         density = density + factor
     expected = density.log()
     assert_close(actual, expected)

@@ -18,14 +18,14 @@ QUADRATURES = {
     "one component": {"n_components": 1},
     "one component, 1 dimension": {"n_components": 1, "n_latent": 1},
     "one component, mog": {"n_components": 1, "prior": "mog", "n_prior_components": 4},
-    "one component, modelled library": {
+    "one component, modeled library": {
         "n_components": 1,
         "n_latent": 1,
         "use_observed_lib_size": False,
     },
     "three components": {},
     "ln": {"latent_distribution": "ln"},
-    "modelled library": {"n_latent": 1, "use_observed_lib_size": False},
+    "modeled library": {"n_latent": 1, "use_observed_lib_size": False},
     "mog": {"prior": "mog", "n_prior_components": 4},
     "vamp": {"prior": "vamp", "n_prior_components": 5},
     "flow": {"n_flow_steps": 2},

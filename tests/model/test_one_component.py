@@ -55,14 +55,14 @@ CONFIGURATIONS = {
         {"encode_covariates": True, "n_layers": 2, "deeply_inject_covariates": False},
     ),
     "size factor": ({}, {"size_factor_key": "factor", **BATCH}, {"gene_likelihood": "nb"}),
-    "modelled library": ({}, {}, {"use_observed_lib_size": False}),
-    "modelled library, covariates": (
+    "modeled library": ({}, {}, {"use_observed_lib_size": False}),
+    "modeled library, covariates": (
         {"sparse": True},
         COVARIATES,
         {"use_observed_lib_size": False, "encode_covariates": True, "gene_likelihood": "nb"},
     ),
     "ln": ({}, {}, {"latent_distribution": "ln"}),
-    "ln, modelled library": (
+    "ln, modeled library": (
         {},
         BATCH,
         {"latent_distribution": "ln", "use_observed_lib_size": False},

@@ -33,7 +33,7 @@ OPTIONS = {
     },
     "flow": {"n_flow_steps": 2},
     "flow, vamp": {"n_flow_steps": 1, "prior": "vamp", "n_prior_components": 5},
-    "flow, modelled library": {"n_flow_steps": 1, "use_observed_lib_size": False},
+    "flow, modeled library": {"n_flow_steps": 1, "use_observed_lib_size": False},
     "2 samples": {"n_samples": 2},
     "siwae": {"n_samples": 2, "objective": "siwae"},
     "one component, mog": {"n_components": 1, "prior": "mog"},

@@ -115,7 +115,7 @@ def test_a_loaded_model_trains_on(make_adata, tmp_path):
     assert_same_state(loaded, model)
 
 
-def test_a_last_cell_trains_where_nothing_is_normalised(make_adata):
+def test_a_last_cell_trains_where_nothing_is_normalized(make_adata):
     """SCVI without batch norm takes a minibatch of one cell, so one component does."""
     adata = make_adata()
     train_kwargs = {

@@ -32,7 +32,7 @@ def loss_on_fakes(module, *, device="meta", left_behind=()):
     """Run the loss on fakes on another device, some parameters left on the CPU.
 
     "meta" is another device than the CPU to every operation, and takes gradients. On fakes of
-    "cuda" a build of torch without it aborts, in batch normalisation's training and wherever
+    "cuda" a build of torch without it aborts, in batch normalization's training and wherever
     gradients are recorded, so those run the loss alone.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -25,7 +25,7 @@ def test_factorized_log_prob_sums_to_the_joint():
 
 
 def test_factorized_terms_are_conditionals():
-    """Each term, as a function of its own coordinate, is a normalised density."""
+    """Each term, as a function of its own coordinate, is a normalized density."""
     q = factorized(n_cells=1)
     grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     z = torch.randn(3, dtype=torch.float64)
