@@ -198,11 +198,11 @@ class _Loop(nn.Module):
         super().__init__()
         self.prior_once = prior_once
         components = range(model.mixture.n_components)
-        if model.encoder.codes is None:
+        if not model.encoder.heads.share_trunk:
             encoders = [_Encoder(model.encoder, a) for a in components]
         else:
             shared = _Encoder(model.encoder, 0)
-            encoders = [_CodedEncoder(shared, code) for code in model.encoder.codes]
+            encoders = [_CodedEncoder(shared, code) for code in model.encoder.heads.codes]
         self.encoders = nn.ModuleList(encoders)
         self.lower_encoders = None
         if model.lower_encoder is not None:
@@ -260,15 +260,15 @@ class _Loop(nn.Module):
         return -torch.stack(log_weights).mean()
 
 
-Model = Literal["vanilla", "vanilla amortized", "pixelcnn", "composite"]
+Model = Literal["vanilla", "vanilla shifted", "pixelcnn", "composite"]
 
 
 @dataclass
 class Arguments:
     """Time both and write the ratios."""
 
-    models: tuple[Model, ...] = ("vanilla", "vanilla amortized", "pixelcnn", "composite")
-    """Presets, with separate encoders unless amortized is said."""
+    models: tuple[Model, ...] = ("vanilla", "vanilla shifted", "pixelcnn", "composite")
+    """Presets, with separate encoders unless shifted is said."""
     budgets: tuple[BudgetName, ...] = ("paper", "cpu")
     """Sizes of the networks."""
     datasets: tuple[str, ...] = ("mnist",)
@@ -339,8 +339,8 @@ def main() -> None:
         minibatches.items(), arguments.budgets, arguments.models, arguments.threads
     ):
         torch.set_num_threads(threads)
-        preset, _, amortized = name.partition(" ")
-        mixture = Mixture(arguments.components, component_encoder=amortized or "separate")
+        preset, _, component_encoder = name.partition(" ")
+        mixture = Mixture(arguments.components, component_encoder=component_encoder or "separate")
         torch.manual_seed(0)
         x = binarise(images)
         model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)

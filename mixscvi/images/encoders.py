@@ -1,6 +1,8 @@
-"""Image encoders: gated trunks with the core's Gaussian heads, separate or amortised.
+"""Image encoders: gated trunks with the core's heads, for one level or the lower of two.
 
-Both are called like every encoder of the core, so the core's priors take them as they are.
+Components are separate, or they share one network and differ by a code that shifts its last
+pre-activations, so features and gates alike. The counts' "amortized" encoder codes its heads
+instead: :mod:`mixscvi.mixture.heads` says why these are two things.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixscvi.images.networks import gate
-from mixscvi.mixture import GaussianHeads, MixturePosterior, StackedLinear
-from mixscvi.mixture.layers import rows
+from mixscvi.mixture import Encoder, GaussianHeads, MixturePosterior, ShiftedHeads, StackedLinear
 
-__all__ = ["ComponentEncoder", "ConditionalEncoder", "ImageEncoder", "clamped_variance"]
+__all__ = ["ComponentEncoder", "ConditionalEncoder", "clamped_variance", "make_encoder"]
 
-ComponentEncoder = Literal["separate", "amortized"]
+ComponentEncoder = Literal["separate", "shifted"]
 """Nothing shared between components, or all but one small code each."""
+
+# Hidden units of all draws and components that the lower level holds: 64 MiB in single precision.
+_ELEMENTS_AT_ONCE = 2**24
 
 
 def clamped_variance(raw: Tensor) -> Tensor:
-    """Variance of a Gaussian from its logarithm, held in [-6, 2].
+    """Variance of a Gaussian from its logarithm, clamped to [-6, 2].
 
     Examples
     --------
@@ -34,94 +39,66 @@ def clamped_variance(raw: Tensor) -> Tensor:
     return F.hardtanh(raw, -6.0, 2.0).exp()
 
 
-def _make_codes(n_components: int, n_hidden: int, scale: float) -> nn.Parameter:
-    """A code per component, to be added to both halves of gated pre-activations."""
-    return nn.Parameter(scale * torch.randn(n_components, 2 * n_hidden))
+def _make_heads(
+    n_components: int, n_hidden: int, n_latent: int, component_encoder: ComponentEncoder
+) -> GaussianHeads:
+    options = {"activation": gate, "var_activation": clamped_variance, "var_eps": 0.0}
+    if component_encoder == "shifted":
+        return ShiftedHeads(n_components, 2 * n_hidden, n_hidden, n_latent, **options)
+    return GaussianHeads(n_components, n_hidden, n_latent, **options)
 
 
-class ImageEncoder(nn.Module):
-    r"""q(z | x): a trunk's pre-activations, gated, and the heads of `A` Gaussians.
-
-    Separate components have a trunk and heads each. Amortised ones share both; a component is
-    then a code that is added to the last pre-activations, so it shifts features and gates:
-
-    .. math:: h_a(x) = \mathrm{gate}(t(x) + c_a), \qquad \mu_a, \sigma_a = \mathrm{heads}(h_a)
+def make_encoder(
+    make_trunk: Callable[[int], nn.Module],
+    n_components: int,
+    n_latent: int,
+    *,
+    component_encoder: ComponentEncoder = "separate",
+) -> Encoder:
+    """Make an encoder q(z | x) of images.
 
     Parameters
     ----------
     make_trunk
-        Makes the trunk of as many networks as it is asked for.
+        Makes the trunk of a given number of networks.
     n_components
         Number of components, `A`.
     n_latent
         Latent dimensions, `D`.
     component_encoder
-        Whether components are ``"separate"`` or ``"amortized"``.
-    code_scale
-        Standard deviation of the codes at the start.
+        Whether components are ``"separate"``, or ``"shifted"`` by a code each.
 
     Examples
     --------
     >>> import functools, torch
     >>> from mixscvi.images.networks import DenseTrunk
     >>> make_trunk = functools.partial(DenseTrunk, image_shape=(5, 7), hidden=(8, 6))
-    >>> encoder = ImageEncoder(make_trunk, n_components=4, n_latent=2)
+    >>> encoder = make_encoder(make_trunk, n_components=4, n_latent=2)
     >>> encoder(torch.zeros(3, 1, 5, 7))
     MixturePosterior(batch_shape=(3,), n_components=4, n_latent=2)
     """
-
-    def __init__(
-        self,
-        make_trunk: Callable[[int], nn.Module],
-        n_components: int,
-        n_latent: int,
-        *,
-        component_encoder: ComponentEncoder = "separate",
-        code_scale: float = 0.5,
-    ) -> None:
-        super().__init__()
-        amortized = component_encoder == "amortized"
-        n_networks = 1 if amortized else n_components
-        self.trunk = make_trunk(n_networks)
-        self.codes = (
-            _make_codes(n_components, self.trunk.n_hidden, code_scale) if amortized else None
-        )
-        self.heads = GaussianHeads(
-            n_networks,
-            self.trunk.n_hidden,
-            n_latent,
-            var_activation=clamped_variance,
-            var_eps=0.0,
-        )
-
-    def forward(
-        self, x: Tensor, covariates: None = None, components: Tensor | None = None
-    ) -> MixturePosterior:
-        """Encode images `(B, 1, height, width)` into the components asked for."""
-        if self.codes is None:
-            return self.heads(gate(self.trunk(x, components)), components)
-        codes = rows(self.codes, components)
-        return self.heads(gate(self.trunk(x) + codes))
+    trunk = make_trunk(1 if component_encoder == "shifted" else n_components)
+    return Encoder(trunk, _make_heads(n_components, trunk.n_hidden, n_latent, component_encoder))
 
 
 class ConditionalEncoder(nn.Module):
     r"""q(z1 | x, z2), the lower level of a hierarchy, for every component at every draw of z2.
 
     The image and the draw each pass a gated network; their sum is gated again and feeds the
-    heads. The image is seen once, however many draws there are.
+    heads. The image is encoded once, however many draws there are.
 
     Parameters
     ----------
     make_trunk
-        Makes the image's trunk of as many networks as it is asked for.
+        Makes the image's trunk of a given number of networks.
     n_components
         Number of components, `A`.
     n_latent
         Latent dimensions of both levels, `D`.
     n_hidden
-        Width of the gated layers.
-    component_encoder, code_scale
-        As in :class:`ImageEncoder`.
+        Width of the gated layers, `H`.
+    component_encoder
+        As in :func:`make_encoder`.
 
     Examples
     --------
@@ -142,18 +119,34 @@ class ConditionalEncoder(nn.Module):
         *,
         n_hidden: int,
         component_encoder: ComponentEncoder = "separate",
-        code_scale: float = 0.5,
     ) -> None:
         super().__init__()
-        amortized = component_encoder == "amortized"
-        n_networks = 1 if amortized else n_components
+        n_networks = 1 if component_encoder == "shifted" else n_components
         self.trunk = make_trunk(n_networks)
         self.from_image = StackedLinear(n_networks, self.trunk.n_hidden, 2 * n_hidden)
         self.latent_trunk = StackedLinear(n_networks, n_latent, 2 * n_hidden)
         self.from_latent = StackedLinear(n_networks, n_hidden, 2 * n_hidden, bias=False)
-        self.codes = _make_codes(n_components, n_hidden, code_scale) if amortized else None
-        self.heads = GaussianHeads(
-            n_networks, n_hidden, n_latent, var_activation=clamped_variance, var_eps=0.0
+        self.heads = _make_heads(n_components, n_hidden, n_latent, component_encoder)
+
+    def _networks(self, components: Tensor | None) -> Tensor | None:
+        return None if self.heads.share_trunk else components
+
+    def _from_image(self, x: Tensor, components: Tensor | None) -> Tensor:
+        """What the image adds to the pre-activations, `(B, S, 2 H)`; S = 1 if shared."""
+        networks = self._networks(components)
+        return self.from_image(gate(self.trunk(x, components=networks)), networks)
+
+    def _condition(
+        self, image: Tensor, upper: Tensor, components: Tensor | None
+    ) -> MixturePosterior:
+        networks = self._networks(components)
+        latent = self.latent_trunk(upper.flatten(0, 2), networks)
+        latent = self.from_latent(gate(latent), networks).unflatten(0, upper.shape[:3])
+        joint = latent + image.unsqueeze(1)
+        flat = self.heads(joint.flatten(0, 2), components)
+        return MixturePosterior(
+            flat.component_loc.unflatten(0, upper.shape[:3]),
+            flat.component_scale.unflatten(0, upper.shape[:3]),
         )
 
     def forward(
@@ -166,16 +159,113 @@ class ConditionalEncoder(nn.Module):
         The posterior with batch shape `(L, B, S)` and the components on the next axis: all `A`,
         or those asked for.
         """
-        networks = components if self.codes is None else None
-        image = self.from_image(gate(self.trunk(x, networks)), networks)
-        latent = self.latent_trunk(upper.flatten(0, 2), networks)
-        latent = self.from_latent(gate(latent), networks).unflatten(0, upper.shape[:3])
-        joint = latent + image.unsqueeze(1)
-        if self.codes is not None:
-            codes = rows(self.codes, components)
-            joint = joint + codes
-        flat = self.heads(gate(joint).flatten(0, 2), networks)
-        return MixturePosterior(
-            flat.component_loc.unflatten(0, upper.shape[:3]),
-            flat.component_scale.unflatten(0, upper.shape[:3]),
+        return self._condition(self._from_image(x, components), upper, components)
+
+    def draw(
+        self,
+        x: Tensor,
+        upper: Tensor,
+        drawn: Tensor,
+        components: Tensor | None = None,
+        *,
+        flow: Callable[[Tensor], tuple[Tensor, Tensor]],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw z1 from each draw's own component, and evaluate every component at it.
+
+        Past a fixed number of hidden units, the draws are taken in parts, whose intermediate
+        results are computed again in the backward pass: memory is then bounded by that number, or
+        by one draw for each image.
+
+        Parameters
+        ----------
+        x
+            Images, `(B, 1, height, width)`.
+        upper
+            Draws of z2, `(L, B, S, D)`.
+        drawn
+            The component that each draw comes from, `(S,)`: an index into `components`.
+        components
+            The components to condition, `(A,)`; all when ``None``.
+        flow
+            Maps draws `(..., D)` of the Gaussians to z1 and the log-determinants `(...)`.
+        generator
+            Source of the noise, on the device of `x`; torch's default when ``None``.
+
+        Returns
+        -------
+        z1 `(L, B, S, D)`, the log-determinants `(L, B, S)`, and the log-densities of the draws
+        ahead of the flow under every component, `(L, B, S, A)`.
+        """
+        image = self._from_image(x, components)
+        # All noise in one call: it does not depend on how the draws are divided.
+        noise = torch.randn(
+            upper.shape, dtype=upper.dtype, device=upper.device, generator=generator
         )
+
+        def part(upper: Tensor, noise: Tensor, drawn: Tensor) -> tuple[Tensor, ...]:
+            conditional = self._condition(image, upper, components)
+            own = _own(conditional, drawn)
+            base = own.component_loc + own.component_scale * noise
+            return *flow(base), conditional.component_log_prob(base)
+
+        n_samples, n_images, n_sampled, _ = upper.shape
+        n_components = self.heads.n_components if components is None else len(components)
+        n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_images * n_components * self.from_image.n_out))
+        if n_samples * n_sampled <= n_at_once:
+            return part(upper, noise, drawn)
+        width = min(n_sampled, n_at_once)
+        rows = [
+            [
+                checkpoint(part, *tensors, use_reentrant=False, preserve_rng_state=False)
+                for tensors in zip(
+                    z.split(width, 2), e.split(width, 2), drawn.split(width), strict=True
+                )
+            ]
+            for z, e in zip(
+                upper.split(n_at_once // width), noise.split(n_at_once // width), strict=True
+            )
+        ]
+        # Parts side by side along S, then along L.
+        z, log_det, log_prob = (
+            torch.cat([torch.cat(parts, 2) for parts in column])
+            for column in zip(*(zip(*row, strict=True) for row in rows), strict=True)
+        )
+        return z, log_det, log_prob
+
+    def own(self, x: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of each component at a point of its own.
+
+        Parameters
+        ----------
+        x
+            Images, `(B, 1, height, width)`.
+        upper
+            A point of z2 for each component, `(B, A, D)`.
+
+        Returns
+        -------
+        Means and scales, `(B, A, D)`.
+        """
+        if self.heads.share_trunk:
+
+            def each(layer: nn.Module, h: Tensor) -> Tensor:
+                return layer(h.flatten(0, 1)).view(*h.shape[:2], -1)
+        else:
+
+            def each(layer: nn.Module, h: Tensor) -> Tensor:
+                return layer(h)
+
+        latent = each(self.from_latent, gate(each(self.latent_trunk, upper)))
+        posterior = self.heads(latent + self._from_image(x, None))
+        return posterior.component_loc, posterior.component_scale
+
+
+def _own(conditional: MixturePosterior, drawn: Tensor) -> MixturePosterior:
+    """Of posteriors `(L, B, S)` x `A`, each draw's own component: `(L, B)` x `S`."""
+    shape = conditional.component_loc.shape
+    index = drawn.view(-1, 1, 1).expand(*shape[:-2], 1, shape[-1])
+    return MixturePosterior(
+        conditional.component_loc.gather(-2, index).squeeze(-2),
+        conditional.component_scale.gather(-2, index).squeeze(-2),
+    )

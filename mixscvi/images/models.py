@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mixscvi.images.configs import Mixture, Parts, RunConfig, Sizes
-from mixscvi.images.encoders import ConditionalEncoder, ImageEncoder
+from mixscvi.images.encoders import ConditionalEncoder, make_encoder
 from mixscvi.images.parts import (
     ConditionalPrior,
     make_decoder,
@@ -23,7 +23,6 @@ from mixscvi.mixture import (
     Estimator,
     ImportanceDraws,
     InverseAutoregressiveFlow,
-    MixturePosterior,
     mixture_log_prob,
 )
 
@@ -98,7 +97,7 @@ class ImageVAE(nn.Module):
         n_latent, n_hidden = sizes.n_latent, sizes.hidden[-1]
         make_trunk = trunk_maker(image_shape, parts, sizes)
         encode = functools.partial(
-            ImageEncoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
+            make_encoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
         )
         self.encoder = encode(n_components=mixture.n_components)
         self.lower_encoder = self.lower_prior = None
@@ -124,7 +123,7 @@ class ImageVAE(nn.Module):
 
     def _flow(self, level: int, base: Tensor) -> tuple[Tensor, Tensor]:
         if not self.flows:
-            return base, base.new_zeros(())
+            return base, base.new_zeros(base.shape[:-1])
         z, log_det = self.flows[level](base)
         return z, log_det
 
@@ -174,10 +173,10 @@ class ImageVAE(nn.Module):
         if drawn is None:
             drawn = torch.arange(posterior.n_components, device=x.device)
         if self.lower_encoder is not None:
-            conditional = self.lower_encoder(x, z, encoded)
-            base = _own(conditional, drawn).rsample_stratified(1, generator=generator).squeeze(0)
-            lower, log_det = self._flow(1, base)
-            cross = cross + conditional.component_log_prob(base) - log_det.unsqueeze(-1)
+            lower, log_det, lower_cross = self.lower_encoder.draw(
+                x, z, drawn, encoded, flow=functools.partial(self._flow, 1), generator=generator
+            )
+            cross = cross + lower_cross - log_det.unsqueeze(-1)
             given_upper = self.lower_prior(z.flatten(0, 2)).log_prob(lower.flatten(0, 2))
             log_prior = log_prior + given_upper.view_as(log_prior)
             z = torch.cat((z, lower), -1)
@@ -231,12 +230,11 @@ class ImageVAE(nn.Module):
         upper = self.encoder(x)
         if self.lower_encoder is None:
             return upper.component_loc, upper.component_scale
-        z, _ = self._flow(0, upper.component_loc.unsqueeze(0))
-        drawn = torch.arange(upper.n_components, device=x.device)
-        lower = _own(self.lower_encoder(x, z), drawn)
+        z, _ = self._flow(0, upper.component_loc)
+        loc, scale = self.lower_encoder.own(x, z)
         return (
-            torch.cat((upper.component_loc, lower.component_loc.squeeze(0)), -1),
-            torch.cat((upper.component_scale, lower.component_scale.squeeze(0)), -1),
+            torch.cat((upper.component_loc, loc), -1),
+            torch.cat((upper.component_scale, scale), -1),
         )
 
     def sample(self, n_images: int, seed: int = 0) -> Tensor:
@@ -248,16 +246,6 @@ class ImageVAE(nn.Module):
             if self.lower_prior is not None:
                 z = torch.cat((z, self.lower_prior(z).sample()), -1)
             return self.decoder.sample(z)
-
-
-def _own(conditional: MixturePosterior, drawn: Tensor) -> MixturePosterior:
-    """Of posteriors `(L, B, S)` x `A`, each draw's own component: `(L, B)` x `S`."""
-    shape = conditional.component_loc.shape
-    index = drawn.view(-1, 1, 1).expand(*shape[:-2], 1, shape[-1])
-    return MixturePosterior(
-        conditional.component_loc.gather(-2, index).squeeze(-2),
-        conditional.component_scale.gather(-2, index).squeeze(-2),
-    )
 
 
 def count_parameters(module: nn.Module | None) -> int:

@@ -77,7 +77,9 @@ class DenseTrunk(nn.Module):
             self.layers.append(layer(n_components, n_in, 2 * n_out))
         self.n_hidden = hidden[-1]
 
-    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, covariates: None = None, components: Tensor | None = None
+    ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
         h = self.layers[0](x.flatten(1), components)
         for layer in self.layers[1:]:
@@ -137,7 +139,9 @@ class ConvTrunk(nn.Module):
             height, width = -(-height // stride), -(-width // stride)
         self.n_hidden = n_in * height * width
 
-    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, covariates: None = None, components: Tensor | None = None
+    ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
         # Grouped convolutions are up to twice as fast with the channels last in memory.
         h = self.layers[0](x.to(memory_format=torch.channels_last), components)

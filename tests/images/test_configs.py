@@ -15,7 +15,7 @@ def test_configurations_survive_their_file(preset, budget):
         n_components=4,
         n_sampled=2,
         estimator="some_to_all",
-        component_encoder="amortized",
+        component_encoder="shifted",
         seed=7,
     )
     assert RunConfig.from_json(config.to_json()) == config
@@ -62,7 +62,7 @@ def test_mixtures_that_make_no_sense(kwargs, match):
         (lambda: Parts(decoder="dense"), "decoder must be one of"),
         (lambda: Parts(n_levels=3), r"n_levels must be one of \[1, 2\], got 3"),
         (lambda: Parts(n_flow_steps=-1), "n_flow_steps must be at least 0, got -1"),
-        (lambda: Mixture(component_encoder="amortised"), "component_encoder must be one of"),
+        (lambda: Mixture(component_encoder="amortized"), "component_encoder must be one of"),
         (lambda: RunConfig(objective="IWAE"), "objective must be one of .*'IWAE'"),
         (lambda: Protocol(max_epochs=0), "max_epochs must be at least 1, got 0"),
         (lambda: Protocol(n_train=-5), "n_train must be at least 1, got -5"),

@@ -28,7 +28,7 @@ PARTS = [
 MIXTURES = [
     Mixture(3, 3 if estimator == "all_to_all" else 2, estimator, component_encoder)
     for estimator in ("all_to_all", "some_to_all", "some_to_some")
-    for component_encoder in ("separate", "amortized")
+    for component_encoder in ("separate", "shifted")
 ]
 
 

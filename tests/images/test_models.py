@@ -46,7 +46,7 @@ def log_det(flow, z0: torch.Tensor) -> torch.Tensor:
     return torch.linalg.slogdet(jacobian)[1]
 
 
-@pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
+@pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
 @pytest.mark.parametrize("n_flow_steps", [0, 2])
 @pytest.mark.parametrize("n_levels", [1, 2])
 @pytest.mark.usefixtures("first_layer")
@@ -179,7 +179,7 @@ def test_some_to_some_encodes_only_the_chosen():
     assert model.state_dict().keys() == all_to_all.state_dict().keys()
 
 
-@pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
+@pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
 @pytest.mark.parametrize("preset", ["vanilla", "composite"])
 def test_big_iwae_has_as_many_encoder_parameters(preset, component_encoder):
     config = RunConfig.of(preset, budget="cpu", n_components=4, component_encoder=component_encoder)

@@ -43,7 +43,7 @@ class Killed(RuntimeError):
     ("preset", "kwargs"),
     [
         ("vanilla", {"estimator": "some_to_all", "n_sampled": 2}),
-        ("composite", {"component_encoder": "amortized"}),
+        ("composite", {"component_encoder": "shifted"}),
     ],
 )
 @pytest.mark.parametrize("when", ["on_train_epoch_start", "training_step", "on_train_epoch_end"])
@@ -276,7 +276,7 @@ def test_iwae_control_has_one_wide_component(tmp_path, data):
     ("kwargs", "match"),
     [
         ({"objective": "iwae", "ensemble": True}, "two different controls"),
-        ({"ensemble": True, "component_encoder": "amortized"}, "separate"),
+        ({"ensemble": True, "component_encoder": "shifted"}, "separate"),
         ({"ensemble": True, "estimator": "some_to_all", "n_sampled": 1}, "some_to_all"),
         ({"n_sampled": 5, "estimator": "some_to_all"}, "n_sampled must be between"),
     ],

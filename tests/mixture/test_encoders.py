@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixscvi.mixture import AmortizedEncoder, GaussianHeads, MixturePosterior, SeparateEncoder
+from mixscvi.mixture import AmortizedEncoder, MixturePosterior, SeparateEncoder
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -48,59 +48,6 @@ def naive_head(hidden, heads, component):
     loc = hidden @ heads.mean.weight[component].T + heads.mean.bias[component]
     raw = hidden @ heads.var.weight[component].T + heads.var.bias[component]
     return loc, (heads.var_activation(raw) + heads.var_eps).sqrt()
-
-
-# Heads
-
-
-@pytest.mark.parametrize("components", [None, [2, 0]])
-def test_heads_are_a_loop(normal, components):
-    heads = GaussianHeads(4, 5, 3).double()
-    chosen = list(range(4)) if components is None else components
-    hidden = normal(7, len(chosen), 5).requires_grad_()
-    index = None if components is None else torch.tensor(components)
-    actual = torch.stack(parameters_of(heads(hidden, index)))
-    expected = torch.stack(
-        [torch.stack(naive_head(hidden[:, s], heads, a)) for s, a in enumerate(chosen)], 2
-    )
-    assert_close(actual, expected)
-    assert heads.var_activation is torch.exp and heads.var_eps == 1e-4
-    weights = normal(*expected.shape)
-    targets = (hidden, *heads.parameters())
-    assert_close(
-        torch.autograd.grad((weights * actual).sum(), targets),
-        torch.autograd.grad((weights * expected).sum(), targets),
-    )
-
-
-@pytest.mark.parametrize("n_sampled", [1, 6])
-def test_one_pair_of_heads_serves_all_components(normal, n_sampled):
-    heads = GaussianHeads(1, 5, 3, var_activation=F.softplus, var_eps=0.5).double()
-    hidden = normal(7, n_sampled, 5).requires_grad_()
-    q = heads(hidden)
-    assert q.batch_shape == (7,) and q.n_components == n_sampled
-    actual = torch.stack(parameters_of(q))
-    expected = torch.stack(
-        [torch.stack(naive_head(hidden[:, s], heads, 0)) for s in range(n_sampled)], 2
-    )
-    assert_close(actual, expected)
-    weights = normal(*expected.shape)
-    targets = (hidden, *heads.parameters())
-    assert_close(
-        torch.autograd.grad((weights * actual).sum(), targets),
-        torch.autograd.grad((weights * expected).sum(), targets),
-    )
-
-
-def test_least_variance(normal):
-    heads = GaussianHeads(2, 5, 3, var_eps=0.04).double()
-    heads.var.bias.data.fill_(-1000.0)
-    assert_close(
-        heads(normal(7, 2, 5)).component_scale, torch.full((7, 2, 3), 0.2, dtype=torch.float64)
-    )
-
-
-# Encoders
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
