@@ -70,6 +70,8 @@ class Train(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
     seed: int = 0
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
     resume: bool = False
     """Go on where an interrupted run was."""
 
@@ -99,7 +101,14 @@ class Train(Data):
         data = run_data(config, data_folder=self.data_folder)
         counts = parameter_counts(build(config, data.image_shape))
         print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
-        train(config, self.output, data=data, resume=self.resume, progress=sys.stdout.isatty())
+        train(
+            config,
+            self.output,
+            data=data,
+            resume=self.resume,
+            device=self.device,
+            progress=sys.stdout.isatty(),
+        )
         _show(json.loads((self.output / "summary.json").read_text()))
 
 
@@ -112,8 +121,8 @@ class Evaluate(Data):
     draws: int | None = None
     """Importance samples per image, of all components together."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Evaluate."""
@@ -140,8 +149,8 @@ class Probe(Data):
     against: Path | None = None
     """Folder of a run with one component, whose posterior samples are the comparison."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Probe."""
@@ -167,8 +176,8 @@ class Sample:
     images: int = 64
     """How many."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Sample."""
@@ -186,8 +195,8 @@ class Reconstruct(Data):
     images: int = 8
     """How many."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Reconstruct."""
@@ -228,6 +237,9 @@ class Sweep(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
 
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
+
     command: tyro.conf.Suppress[str | None] = None
 
     def run(self) -> None:
@@ -245,6 +257,7 @@ class Sweep(Data):
             data_folder=self.data_folder,
             progress=lambda line: print(line, flush=True),
             command=self.command,
+            device=self.device,
             dataset=self.dataset,
             budget=self.budget,
             component_encoder=self.component_encoder,

@@ -111,7 +111,8 @@ def read_idx(path: str | Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def _hash(*arrays: np.ndarray) -> str:
+def content_hash(*arrays: np.ndarray) -> str:
+    """Hash of the numbers in arrays."""
     digest = hashlib.blake2b(digest_size=8)
     for array in arrays:
         digest.update(array)
@@ -120,7 +121,7 @@ def _hash(*arrays: np.ndarray) -> str:
 
 def _check_contents(path: Path, array: np.ndarray, name: str, part: str) -> None:
     """Refuse a file that is known to hold something else than its name says."""
-    other, holds = _CONTENTS.get(_hash(array), (name, part))
+    other, holds = _CONTENTS.get(content_hash(array), (name, part))
     if (other, holds) != (name, part):
         mend = (
             "give the files their names back"
@@ -252,7 +253,7 @@ class ImageData:
 
     def fingerprint(self, *parts: Literal["train", "validation", "test"]) -> str:
         """Hash of the images of some parts, to tell data of one name and shape apart."""
-        return _hash(*(getattr(self, part).contiguous().numpy() for part in parts))
+        return content_hash(*(getattr(self, part).contiguous().numpy() for part in parts))
 
     @classmethod
     def from_arrays(

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import csv_text, finished_run_data, load_run
+from mixscvi.images.runs import (
+    csv_text,
+    default_device,
+    finished_run_data,
+    load_run,
+    weights_hash,
+)
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -30,8 +36,10 @@ from mixscvi.system import write_beside
 
 __all__ = ["evaluate", "image_statistics"]
 
-# Decoder rows (draws x images) at a time: bounds the memory, whatever is asked for.
+# Draws that the networks see at a time, of all images and components together.
 _ROWS = 1000
+# Draws that are kept until the statistics of their images are made: three log-densities each.
+_DRAWS = 2**20
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
 
@@ -89,22 +97,49 @@ class _State:
         write_beside(self.path, lambda path: torch.save(state, path))
 
 
+def _images_at_once(n_components: int, n_samples: int) -> int:
+    """As many images as keep draws, and one draw of each component, within their bounds."""
+    most = min(_IMAGES, _ROWS // n_components, _DRAWS // (n_components * n_samples))
+    return max(1, most)
+
+
 def _evaluate_images(
     model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], state: _State
 ) -> dict[str, Tensor]:
     """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
     n_components = model.mixture.n_components
     size = max(1, _ROWS // (len(x) * n_components))
+    # More components than the networks are to see at a time are drawn from in turn.
+    parts: tuple[Tensor | None, ...] = (None,)
+    if len(x) * n_components > _ROWS:
+        parts = torch.arange(n_components).split(max(1, _ROWS // len(x)))
+    blocks = [(start, part) for start in range(0, n_samples, size) for part in parts]
     prior = model.prior_distribution()
-    for block in range(len(state.blocks), math.ceil(n_samples / size)):
+    for block in range(len(state.blocks), len(blocks)):
+        start, part = blocks[block]
         generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
-        n_block = min(size, n_samples - block * size)
-        draws = model.importance_draws(x, n_block, prior=prior, generator=generator)
+        draws = model.importance_draws(
+            x,
+            min(size, n_samples - start),
+            prior=prior,
+            components=part,
+            generator=generator,
+        )
         # Sums of some hundred terms: kept in double precision, they lose nothing further.
-        state.blocks.append(ImportanceDraws(*(part.cpu().double() for part in draws)))
+        state.blocks.append(ImportanceDraws(*(values.cpu().double() for values in draws)))
         if (block + 1) % _SAVE_EVERY == 0:
             state.save()
-    merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*state.blocks, strict=True)))
+    merged = ImportanceDraws(
+        *(
+            torch.cat(
+                [
+                    torch.cat(values[i : i + len(parts)], -1)
+                    for i in range(0, len(blocks), len(parts))
+                ]
+            )
+            for values in zip(*state.blocks, strict=True)
+        )
+    )
     loc, _ = model.component_parameters(x)
     return image_statistics(merged) | {"mean": loc.mean(1).cpu()}
 
@@ -117,15 +152,18 @@ def evaluate(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the best model of a finished run on its test images.
 
-    Draws are streamed: the networks see a bounded number at a time, and what grows with `draws`
-    is three log-densities for each of them, of 50 images. An evaluation that was interrupted goes
-    on where it was, to the same result. It writes ``evaluation.json`` and ``evaluation.csv`` (one
-    row per image) into the run's folder.
+    Draws are streamed: the networks see 1000 at a time, however many components and draws there
+    are, with the log-densities of each under all components. Three log-densities of every draw are
+    kept for up to 50 images, or as few as keep them below 2**20 draws; beyond that, a single image
+    is evaluated at a time. An interrupted evaluation continues from the last block of draws that
+    was saved, to the same result; it starts anew if anything that the result depends on has
+    changed. It writes ``evaluation.json`` and ``evaluation.csv`` (one row per image) into the run's
+    folder.
 
     Parameters
     ----------
@@ -141,7 +179,7 @@ def evaluate(
     seed
         Seed of the draws.
     device
-        Where the model runs.
+        Where the model runs; on the accelerator, if there is one, when ``None``.
     progress
         Whether to show a progress bar.
 
@@ -174,32 +212,49 @@ def evaluate(
     (52, True)
     """
     folder = Path(folder)
+    device = default_device() if device is None else torch.device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     n_components = model.mixture.n_components
     n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
     if n_samples * n_components < 25:
         raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
-    images = data.fingerprint("test")
-    key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
+    images_at_once = _images_at_once(n_components, n_samples)
+    identity = {"weights": weights_hash(model), "images": data.fingerprint("test")}
+    key = identity | {
+        "n_samples": n_samples,
+        "seed": seed,
+        "rows": _ROWS,
+        "images_at_once": images_at_once,
+        "device": device.type,
+        "dtype": str(next(model.parameters()).dtype),
+        "torch": str(torch.__version__),
+    }
     state = _State(folder / "evaluation.partial.pt", key)
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
-        groups = data.test.to(device).split(_IMAGES)
+        groups = data.test.split(images_at_once)
         for group in range(len(state.done), len(groups)):
-            statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), state)
+            statistics = _evaluate_images(
+                model, groups[group].to(device), n_samples, (seed, group), state
+            )
             state.done.append(statistics)
             state.blocks = []
             state.save()
             bar.update(len(groups[group]))
     names = list(state.done[0])
     images = {name: torch.cat([done[name] for done in state.done]) for name in names}
-    result = _averages(images) | {
-        "draws": n_samples * n_components,
-        "n_images": len(data.test),
-        "dataset": data.name,
-        "seed": seed,
-    }
+    result = (
+        _averages(images)
+        | identity
+        | {
+            "draws": n_samples * n_components,
+            "n_images": len(data.test),
+            "dataset": data.name,
+            "seed": seed,
+            "device": device.type,
+        }
+    )
     write_beside(folder / "evaluation.csv", csv_text(_rows(images)))
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     state.path.unlink()

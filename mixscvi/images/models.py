@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -160,11 +162,24 @@ class ImageVAE(nn.Module):
         generator
             Source of the noise, on the device of `x`; torch's own when ``None``.
         """
-        encoded, drawn = None, components
-        if components is not None:
-            components = components.to(x.device)
-            some = self.estimator is Estimator.SOME_TO_SOME
-            encoded, drawn = (components, None) if some else (None, components)
+        some = self.estimator is Estimator.SOME_TO_SOME
+        encoded, drawn = (components, None) if some else (None, components)
+        return self._draw(x, n_samples, encoded, drawn, prior, generator)
+
+    def _draw(
+        self,
+        x: Tensor,
+        n_samples: int,
+        encoded: Tensor | None,
+        drawn: Tensor | None,
+        prior: Distribution | None,
+        generator: torch.Generator | None,
+    ) -> LatentDraws:
+        """Encode some components, and draw from some of those."""
+        encoded, drawn = (
+            None if components is None else components.to(x.device)
+            for components in (encoded, drawn)
+        )
         posterior = self.encoder(x, components=encoded)
         base = posterior.rsample_stratified(n_samples, drawn, generator)
         z, log_det = self._flow(0, base)
@@ -212,10 +227,15 @@ class ImageVAE(nn.Module):
         n_samples: int,
         *,
         prior: Distribution | None = None,
+        components: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ImportanceDraws:
-        """Log-densities of `L` draws from every component, for bounds and diagnostics."""
-        draws = self.draw(x, n_samples, prior=prior, generator=generator)
+        """Log-densities of `L` draws from every component, for bounds and diagnostics.
+
+        With `components`, draws come from those alone; the mixture is of all, whatever the
+        estimator.
+        """
+        draws = self._draw(x, n_samples, None, components, prior, generator)
         return ImportanceDraws(
             self.decoder.log_prob(x, draws.z) + draws.log_prior,
             draws.own_log_prob,
@@ -238,14 +258,37 @@ class ImageVAE(nn.Module):
         )
 
     def sample(self, n_images: int, seed: int = 0) -> Tensor:
-        """Draw images from the model, `(n_images, 1, height, width)`."""
-        with torch.no_grad(), torch.random.fork_rng():
+        """Draw images from the model, `(n_images, 1, height, width)`, on its device."""
+        device = next(self.parameters()).device
+        with torch.no_grad(), seeded(seed, device):
             # torch's distributions take no generator.
-            torch.manual_seed(seed)
             z = self.prior_distribution().sample((n_images,))
             if self.lower_prior is not None:
                 z = torch.cat((z, self.lower_prior(z).sample()), -1)
             return self.decoder.sample(z)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's default generators of the CPU and of one device, and give their states back.
+
+    Generators of other devices are neither read nor written.
+    """
+    device = torch.device(device)
+    accelerator = None if device.type == "cpu" else getattr(torch, device.type)
+    if accelerator is not None:
+        index = () if device.type == "mps" else (device,)  # there is only one
+        state = accelerator.get_rng_state(*index)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if accelerator is not None:
+                generator = torch.Generator(device).manual_seed(seed)
+                accelerator.set_rng_state(generator.get_state(), *index)
+            yield
+    finally:
+        if accelerator is not None:
+            accelerator.set_rng_state(state, *index)
 
 
 def count_parameters(module: nn.Module | None) -> int:
@@ -299,8 +342,7 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     if config.objective == "iwae":
         sizes = big_iwae_sizes(image_shape, config.parts, mixture, sizes)
         mixture = Mixture()
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         return ImageVAE(
             image_shape,
             config.parts,

@@ -11,10 +11,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
 
 __all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
+
+# Hidden units of a convolution that are held at once: 512 MiB in single precision, more than four
+# components need at the papers' sizes.
+_ELEMENTS_AT_ONCE = 2**27
 
 
 def gate(h: Tensor) -> Tensor:
@@ -95,7 +100,9 @@ def _check_odd(kernel_size: int) -> None:
 class ConvTrunk(nn.Module):
     """`A` gated convolutional networks on one image, up to the last pre-activations.
 
-    Each layer is one convolution, grouped by component from the second on.
+    Each layer is one convolution, grouped by component from the second on. Past a fixed number of
+    hidden units, images are taken in parts, whose hidden units are computed again in the backward
+    pass.
 
     Parameters
     ----------
@@ -122,6 +129,7 @@ class ConvTrunk(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
+        self.n_units = 0  # of a component's widest layer
         n_in, (height, width) = 1, image_shape
         for channels, kernel_size, stride in layers:
             _check_odd(kernel_size)
@@ -137,12 +145,26 @@ class ConvTrunk(nn.Module):
             )
             n_in = channels
             height, width = -(-height // stride), -(-width // stride)
+            self.n_units = max(self.n_units, 2 * channels * height * width)
         self.n_hidden = n_in * height * width
 
     def forward(
         self, x: Tensor, covariates: None = None, components: Tensor | None = None
     ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+        n_components = self.layers[0].n_components if components is None else len(components)
+        n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_components * self.n_units))
+        if len(x) <= n_at_once:
+            return self._forward(x, components)
+        parts = [
+            checkpoint(
+                self._forward, part, components, use_reentrant=False, preserve_rng_state=False
+            )
+            for part in x.split(n_at_once)
+        ]
+        return torch.cat(parts)
+
+    def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
         # Grouped convolutions are up to twice as fast with the channels last in memory.
         h = self.layers[0](x.to(memory_format=torch.channels_last), components)
         for layer in self.layers[1:]:

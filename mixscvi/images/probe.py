@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, binarise, epoch_seed
 from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import finished_run_data, load_run
+from mixscvi.images.runs import default_device, finished_run_data, load_run
 from mixscvi.system import write_beside
 
 __all__ = ["linear_accuracy", "parameter_features", "probe", "sample_features"]
@@ -73,7 +73,7 @@ def probe(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Classify the labels linearly from a run's latents; train on train, test on test images.
 
@@ -90,7 +90,7 @@ def probe(
     seed
         Seed of the samples.
     device
-        Where the model runs.
+        Where the model runs; on the accelerator, if there is one, when ``None``.
 
     Returns
     -------
@@ -117,6 +117,7 @@ def probe(
     {'parameters': 12, 'samples': 12}
     """
     folder = Path(folder)
+    device = default_device() if device is None else torch.device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     if data.labels is None:

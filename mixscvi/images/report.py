@@ -16,7 +16,13 @@ from torch import Tensor
 
 from mixscvi.images.configs import PRESETS
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import csv_text, finished_run_data, load_run, read_config
+from mixscvi.images.runs import (
+    csv_text,
+    default_device,
+    finished_run_data,
+    load_run,
+    read_config,
+)
 from mixscvi.system import write_beside
 
 __all__ = [
@@ -220,7 +226,7 @@ def sample(
     *,
     n_images: int = 64,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Path:
     """Write a grid of images drawn from a run's model; a PixelCNN's are drawn pixel by pixel.
 
@@ -228,6 +234,7 @@ def sample(
     -------
     The picture, ``samples.png`` in the run's folder.
     """
+    device = default_device() if device is None else torch.device(device)
     path = Path(folder) / "samples.png"
     picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
     return path
@@ -241,7 +248,7 @@ def reconstruct(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Path:
     """Write test images above their reconstructions, one row for each component.
 
@@ -249,6 +256,7 @@ def reconstruct(
     -------
     The picture, ``reconstructions.png`` in the run's folder.
     """
+    device = default_device() if device is None else torch.device(device)
     _, model = load_run(folder, device)
     x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from mixscvi.images.configs import RunConfig
-from mixscvi.images.datasets import ImageData, load
+from mixscvi.images.datasets import ImageData, content_hash, load
 from mixscvi.images.models import ImageVAE, build, count_parameters
 from mixscvi.system import write_beside
 
 __all__ = [
     "csv_text",
+    "default_device",
     "finished_run_data",
     "load_run",
     "parameter_counts",
@@ -36,6 +38,7 @@ __all__ = [
     "read_config",
     "read_summary",
     "run_data",
+    "weights_hash",
 ]
 
 
@@ -110,6 +113,18 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     write_beside(saved, config.to_json())
     return (folder / "last.ckpt").exists()
+
+
+def default_device() -> torch.device:
+    """The accelerator that Lightning would choose, or the CPU."""
+    if MPSAccelerator.is_available():
+        return torch.device("mps")
+    return torch.device("cuda" if CUDAAccelerator.is_available() else "cpu")
+
+
+def weights_hash(model: ImageVAE) -> str:
+    """Hash of a model's weights."""
+    return content_hash(*(value.cpu().numpy() for value in model.state_dict().values()))
 
 
 def parameter_counts(model: ImageVAE) -> dict[str, int]:

@@ -16,7 +16,15 @@ from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.evaluation import evaluate
 from mixscvi.images.report import sweep_figure, sweep_table, with_ending
-from mixscvi.images.runs import csv_text, read_config, read_summary
+from mixscvi.images.runs import (
+    csv_text,
+    default_device,
+    load_run,
+    read_config,
+    read_summary,
+    run_data,
+    weights_hash,
+)
 from mixscvi.images.training import train
 from mixscvi.system import write_beside
 
@@ -66,6 +74,7 @@ def sweep(
     data_folder: str | Path | None = None,
     progress: Callable[[str], object] | None = None,
     command: str | None = None,
+    device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every combination; what is done is not done again.
@@ -90,6 +99,8 @@ def sweep(
         Called with a line of text after each run.
     command
         What made the results, to stand below their table.
+    device
+        Where to train and evaluate; on the accelerator, if there is one, when ``None``.
     **kwargs
         Passed to :meth:`~mixscvi.images.configs.RunConfig.of`: ``budget``, ``dataset``, ...
 
@@ -123,7 +134,7 @@ def sweep(
         if data is None:  # whole: presets differ in how many images they take
             data = load(config.dataset, data_folder)
         name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
-        row = run_once(config, folder / name, data, draws=draws)
+        row = run_once(config, folder / name, data, draws=draws, device=device)
         rows.append(row)
         write_beside(with_ending(results, ".csv"), csv_text(rows))
         note = "" if command is None else f"\n`{command}`\n"
@@ -135,7 +146,12 @@ def sweep(
 
 
 def run_once(
-    config: RunConfig, folder: str | Path, data: ImageData, *, draws: int | None = None
+    config: RunConfig,
+    folder: str | Path,
+    data: ImageData,
+    *,
+    draws: int | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate one run, as far as that is not done yet.
 
@@ -149,6 +165,8 @@ def run_once(
         The images, of which the run takes as many as its protocol says.
     draws
         Importance samples per test image; the budget's number when ``None``.
+    device
+        Where to train and evaluate; on the accelerator, if there is one, when ``None``.
 
     Returns
     -------
@@ -165,16 +183,17 @@ def run_once(
     untouched = not (folder / "config.json").exists()
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
-        train(config, folder, data=data, resume=True)
+        train(config, folder, data=data, resume=True, device=device)
     elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
-    if not _is_evaluated(folder, config, draws):
-        evaluate(folder, data=data, draws=draws)
+    if not _is_evaluated(folder, config, data, draws):
+        evaluate(folder, data=data, draws=draws, device=device)
     if not cost_file.exists():
         # The time of a run that went on in a second process is known to nobody.
         seconds = round(time.perf_counter() - started, 3) if untouched else None
         cost = {
             "seconds": seconds,
+            "device": str(default_device() if device is None else device),
             "threads": torch.get_num_threads(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
@@ -199,11 +218,18 @@ def run_once(
     }
 
 
-def _is_evaluated(folder: Path, config: RunConfig, draws: int | None) -> bool:
-    """Whether there is an evaluation with as many draws, up to rounding, from seed 0."""
+def _is_evaluated(folder: Path, config: RunConfig, data: ImageData, draws: int | None) -> bool:
+    """Whether these weights were evaluated on these images, with as many draws, from seed 0."""
     path = folder / "evaluation.json"
     if not path.exists():
         return False
     result = json.loads(path.read_text())
     wanted = config.draws if draws is None else draws
-    return result["seed"] == 0 and 0 <= result["draws"] - wanted < config.mixture.n_components
+    identity = {
+        "seed": 0,
+        "weights": weights_hash(load_run(folder)[1]),
+        "images": run_data(config, data).fingerprint("test"),
+    }
+    return identity.items() <= result.items() and (
+        0 <= result["draws"] - wanted < config.mixture.n_components
+    )

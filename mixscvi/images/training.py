@@ -22,7 +22,14 @@ from torch import Tensor
 from mixscvi.images.configs import Mixture, RunConfig
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import csv_text, load_run, parameter_counts, prepare, run_data
+from mixscvi.images.runs import (
+    csv_text,
+    default_device,
+    load_run,
+    parameter_counts,
+    prepare,
+    run_data,
+)
 from mixscvi.mixture import miselbo, siwae
 from mixscvi.system import write_beside
 
@@ -163,12 +170,14 @@ class _Patience(EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
 
-def _trained_alone(config: RunConfig, folder: Path, data: ImageData, *, progress: bool) -> ImageVAE:
+def _trained_alone(
+    config: RunConfig, folder: Path, data: ImageData, device: torch.device, *, progress: bool
+) -> ImageVAE:
     """The model of one component, trained as usual, whose decoder the ensemble is to share."""
     if (folder / "summary.json").exists():
         return load_run(folder)[1]
     alone = replace(config, ensemble=False, mixture=Mixture())
-    return train(alone, folder, data=data, resume=True, progress=progress)
+    return train(alone, folder, data=data, resume=True, device=device, progress=progress)
 
 
 def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
@@ -192,6 +201,7 @@ def train(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     resume: bool = False,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> ImageVAE:
     """Train a model and record the run.
@@ -208,12 +218,14 @@ def train(
         Where its idx files are; they are fetched when ``None``.
     resume
         Whether to go on where an interrupted run was at the end of its last epoch.
+    device
+        Where to train: cpu, cuda, mps; on the accelerator, if there is one, when ``None``.
     progress
         Whether to show a progress bar.
 
     Returns
     -------
-    The model with the best validation bound, in evaluation mode.
+    The model with the best validation bound, in evaluation mode, on the CPU.
 
     Raises
     ------
@@ -237,6 +249,7 @@ def train(
     """
     folder = Path(folder)
     protocol = config.protocol
+    device = default_device() if device is None else torch.device(device)
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
     # An ensemble leaves it to the run that its decoder is from.
@@ -253,7 +266,7 @@ def train(
         rows = torch.randint(len(data.train), size, generator=generator)
         model.prior.pseudo_inputs.start_from(data.train[rows])
     if config.ensemble:
-        alone = _trained_alone(config, folder / "alone", data, progress=progress)
+        alone = _trained_alone(config, folder / "alone", data, device, progress=progress)
         _freeze_generative_half(model, alone)
     recorder = _Recorder(folder)
     with warnings.catch_warnings():
@@ -262,7 +275,8 @@ def train(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(
             max_epochs=protocol.max_epochs,
-            devices=1,
+            accelerator=device.type,
+            devices=1 if device.index is None or device.type == "cpu" else [device.index],
             callbacks=[
                 _Patience(
                     "validation_bound",

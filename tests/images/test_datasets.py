@@ -83,7 +83,7 @@ def test_files_of_the_other_data_set_are_refused(monkeypatch, tmp_path):
         tmp_path, {file: kinds[part.split("_")[1]] for part, file in datasets._FILES.items()}
     )
     assert load("mnist", tmp_path).name == "mnist"
-    digest = datasets._hash(labels)
+    digest = datasets.content_hash(labels)
     monkeypatch.setattr(datasets, "_CONTENTS", {digest: ("mnist", "test_labels")})
     with pytest.raises(ValueError, match="train-labels.*holds the test labels.*names back"):
         load("mnist", tmp_path)
@@ -118,7 +118,7 @@ def test_the_real_files(data_folder, name):
     assert torch.equal(data.test, again.test)
     for part, file in datasets._FILES.items():
         array = read_idx(datasets._find(name, file, data_folder / "images"))
-        assert datasets._CONTENTS[datasets._hash(array)] == (name, part)
+        assert datasets._CONTENTS[datasets.content_hash(array)] == (name, part)
     (other,) = set(datasets.DATASETS) - {name}
     with pytest.raises(ValueError, match=f"holds the train images of '{name}'"):
         load(other, data_folder / "images" / name)

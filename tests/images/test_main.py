@@ -12,6 +12,7 @@ import torch
 
 from idx_files import write_idx_files
 from mixscvi.images import BUDGETS, ImageData
+from mixscvi.images import sweep as sweep_module
 from mixscvi.images.__main__ import main
 from mixscvi.images.sweep import sweep
 
@@ -120,6 +121,28 @@ def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
     again = swept()
     assert again["seconds"] is None
     assert again | {"seconds": 0} == first | {"seconds": 0}
+
+
+def test_a_sweep_evaluates_anew_what_was_trained_anew(tmp_path, swept):
+    first = swept()
+    folder = tmp_path / "runs" / "vanilla-A2-seed0"
+    weights = torch.load(folder / "best.pt", weights_only=True)
+    torch.save({name: value + 0.01 for name, value in weights.items()}, folder / "best.pt")
+    assert swept()["nll"] != first["nll"]
+
+
+def test_a_sweep_is_told_the_device(monkeypatch, swept):
+    asked = []
+    for name in ("train", "evaluate"):
+        original = getattr(sweep_module, name)
+
+        def recorded(*args, device, name=name, original=original, **kwargs):
+            asked.append((name, device))
+            return original(*args, device=device, **kwargs)
+
+        monkeypatch.setattr(sweep_module, name, recorded)
+    assert swept(device="cpu")["device"] == "cpu"
+    assert asked == [("train", "cpu"), ("evaluate", "cpu")]
 
 
 @pytest.mark.parametrize(

@@ -262,3 +262,44 @@ def test_sample_is_a_function_of_the_seed_and_leaves_the_global_one_alone():
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert first.shape == (20, 1, 4, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeds_of_accelerators_are_left_alone(monkeypatch):
+    """Building and sampling on the CPU neither read nor write the state of any GPU."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a GPU's generator was touched")
+
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = RunConfig.of("composite", budget="smoke", n_components=2)
+    before = torch.random.get_rng_state()
+    first, second = (build(config, (4, 4)) for _ in range(2))
+    assert torch.equal(first.sample(3), second.sample(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Sums over the weights of seed 3 and over the means of five images, recorded before encoders were
+# built of trunk and heads.
+RECORDED = {
+    ("vanilla", "separate"): (-12.288357562922101, -123.76177978515625),
+    ("vanilla", "shifted"): (3.264755972457351, -128.26205444335938),
+    ("composite", "separate"): (149.29102691453227, -128.3794403076172),
+    ("composite", "shifted"): (158.9072233800107, -129.73753356933594),
+}
+
+
+@pytest.mark.parametrize(("preset", "component_encoder"), RECORDED)
+def test_the_weights_of_a_seed_are_those_of_recorded_runs(preset, component_encoder):
+    config = RunConfig.of(
+        preset, budget="smoke", n_components=3, component_encoder=component_encoder, seed=3
+    )
+    model = build(config, (6, 6))
+    weights = sum(float(value.double().sum()) for value in model.state_dict().values())
+    x = (torch.arange(5 * 36).view(5, 1, 6, 6) % 3 == 0).float()
+    with torch.no_grad():
+        draws = model.draw(x, 2, generator=torch.Generator().manual_seed(0))
+        bound = float(miselbo(model.log_weights(x, draws)).sum())
+    expected = RECORDED[preset, component_encoder]
+    assert (weights, bound) == pytest.approx(expected, rel=1e-6)

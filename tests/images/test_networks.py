@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixscvi.images import networks
 from mixscvi.images.networks import ConvTrunk, DenseTrunk, MaskedConv2d, gate
 
 
@@ -63,3 +64,21 @@ def test_some_components_are_those_of_all(trunk):
     x = torch.randn(2, 1, 4, 5)
     components = torch.tensor([3, 1])
     torch.testing.assert_close(trunk(x, components), trunk(x)[:, components])
+
+
+def test_images_in_parts_are_those_at_once(monkeypatch, largest_tensor):
+    torch.manual_seed(0)
+    trunk = ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2))).double()
+    x = torch.rand(7, 1, 4, 5, dtype=torch.float64).requires_grad_()
+
+    def results() -> list[torch.Tensor]:
+        y = trunk(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), (x, *trunk.parameters()))]
+
+    whole = results()
+    bound = 2 * 4 * 6 * 4 * 5  # two images of four components with twice three channels
+    monkeypatch.setattr(networks, "_ELEMENTS_AT_ONCE", bound)
+    torch.testing.assert_close(results(), whole)
+    with largest_tensor() as record:
+        trunk(x)
+    assert record.numel <= bound

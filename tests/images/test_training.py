@@ -3,9 +3,11 @@ import json
 import warnings
 from dataclasses import replace
 
+import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from mixscvi.images import ImageData, Mixture, RunConfig, load_run, train
 from mixscvi.images.models import build
@@ -284,3 +286,20 @@ def test_iwae_control_has_one_wide_component(tmp_path, data):
 def test_configurations_that_make_no_sense(kwargs, match):
     with pytest.raises(ValueError, match=match):
         config_of(**kwargs)
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "cuda"), ("cpu", "cpu")])
+def test_training_is_told_the_device(tmp_path, data, monkeypatch, device, expected):
+    """The accelerator, which need not exist, unless another device is named."""
+    asked = []
+
+    class Trainer:
+        def __init__(self, *, accelerator, **kwargs):
+            asked.append(accelerator)
+            raise Killed
+
+    monkeypatch.setattr(lightning, "Trainer", Trainer)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    with pytest.raises(Killed):
+        train(config_of(), tmp_path, data=data, device=device)
+    assert asked == [expected]
