@@ -21,12 +21,12 @@ from typing import Any
 
 from common import RESULTS, data_folder
 
-from mixscvi.images.configs import RunConfig
+from mixscvi.images.experiments.configs import RunConfig
 from mixscvi.images.datasets import load
-from mixscvi.images.probe import probe
-from mixscvi.images.report import markdown_table, with_ending
-from mixscvi.images.runs import csv_text
-from mixscvi.images.sweep import run_once
+from mixscvi.images.experiments.probe import probe
+from mixscvi.images.experiments.report import markdown_table, with_ending
+from mixscvi.images.experiments.runs import csv_text
+from mixscvi.images.experiments.sweep import run_once
 from mixscvi.system import write_beside
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -74,8 +74,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         alone = folder / f"A1-seed{seed}"
         for model, kwargs in MODELS.items():
-            config = RunConfig.of(
-                "vanilla", budget="cpu", dataset=arguments.dataset, seed=seed, **kwargs
+            config = RunConfig.from_preset(
+                "vanilla", budget="small", dataset=arguments.dataset, seed=seed, **kwargs
             )
             name = model.split(",")[0].replace(" ", "").replace("=", "")
             row = run_once(config, folder / f"{name}-seed{seed}", data)

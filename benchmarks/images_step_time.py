@@ -33,11 +33,11 @@ import tyro
 from common import RESULTS, data_folder, machine
 from torch import Tensor, nn
 
-from mixscvi.images.configs import BUDGETS, PRESETS, BudgetName, Mixture
-from mixscvi.images.datasets import binarise, load
-from mixscvi.images.encoders import clamped_variance
-from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import csv_text
+from mixscvi.images.experiments.configs import BUDGETS, PRESETS, BudgetName, MixtureConfig
+from mixscvi.images.datasets import binarize, load
+from mixscvi.images.networks.encoders import clamped_variance
+from mixscvi.images.networks.vae import ImageVAE
+from mixscvi.images.experiments.runs import csv_text
 from mixscvi.mixture import StackedLinear, miselbo
 from mixscvi.system import keep_freed_memory, write_beside
 
@@ -210,8 +210,8 @@ class _Loop(nn.Module):
                 _LowerEncoder(model.lower_encoder, a) for a in components
             )
         self.flows, self.lower_prior = model.flows, model.lower_prior
-        self.pseudo = model.prior.pseudo_inputs if model.parts.prior == "vamp" else None
-        pixelcnn = model.parts.decoder == "pixelcnn"
+        self.pseudo = model.prior.pseudo_inputs if model.config.prior == "vamp" else None
+        pixelcnn = model.config.decoder == "pixelcnn"
         self.decoder = _PixelCNN(model.decoder) if pixelcnn else _Bernoulli(model.decoder)
 
     def pseudo_posteriors(self) -> list:
@@ -340,12 +340,12 @@ def main() -> None:
     ):
         torch.set_num_threads(threads)
         preset, _, component_encoder = name.partition(" ")
-        mixture = Mixture(arguments.components, component_encoder=component_encoder or "separate")
+        mixture = MixtureConfig(arguments.components, component_encoder=component_encoder or "separate")
         torch.manual_seed(0)
-        x = binarise(images)
+        x = binarize(images)
         model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)
         loops = {"prior once per step": _Loop(model, prior_once=True)}
-        if model.parts.prior == "vamp":
+        if model.config.prior == "vamp":
             loops["prior once per component"] = _Loop(model, prior_once=False)
         mixture_s, loops_s = _compare(
             model, x, loops, arguments.seconds, fused_loop=arguments.fused_loop

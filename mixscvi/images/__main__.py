@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mixscvi.images.configs import PRESETS, BudgetName, Preset, RunConfig
-from mixscvi.images.encoders import ComponentEncoder
+from mixscvi.images.experiments.configs import BudgetName, RunConfig
+from mixscvi.images.networks.configs import PRESETS, Preset
+from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
 
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
@@ -28,7 +29,7 @@ class Data:
     """Folder of the idx files, or the one above; fetched when not given."""
 
 
-def _protocol(
+def _training_changes(
     max_epochs: int | None, warmup_epochs: int | None, train_images: int | None
 ) -> dict[str, int]:
     changes = {
@@ -57,8 +58,8 @@ class Train(Data):
     """Which components a step draws from, and which form the denominator."""
     component_encoder: ComponentEncoder = "separate"
     """Separate encoders, or one with a code per component."""
-    budget: BudgetName = "cpu"
-    """Sizes and protocol."""
+    budget: BudgetName = "small"
+    """Sizes of the networks, and how they are trained."""
     objective: Literal["miselbo", "iwae"] = "miselbo"
     """iwae: the control with one widened encoder and A importance samples."""
     ensemble: bool = False
@@ -77,14 +78,14 @@ class Train(Data):
 
     def config(self) -> RunConfig:
         """The run's configuration."""
-        return RunConfig.of(
+        return RunConfig.from_preset(
             self.preset,
             budget=self.budget,
             n_components=self.components,
             n_sampled=self.sampled,
             estimator=self.estimator,
             component_encoder=self.component_encoder,
-            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+            training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
             objective=self.objective,
             ensemble=self.ensemble,
             dataset=self.dataset,
@@ -93,9 +94,8 @@ class Train(Data):
 
     def run(self) -> None:
         """Train."""
-        from mixscvi.images.models import build
-        from mixscvi.images.runs import parameter_counts, run_data
-        from mixscvi.images.training import train
+        from mixscvi.images.experiments.runs import build, parameter_counts, run_data
+        from mixscvi.images.experiments.training import train
 
         config = self.config()
         data = run_data(config, data_folder=self.data_folder)
@@ -126,7 +126,7 @@ class Evaluate(Data):
 
     def run(self) -> None:
         """Evaluate."""
-        from mixscvi.images.evaluation import evaluate
+        from mixscvi.images.experiments.evaluation import evaluate
 
         _show(
             evaluate(
@@ -154,7 +154,7 @@ class Probe(Data):
 
     def run(self) -> None:
         """Probe."""
-        from mixscvi.images.probe import probe
+        from mixscvi.images.experiments.probe import probe
 
         _show(
             probe(
@@ -181,7 +181,7 @@ class Sample:
 
     def run(self) -> None:
         """Sample."""
-        from mixscvi.images.report import sample
+        from mixscvi.images.experiments.report import sample
 
         print(sample(self.run_folder, n_images=self.images, seed=self.seed, device=self.device))
 
@@ -200,7 +200,7 @@ class Reconstruct(Data):
 
     def run(self) -> None:
         """Reconstruct."""
-        from mixscvi.images.report import reconstruct
+        from mixscvi.images.experiments.report import reconstruct
 
         print(
             reconstruct(
@@ -226,7 +226,7 @@ class Sweep(Data):
     seeds: int = 3
     """Number of seeds, from 0."""
     dataset: str = "mnist"
-    budget: BudgetName = "cpu"
+    budget: BudgetName = "small"
     component_encoder: ComponentEncoder = "separate"
     draws: int | None = None
     """Importance samples per image, instead of the budget's."""
@@ -244,8 +244,8 @@ class Sweep(Data):
 
     def run(self) -> None:
         """Sweep."""
-        from mixscvi.images.report import sweep_table
-        from mixscvi.images.sweep import sweep
+        from mixscvi.images.experiments.report import sweep_table
+        from mixscvi.images.experiments.sweep import sweep
 
         rows = sweep(
             self.output,
@@ -261,7 +261,7 @@ class Sweep(Data):
             dataset=self.dataset,
             budget=self.budget,
             component_encoder=self.component_encoder,
-            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+            training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
         )
         print(sweep_table(rows), end="")
 
@@ -277,7 +277,7 @@ class Curves:
 
     def run(self) -> None:
         """Draw."""
-        from mixscvi.images.report import curves
+        from mixscvi.images.experiments.report import curves
 
         curves(self.run_folders, self.output)
         print(f"{self.output}.png")
@@ -299,7 +299,7 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend ends in one line, not in a traceback."""
+    """Run a command; errors that the user can correct end in one line, without a traceback."""
     command = tyro.cli(
         Command,
         args=arguments,

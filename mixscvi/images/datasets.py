@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["DATASETS", "ImageBatches", "ImageData", "binarise", "load", "read_idx"]
+__all__ = ["DATASETS", "ImageBatches", "ImageData", "binarize", "load", "read_idx"]
 
 _FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -58,7 +58,7 @@ _CONTENTS = {
 }
 _N_VALIDATION = 10_000
 # Fixed once for everybody: validation and test images do not depend on a run's seed.
-_BINARISATION_SEED = 20220930
+_BINARIZATION_SEED = 20220930
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -157,13 +157,13 @@ def _fetch(file: str, url: str, md5: str) -> Path:
         ) from error
 
 
-def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw each pixel as a Bernoulli variable with the grey level as its probability.
+def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw each pixel as a Bernoulli variable with the gray level as its probability.
 
     Parameters
     ----------
     images
-        Grey levels in [0, 1], any shape.
+        Gray levels in [0, 1], any shape.
     generator
         Source of randomness; the default generator of torch when ``None``.
 
@@ -174,7 +174,7 @@ def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     Examples
     --------
     >>> import torch
-    >>> binarise(torch.tensor([0.0, 1.0]))
+    >>> binarize(torch.tensor([0.0, 1.0]))
     tensor([0., 1.])
     """
     return torch.bernoulli(images, generator=generator)
@@ -187,8 +187,8 @@ def _within_unit_interval(images: Tensor) -> bool:
     return bool(low >= 0) and bool(high <= 1)
 
 
-def _grey_levels(images: ArrayLike, name: str) -> Tensor:
-    """`(n, 1, height, width)` grey levels in [0, 1]."""
+def _gray_levels(images: ArrayLike, name: str) -> Tensor:
+    """`(n, 1, height, width)` gray levels in [0, 1]."""
     array = np.asarray(images)
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"{name} must have shape (n, height, width), got {array.shape}")
@@ -210,7 +210,7 @@ def _grey_levels(images: ArrayLike, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images in three parts: grey levels to train on, binary images to validate and test on.
+    """Images in three parts: gray levels to train on, binary images to validate and test on.
 
     Make it with :func:`load` or, from arrays, with :meth:`from_arrays`.
 
@@ -225,22 +225,22 @@ class ImageData:
 
     name: str
     train: Tensor
-    """Grey levels in [0, 1], `(n, 1, height, width)`: binarised anew in each epoch."""
+    """Gray levels in [0, 1], `(n, 1, height, width)`: binarized anew in each epoch."""
     validation: Tensor
-    """Zeros and ones, `(n, 1, height, width)`: binarised once."""
+    """Zeros and ones, `(n, 1, height, width)`: binarized once."""
     test: Tensor
-    """Zeros and ones, `(n, 1, height, width)`: binarised once."""
+    """Zeros and ones, `(n, 1, height, width)`: binarized once."""
     labels: dict[Literal["train", "validation", "test"], np.ndarray] | None = None
     """Class of every image, `(n,)` for each part."""
 
     def __post_init__(self) -> None:
         if not _within_unit_interval(self.train):
-            self._refuse("train", "grey levels in [0, 1]", (self.train >= 0) & (self.train <= 1))
+            self._refuse("train", "gray levels in [0, 1]", (self.train >= 0) & (self.train <= 1))
         for part in ("validation", "test"):
             images = getattr(self, part)
             binary = images == images.bool()
             if not bool(binary.all()):
-                self._refuse(part, "zeros and ones (binarise them)", binary)
+                self._refuse(part, "zeros and ones (binarize them)", binary)
 
     def _refuse(self, part: str, expected: str, valid: Tensor) -> NoReturn:
         first = int((~valid).flatten(1).any(1).nonzero()[0])
@@ -270,7 +270,7 @@ class ImageData:
         Parameters
         ----------
         images
-            Grey levels, `(n, height, width)`: unsigned bytes from 0 to 255, booleans, or numbers
+            Gray levels, `(n, height, width)`: unsigned bytes from 0 to 255, booleans, or numbers
             in [0, 1].
         labels
             Class of every image, `(n,)`, for the probe.
@@ -279,7 +279,7 @@ class ImageData:
         name
             What the data are called in tables.
         """
-        levels = _grey_levels(images, "images")
+        levels = _gray_levels(images, "images")
         n_train = len(levels) - n_validation - n_test
         if min(n_train, n_validation, n_test) < 1:
             raise ValueError(
@@ -295,8 +295,8 @@ class ImageData:
             labels = dict(
                 zip(sizes, np.split(labels, np.cumsum([n_train, n_validation])), strict=True)
             )
-        generator = torch.Generator().manual_seed(_BINARISATION_SEED)
-        return cls(name, train, binarise(validation, generator), binarise(test, generator), labels)
+        generator = torch.Generator().manual_seed(_BINARIZATION_SEED)
+        return cls(name, train, binarize(validation, generator), binarize(test, generator), labels)
 
     def subset(
         self, n_train: int | None, n_validation: int | None, n_test: int | None
@@ -373,7 +373,7 @@ class ImageBatches:
     batch_size
         Images in a batch, `B`.
     seed
-        Seed of the order and the binarisation; ``None`` leaves the images as they are.
+        Seed of the order and the binarization; ``None`` leaves the images as they are.
 
     Examples
     --------
@@ -395,7 +395,7 @@ class ImageBatches:
             return
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, "batches"))
         for rows in torch.randperm(len(self.images), generator=generator).split(self.batch_size):
-            yield binarise(self.images[rows], generator)
+            yield binarize(self.images[rows], generator)
 
 
 def epoch_seed(seed: int, epoch: int, purpose: str) -> int:

@@ -60,14 +60,14 @@ class StackedLinear(nn.Module):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """Summarise the sizes."""
+        """Summarize the sizes."""
         return (
             f"n_components={self.n_components}, n_in={self.n_in}, n_out={self.n_out}, "
             f"bias={self.bias is not None}"
         )
 
     def reset_parameters(self) -> None:
-        """Initialise every map as :class:`torch.nn.Linear` initialises one."""
+        """Initialize every map as :class:`torch.nn.Linear` initializes one."""
         bound = 1 / math.sqrt(self.n_in)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -209,7 +209,7 @@ class StackedConv2d(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
-        """Summarise the sizes."""
+        """Summarize the sizes."""
         _, out_channels, in_channels, kernel_size, _ = self.weight.shape
         return (
             f"n_components={self.n_components}, in_channels={in_channels}, "

@@ -7,7 +7,7 @@ import torch
 
 from idx_files import idx, write_idx_files
 from mixscvi.images import datasets
-from mixscvi.images.datasets import ImageBatches, ImageData, binarise, load, read_idx
+from mixscvi.images.datasets import ImageBatches, ImageData, binarize, load, read_idx
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_the_real_files(data_folder, name):
     [
         ("test", 0.5, "test must be zeros and ones.*image 3"),
         ("validation", torch.nan, "validation must be zeros and ones.*image 3"),
-        ("train", 255.0, r"train must be grey levels in \[0, 1\]; image 3"),
+        ("train", 255.0, r"train must be gray levels in \[0, 1\]; image 3"),
     ],
 )
 def test_parts_that_no_likelihood_is_for(part, value, match):
@@ -171,7 +171,7 @@ def test_arrays_that_are_no_images(images, match):
         ImageData.from_arrays(images, n_validation=3, n_test=3)
 
 
-def test_bytes_of_zero_and_one_are_not_taken_for_grey_levels():
+def test_bytes_of_zero_and_one_are_not_taken_for_gray_levels():
     binary = np.eye(4, dtype=np.uint8)[None].repeat(9, 0)
     with pytest.raises(ValueError, match="unsigned bytes of 0 and 1"):
         ImageData.from_arrays(binary, n_validation=2, n_test=2)
@@ -216,11 +216,11 @@ def test_files_that_do_not_go_together_are_named(tmp_path, file, content, match)
         load("mnist", tmp_path)
 
 
-def test_binarisation_has_the_grey_level_as_its_mean():
-    grey = torch.linspace(0, 1, 11, dtype=torch.float64)
+def test_binarization_has_the_gray_level_as_its_mean():
+    gray = torch.linspace(0, 1, 11, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    mean = binarise(grey.expand(20_000, 11), generator).mean(0)
-    torch.testing.assert_close(mean, grey, atol=0.015, rtol=0)
+    mean = binarize(gray.expand(20_000, 11), generator).mean(0)
+    torch.testing.assert_close(mean, gray, atol=0.015, rtol=0)
 
 
 def test_batches_are_a_function_of_seed_and_epoch():

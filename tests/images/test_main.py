@@ -12,9 +12,9 @@ import torch
 
 from idx_files import write_idx_files
 from mixscvi.images import BUDGETS, ImageData
-from mixscvi.images import sweep as sweep_module
 from mixscvi.images.__main__ import main
-from mixscvi.images.sweep import sweep
+from mixscvi.images.experiments import sweep as sweep_module
+from mixscvi.images.experiments.sweep import sweep
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -76,11 +76,11 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
 
 
-def test_presets_of_a_sweep_take_as_many_images_as_their_protocols_say(tmp_path, monkeypatch):
+def test_presets_of_a_sweep_take_as_many_images_as_they_are_trained_on(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (120, 6, 5)).astype(np.uint8)
     np.save(tmp_path / "mine.npy", images)
-    small = replace(BUDGETS["smoke"].protocol, max_epochs=1, n_test=7)
-    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_protocol=small))
+    small = replace(BUDGETS["smoke"].training, max_epochs=1, n_test=7)
+    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_training=small))
     rows = sweep(
         tmp_path / "runs",
         presets=("pixelcnn", "vanilla"),
@@ -95,8 +95,8 @@ def test_presets_of_a_sweep_take_as_many_images_as_their_protocols_say(tmp_path,
 @pytest.fixture
 def swept(tmp_path):
     """A sweep of one run, to be called again."""
-    grey = np.random.default_rng(0).random((80, 6, 5))
-    data = ImageData.from_arrays(grey, n_validation=20, n_test=10, name="mine")
+    gray = np.random.default_rng(0).random((80, 6, 5))
+    data = ImageData.from_arrays(gray, n_validation=20, n_test=10, name="mine")
 
     def again(**kwargs):
         arguments = {"presets": ["vanilla"], "components": [2], "seeds": 1, "draws": 40}
@@ -149,8 +149,8 @@ def test_a_sweep_is_told_the_device(monkeypatch, swept):
     ("kwargs", "match"),
     [
         ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
-        ({"components": [1, 1]}, r"components must be some different ones, got \[1, 1\]"),
-        ({"presets": []}, "presets must be some different ones"),
+        ({"components": [1, 1]}, r"components must be one or more different values, got \[1, 1\]"),
+        ({"presets": []}, "presets must be one or more different values"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
     ],
 )

@@ -231,7 +231,7 @@ def test_one_of_many_components_costs_one(kind):
         q = encoder(x, components=torch.tensor([399]))
     assert q.component_loc.shape == q.component_scale.shape == (n_batch, 1, 2)
     # Nothing has both B and A in its shape. A separate component's batch norm writes into the
-    # buffers of all; an amortised one sees A nowhere.
+    # buffers of all; an amortized one sees A nowhere.
     one = n_hidden * 16 * 4
     assert forward.numel <= (one if kind is AmortizedEncoder else n_components * n_hidden)
     with LargestTensor() as backward:

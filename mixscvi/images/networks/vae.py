@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from mixscvi.images.configs import Mixture, Parts, RunConfig, Sizes
-from mixscvi.images.encoders import ConditionalEncoder, make_encoder
-from mixscvi.images.parts import (
-    ConditionalPrior,
-    make_decoder,
-    make_prior,
-    trunk_maker,
-    widened,
-)
+from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.decoders import make_decoder
+from mixscvi.images.networks.encoders import ConditionalEncoder, make_encoder
+from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk
+from mixscvi.images.networks.priors import ConditionalPrior, make_prior
 from mixscvi.mixture import (
     Estimator,
     ImportanceDraws,
@@ -28,7 +23,24 @@ from mixscvi.mixture import (
     mixture_log_prob,
 )
 
-__all__ = ["ImageVAE", "LatentDraws", "build", "count_parameters"]
+__all__ = ["ImageVAE", "LatentDraws", "count_parameters", "seeded"]
+
+
+def _widened(width: int, factor: float) -> int:
+    """Width times a factor, at least 1."""
+    return max(1, round(width * factor))
+
+
+def _trunk_maker(
+    image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes
+) -> Callable[[int], DenseTrunk | ConvTrunk]:
+    """What makes an encoder's trunk, given the number of its networks."""
+    factor = sizes.encoder_width
+    if config.encoder == "dense":
+        hidden = tuple(_widened(width, factor) for width in sizes.hidden)
+        return functools.partial(DenseTrunk, image_shape=image_shape, hidden=hidden)
+    layers = tuple((_widened(n, factor), size, stride) for n, size, stride in sizes.conv_layers)
+    return functools.partial(ConvTrunk, image_shape=image_shape, layers=layers)
 
 
 class LatentDraws(NamedTuple):
@@ -57,7 +69,7 @@ class ImageVAE(nn.Module):
     ----------
     image_shape
         Height and width.
-    parts
+    config
         What the model is composed of.
     mixture
         Components, and how they are sampled.
@@ -74,9 +86,9 @@ class ImageVAE(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from mixscvi.images.configs import BUDGETS, PRESETS, Mixture
-    >>> mixture = Mixture(n_components=4)
-    >>> model = ImageVAE((8, 8), PRESETS["composite"], mixture, BUDGETS["smoke"].sizes)
+    >>> from mixscvi.images.networks.configs import PRESETS, MixtureConfig, Sizes
+    >>> sizes = Sizes(n_latent=3, hidden=(12, 10), n_prior_components=4, pixelcnn_channels=4)
+    >>> model = ImageVAE((8, 8), PRESETS["composite"], MixtureConfig(n_components=4), sizes)
     >>> draws = model.draw(torch.zeros(5, 1, 8, 8), n_samples=2)
     >>> draws.z.shape, draws.cross_log_prob.shape
     (torch.Size([2, 5, 4, 6]), torch.Size([2, 5, 4, 4]))
@@ -87,41 +99,42 @@ class ImageVAE(nn.Module):
     def __init__(
         self,
         image_shape: tuple[int, int],
-        parts: Parts,
-        mixture: Mixture,
+        config: ModelConfig,
+        mixture: MixtureConfig,
         sizes: Sizes,
         *,
         prior_has_own_encoder: bool = False,
     ) -> None:
         super().__init__()
-        self.image_shape, self.parts, self.mixture, self.sizes = image_shape, parts, mixture, sizes
+        self.image_shape, self.sizes = image_shape, sizes
+        self.config, self.mixture = config, mixture
         self.estimator = Estimator(mixture.estimator)
         n_latent, n_hidden = sizes.n_latent, sizes.hidden[-1]
-        make_trunk = trunk_maker(image_shape, parts, sizes)
+        make_trunk = _trunk_maker(image_shape, config, sizes)
         encode = functools.partial(
             make_encoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
         )
         self.encoder = encode(n_components=mixture.n_components)
         self.lower_encoder = self.lower_prior = None
-        if parts.n_levels == 2:
+        if config.n_levels == 2:
             self.lower_encoder = ConditionalEncoder(
                 make_trunk,
                 mixture.n_components,
                 n_latent,
-                n_hidden=widened(n_hidden, sizes.encoder_width),
+                n_hidden=_widened(n_hidden, sizes.encoder_width),
                 component_encoder=mixture.component_encoder,
             )
             self.lower_prior = ConditionalPrior(n_latent, n_hidden)
         self.flows = nn.ModuleList(
             InverseAutoregressiveFlow(
-                n_latent, parts.n_flow_steps, hidden_features=sizes.flow_hidden
+                n_latent, config.n_flow_steps, hidden_features=sizes.flow_hidden
             )
-            for _ in range(parts.n_levels if parts.n_flow_steps else 0)
+            for _ in range(config.n_levels if config.n_flow_steps else 0)
         )
-        self.prior = make_prior(image_shape, parts, sizes)
-        own = prior_has_own_encoder and parts.prior == "vamp"
+        self.prior = make_prior(image_shape, config, sizes)
+        own = prior_has_own_encoder and config.prior == "vamp"
         self.prior_encoder = encode(n_components=1) if own else None
-        self.decoder = make_decoder(image_shape, parts, sizes)
+        self.decoder = make_decoder(image_shape, config, sizes)
 
     def _flow(self, level: int, base: Tensor) -> tuple[Tensor, Tensor]:
         if not self.flows:
@@ -300,53 +313,3 @@ def count_parameters(module: nn.Module | None) -> int:
     8
     """
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
-
-
-def _n_encoder_parameters(
-    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
-) -> int:
-    # No numbers are needed, only shapes; masks of a flow are the exception, and no encoders.
-    with torch.device("meta"):
-        model = ImageVAE(image_shape, replace(parts, n_flow_steps=0), mixture, sizes)
-    return count_parameters(model.encoder) + count_parameters(model.lower_encoder)
-
-
-def big_iwae_sizes(
-    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
-) -> Sizes:
-    """Sizes whose encoder of one component has as many parameters as that of the mixture.
-
-    Widths are whole numbers, so the counts agree to within one unit of width.
-    """
-    target = _n_encoder_parameters(image_shape, parts, mixture, sizes)
-    low, high = 1.0, float(4 * mixture.n_components)
-    for _ in range(20):
-        middle = (low + high) / 2
-        wide = replace(sizes, encoder_width=middle)
-        few = _n_encoder_parameters(image_shape, parts, Mixture(), wide) < target
-        low, high = (middle, high) if few else (low, middle)
-    return replace(sizes, encoder_width=high)
-
-
-def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
-    """Make the model of a run, its weights drawn from the run's seed.
-
-    Examples
-    --------
-    >>> from mixscvi.images.configs import RunConfig
-    >>> model = build(RunConfig.of("vanilla", budget="smoke", n_components=4), (8, 8))
-    >>> model.encoder.trunk.layers[0]
-    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
-    """
-    mixture, sizes = config.mixture, config.sizes
-    if config.objective == "iwae":
-        sizes = big_iwae_sizes(image_shape, config.parts, mixture, sizes)
-        mixture = Mixture()
-    with seeded(config.seed):
-        return ImageVAE(
-            image_shape,
-            config.parts,
-            mixture,
-            sizes,
-            prior_has_own_encoder=config.ensemble,
-        )

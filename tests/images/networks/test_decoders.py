@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from mixscvi.images.decoders import BernoulliDecoder, PixelCNNDecoder
+from mixscvi.images.networks.decoders import BernoulliDecoder, PixelCNNDecoder
 
 
 def decoder_of(kind: str, image_shape: tuple[int, int], n_layers: int = 4):

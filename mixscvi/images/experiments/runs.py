@@ -13,24 +13,24 @@ A run is a folder:
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
-from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, content_hash, load
-from mixscvi.images.models import ImageVAE, build, count_parameters
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
 from mixscvi.system import write_beside
 
 __all__ = [
-    "csv_text",
-    "default_device",
+    "build",
+    "resolve_device",
     "finished_run_data",
     "load_run",
     "parameter_counts",
@@ -42,31 +42,63 @@ __all__ = [
 ]
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV text, the columns in the order of their first appearance.
+def _n_encoder_parameters(
+    image_shape: tuple[int, int], model: ModelConfig, mixture: MixtureConfig, sizes: Sizes
+) -> int:
+    # No numbers are needed, only shapes; masks of a flow are the exception, and no encoders.
+    with torch.device("meta"):
+        vae = ImageVAE(image_shape, replace(model, n_flow_steps=0), mixture, sizes)
+    return count_parameters(vae.encoder) + count_parameters(vae.lower_encoder)
+
+
+def _big_iwae_sizes(
+    image_shape: tuple[int, int], model: ModelConfig, mixture: MixtureConfig, sizes: Sizes
+) -> Sizes:
+    """Sizes whose encoder of one component has as many parameters as that of the mixture.
+
+    Widths are whole numbers, so the counts agree to within one unit of width.
+    """
+    target = _n_encoder_parameters(image_shape, model, mixture, sizes)
+    low, high = 1.0, float(4 * mixture.n_components)
+    for _ in range(20):
+        middle = (low + high) / 2
+        wide = replace(sizes, encoder_width=middle)
+        few = _n_encoder_parameters(image_shape, model, MixtureConfig(), wide) < target
+        low, high = (middle, high) if few else (low, middle)
+    return replace(sizes, encoder_width=high)
+
+
+def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
+    """Make the model of a run, its weights drawn from the run's seed.
 
     Examples
     --------
-    >>> print(csv_text([{"a": 1}, {"a": 2, "b": 3}]), end="")
-    a,b
-    1,
-    2,3
+    >>> from mixscvi.images.experiments.configs import RunConfig
+    >>> model = build(RunConfig.from_preset("vanilla", budget="smoke", n_components=4), (8, 8))
+    >>> model.encoder.trunk.layers[0]
+    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
     """
-    text = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    mixture, sizes = config.mixture, config.sizes
+    if config.objective == "iwae":
+        sizes = _big_iwae_sizes(image_shape, config.model, mixture, sizes)
+        mixture = MixtureConfig()
+    with seeded(config.seed):
+        return ImageVAE(
+            image_shape,
+            config.model,
+            mixture,
+            sizes,
+            prior_has_own_encoder=config.ensemble,
+        )
 
 
 def run_data(
     config: RunConfig, data: ImageData | None = None, data_folder: str | Path | None = None
 ) -> ImageData:
-    """The images of a run: the user's own or loaded, cut to the protocol's numbers."""
+    """The images of a run: the user's own or loaded, and as many as it is trained on."""
     data = load(config.dataset, data_folder) if data is None else data
-    protocol = config.protocol
-    return data.subset(protocol.n_train, protocol.n_validation, protocol.n_test)
+    training = config.training
+    return data.subset(training.n_train, training.n_validation, training.n_test)
 
 
 def finished_run_data(
@@ -115,8 +147,16 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     return (folder / "last.ckpt").exists()
 
 
-def default_device() -> torch.device:
-    """The accelerator that Lightning would choose, or the CPU."""
+def resolve_device(device: torch.device | str | None = None) -> torch.device:
+    """The device named, or that which Lightning chooses by itself: an accelerator if there is one.
+
+    Examples
+    --------
+    >>> resolve_device("cuda:1")
+    device(type='cuda', index=1)
+    """
+    if device is not None:
+        return torch.device(device)
     if MPSAccelerator.is_available():
         return torch.device("mps")
     return torch.device("cuda" if CUDAAccelerator.is_available() else "cpu")
@@ -164,6 +204,8 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     config = read_config(folder)
     model = build(config, tuple(summary["image_shape"]))
     weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+    # Codes belonged to encoders, not to their heads, in 0.1.
+    weights = {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(

@@ -19,19 +19,21 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.images.configs import Mixture, RunConfig
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
-from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import (
-    csv_text,
-    default_device,
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.runs import (
+    build,
     load_run,
     parameter_counts,
     prepare,
+    resolve_device,
     run_data,
 )
+from mixscvi.images.networks.configs import MixtureConfig
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
 from mixscvi.system import write_beside
+from mixscvi.tables import csv_text
 
 __all__ = ["ImageTraining", "train"]
 
@@ -52,13 +54,13 @@ class ImageTraining(lightning.LightningModule):
     def __init__(self, model: ImageVAE, config: RunConfig, data: ImageData) -> None:
         super().__init__()
         self.model, self.config = model, config
-        batch_size = config.protocol.batch_size
+        batch_size = config.training.batch_size
         self.batches = ImageBatches(data.train, batch_size, config.seed)
         self.validation_batches = ImageBatches(data.validation, batch_size)
         self.train_bound: list[Tensor] = []
 
     def train_dataloader(self) -> ImageBatches:
-        """Minibatches to train on, binarised anew in each epoch."""
+        """Minibatches to train on, binarized anew in each epoch."""
         return self.batches
 
     def val_dataloader(self) -> ImageBatches:
@@ -68,7 +70,7 @@ class ImageTraining(lightning.LightningModule):
     @property
     def beta(self) -> float:
         """Weight of the KL term in this epoch."""
-        return min(1.0, (self.current_epoch + 1) / max(1, self.config.protocol.warmup_epochs))
+        return min(1.0, (self.current_epoch + 1) / max(1, self.config.training.warmup_epochs))
 
     def bound(
         self,
@@ -115,7 +117,7 @@ class ImageTraining(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on whatever is not frozen."""
         learned = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.Adam(learned, lr=self.config.protocol.learning_rate, fused=True)
+        return torch.optim.Adam(learned, lr=self.config.training.learning_rate, fused=True)
 
 
 class _Recorder(Callback):
@@ -176,7 +178,7 @@ def _trained_alone(
     """The model of one component, trained as usual, whose decoder the ensemble is to share."""
     if (folder / "summary.json").exists():
         return load_run(folder)[1]
-    alone = replace(config, ensemble=False, mixture=Mixture())
+    alone = replace(config, ensemble=False, mixture=MixtureConfig())
     return train(alone, folder, data=data, resume=True, device=device, progress=progress)
 
 
@@ -238,29 +240,29 @@ def train(
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
-    >>> config = images.RunConfig.of("vanilla", budget="smoke", n_components=2)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke", n_components=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     model = images.train(config, folder, data=data)
     ...     result = images.evaluate(folder, data=data, draws=40)
-    >>> sorted(result)[:4]
-    ['active_units', 'dataset', 'draws', 'elbo']
+    >>> model.mixture.n_components, result["draws"]
+    (2, 40)
     """
     folder = Path(folder)
-    protocol = config.protocol
-    device = default_device() if device is None else torch.device(device)
+    training = config.training
+    device = resolve_device(device)
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
     # An ensemble leaves it to the run that its decoder is from.
-    if not config.ensemble and protocol.max_epochs < protocol.warmup_epochs:
+    if not config.ensemble and training.max_epochs < training.warmup_epochs:
         warnings.warn(
-            f"training for {protocol.max_epochs} epochs ends within the warm-up of the KL term, "
-            f"{protocol.warmup_epochs} epochs: its weight does not reach 1",
+            f"training for {training.max_epochs} epochs ends within the warm-up of the KL term, "
+            f"{training.warmup_epochs} epochs: its weight does not reach 1",
             stacklevel=2,
         )
     model = build(config, data.image_shape)
-    if config.parts.prior == "vamp":
+    if config.model.prior == "vamp":
         generator = torch.Generator().manual_seed(config.seed)
         size = (config.sizes.n_prior_components,)
         rows = torch.randint(len(data.train), size, generator=generator)
@@ -274,14 +276,14 @@ def train(
         warnings.filterwarnings("ignore", message=".*(number of training batches|not used).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(
-            max_epochs=protocol.max_epochs,
+            max_epochs=training.max_epochs,
             accelerator=device.type,
             devices=1 if device.index is None or device.type == "cpu" else [device.index],
             callbacks=[
                 _Patience(
                     "validation_bound",
                     mode="max",
-                    patience=protocol.patience,
+                    patience=training.patience,
                     check_on_train_epoch_end=False,
                 ),
                 recorder,
@@ -299,7 +301,7 @@ def train(
     if not math.isfinite(recorder.best):
         raise FloatingPointError(
             f"the validation bound of {folder} was never finite: lower the learning rate "
-            f"(now {protocol.learning_rate})"
+            f"(now {training.learning_rate})"
         )
     summary = {
         "epochs": len(recorder.rows),

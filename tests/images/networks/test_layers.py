@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixscvi.images import networks
-from mixscvi.images.networks import ConvTrunk, DenseTrunk, MaskedConv2d, gate
+from mixscvi.images.networks import layers
+from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, MaskedConv2d, gate
 
 
 @pytest.mark.parametrize("kind", ["A", "B"])
@@ -63,7 +63,7 @@ def test_conv_trunk_against_a_loop(image_shape):
 def test_some_components_are_those_of_all(trunk):
     x = torch.randn(2, 1, 4, 5)
     components = torch.tensor([3, 1])
-    torch.testing.assert_close(trunk(x, components), trunk(x)[:, components])
+    torch.testing.assert_close(trunk(x, components=components), trunk(x)[:, components])
 
 
 def test_images_in_parts_are_those_at_once(monkeypatch, largest_tensor):
@@ -77,7 +77,7 @@ def test_images_in_parts_are_those_at_once(monkeypatch, largest_tensor):
 
     whole = results()
     bound = 2 * 4 * 6 * 4 * 5  # two images of four components with twice three channels
-    monkeypatch.setattr(networks, "_ELEMENTS_AT_ONCE", bound)
+    monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", bound)
     torch.testing.assert_close(results(), whole)
     with largest_tensor() as record:
         trunk(x)

@@ -176,7 +176,7 @@ class ConvTrunk(nn.Module):
 class MaskedConv2d(nn.Module):
     """Convolution that sees no pixel after its own, in the order of reading.
 
-    The rows of the kernel below its centre are masked whole, so they are neither stored nor
+    The rows of the kernel below its center are masked whole, so they are neither stored nor
     multiplied: a 3 x 3 kernel costs what one of 2 x 3 does.
 
     Parameters
@@ -186,7 +186,7 @@ class MaskedConv2d(nn.Module):
     kernel_size
         Odd height and width of the whole kernel.
     kind
-        ``"A"`` hides the centre too, as the first layer must; ``"B"`` shows it.
+        ``"A"`` hides the center too, as the first layer must; ``"B"`` shows it.
 
     References
     ----------

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.images.networks import MaskedConv2d, gated_mlp
+from mixscvi.images.networks.configs import ModelConfig, Sizes
+from mixscvi.images.networks.layers import MaskedConv2d, gated_mlp
 
-__all__ = ["BernoulliDecoder", "PixelCNNDecoder"]
+__all__ = ["BernoulliDecoder", "PixelCNNDecoder", "make_decoder"]
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class PixelCNNDecoder(nn.Module):
 
     The first half of the masked layers sees the image alone: it runs once per image, and all
     draws of all components share what it found. There the latents join, as feature maps of the
-    whole image, and the second half runs on every draw. Layers are residual; nothing normalises
+    whole image, and the second half runs on every draw. Layers are residual; nothing normalizes
     across pixels or images. van den Oord et al. 2016.
 
     Parameters
@@ -157,3 +158,19 @@ class PixelCNNDecoder(nn.Module):
                 logits = self.logits(x, z[None, :, None])[0, :, 0, row * width + column]
                 x[:, 0, row, column] = torch.bernoulli(logits.sigmoid(), generator=generator)
         return x
+
+
+def make_decoder(
+    image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes
+) -> BernoulliDecoder | PixelCNNDecoder:
+    """The decoder of all levels together."""
+    n_latent = config.n_levels * sizes.n_latent
+    if config.decoder == "bernoulli":
+        return BernoulliDecoder(n_latent, image_shape, sizes.hidden)
+    return PixelCNNDecoder(
+        n_latent,
+        image_shape,
+        n_hidden=sizes.hidden[-1],
+        n_layers=sizes.pixelcnn_layers,
+        n_channels=sizes.pixelcnn_channels,
+    )

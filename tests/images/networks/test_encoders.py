@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from mixscvi.images import encoders
-from mixscvi.images.encoders import ConditionalEncoder, clamped_variance, make_encoder
-from mixscvi.images.networks import ConvTrunk, DenseTrunk, gate
+from mixscvi.images.networks import encoders
+from mixscvi.images.networks.encoders import ConditionalEncoder, clamped_variance, make_encoder
+from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, gate
 
 TRUNKS = {
     "dense": functools.partial(DenseTrunk, image_shape=(4, 5), hidden=(6, 7)),

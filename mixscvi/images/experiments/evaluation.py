@@ -7,19 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
-from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import (
-    csv_text,
-    default_device,
+from mixscvi.images.experiments.runs import (
     finished_run_data,
     load_run,
+    resolve_device,
     weights_hash,
 )
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -61,7 +61,7 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
     >>> import torch
     >>> statistics = image_statistics(ImportanceDraws(*torch.randn(3, 10, 7, 4)))
     >>> list(statistics)
-    ['siwae', 'siwae_se', 'paper', 'miselbo', 'elbo', 'jsd', 'ess', 'k_hat']
+    ['siwae', 'siwae_se', 'iw_miselbo', 'miselbo', 'elbo', 'jsd', 'ess', 'k_hat']
     """
     log_weights = draws.log_weights
     rows = log_weights.transpose(0, 1).flatten(1)
@@ -69,7 +69,7 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
     return {
         "siwae": siwae(log_weights),
         "siwae_se": siwae_standard_error(log_weights) if len(log_weights) > 1 else unknown,
-        "paper": importance_weighted_miselbo(log_weights),
+        "iw_miselbo": importance_weighted_miselbo(log_weights),
         "miselbo": miselbo(log_weights),
         "elbo": component_elbo(draws.log_joint, draws.log_own).mean(-1),
         "jsd": specialisation(draws.log_own, draws.log_mixture).mean(-1),
@@ -185,10 +185,11 @@ def evaluate(
 
     Returns
     -------
-    Averages over the test images, in nats: ``nll`` (SIWAE, consistent) and ``nll_paper``
-    (averaged over components outside of the logarithm), each with its standard error over images
-    (``_se``), and for ``nll`` that of the draws (``nll_monte_carlo_se``); ``miselbo``, ``elbo``
-    (mean over components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
+    Averages over the test images, in nats: ``nll`` (SIWAE, consistent) and ``nll_iw_miselbo``
+    (importance-weighted MISELBO, the papers' form, averaged over components outside the
+    logarithm), each with its standard error over images (``_se``), and for ``nll`` that of the
+    draws (``nll_monte_carlo_se``); ``miselbo`` (the average log-weight), ``elbo`` (mean over
+    components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
     of images), ``active_units`` and what was evaluated.
 
     Raises
@@ -202,9 +203,9 @@ def evaluate(
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
-    >>> config = images.RunConfig.of("flow", budget="smoke", n_components=4)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("flow", budget="smoke", n_components=4)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = images.train(config, folder, data=data)
     ...     result = images.evaluate(folder, data=data, draws=50)
@@ -212,7 +213,7 @@ def evaluate(
     (52, True)
     """
     folder = Path(folder)
-    device = default_device() if device is None else torch.device(device)
+    device = resolve_device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     n_components = model.mixture.n_components
@@ -255,7 +256,9 @@ def evaluate(
             "device": device.type,
         }
     )
-    write_beside(folder / "evaluation.csv", csv_text(_rows(images)))
+    columns = {name: values for name, values in images.items() if values.dim() == 1}
+    table = pd.DataFrame(columns).to_csv(index_label="image", na_rep="nan", lineterminator="\n")
+    write_beside(folder / "evaluation.csv", table)
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result
@@ -272,8 +275,8 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
         "nll": -float(images["siwae"].mean()),
         "nll_se": standard_error(images["siwae"]),
         "nll_monte_carlo_se": float(images["siwae_se"].square().sum().sqrt() / n),
-        "nll_paper": -float(images["paper"].mean()),
-        "nll_paper_se": standard_error(images["paper"]),
+        "nll_iw_miselbo": -float(images["iw_miselbo"].mean()),
+        "nll_iw_miselbo_se": standard_error(images["iw_miselbo"]),
         "miselbo": float(images["miselbo"].mean()),
         "elbo": float(images["elbo"].mean()),
         "jsd": float(images["jsd"].mean()),
@@ -282,9 +285,3 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
         "k_hat_above_0.7": float((k_hat > 0.7).double().mean()),
         "active_units": int(active_units(images["mean"]).sum()),
     }
-
-
-def _rows(images: dict[str, Tensor]) -> list[dict[str, Any]]:
-    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
-    columns = {"image": range(len(images["siwae"]))} | columns
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

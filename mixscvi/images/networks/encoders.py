@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixscvi.images.networks import gate
+from mixscvi.images.networks.layers import gate
 from mixscvi.mixture import Encoder, GaussianHeads, MixturePosterior, ShiftedHeads, StackedLinear
 
 __all__ = ["ComponentEncoder", "ConditionalEncoder", "clamped_variance", "make_encoder"]
@@ -71,7 +71,7 @@ def make_encoder(
     Examples
     --------
     >>> import functools, torch
-    >>> from mixscvi.images.networks import DenseTrunk
+    >>> from mixscvi.images.networks.layers import DenseTrunk
     >>> make_trunk = functools.partial(DenseTrunk, image_shape=(5, 7), hidden=(8, 6))
     >>> encoder = make_encoder(make_trunk, n_components=4, n_latent=2)
     >>> encoder(torch.zeros(3, 1, 5, 7))
@@ -103,7 +103,7 @@ class ConditionalEncoder(nn.Module):
     Examples
     --------
     >>> import functools, torch
-    >>> from mixscvi.images.networks import DenseTrunk
+    >>> from mixscvi.images.networks.layers import DenseTrunk
     >>> make_trunk = functools.partial(DenseTrunk, image_shape=(5, 7), hidden=(8, 6))
     >>> encoder = ConditionalEncoder(make_trunk, n_components=4, n_latent=2, n_hidden=9)
     >>> draws = torch.zeros(10, 3, 4, 2)  # L = 10, B = 3, S = 4
@@ -226,7 +226,7 @@ class ConditionalEncoder(nn.Module):
                 upper.split(n_at_once // width), noise.split(n_at_once // width), strict=True
             )
         ]
-        # Parts side by side along S, then along L.
+        # ModelConfig side by side along S, then along L.
         z, log_det, log_prob = (
             torch.cat([torch.cat(parts, 2) for parts in column])
             for column in zip(*(zip(*row, strict=True) for row in rows), strict=True)

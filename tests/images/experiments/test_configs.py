@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixscvi.images import BUDGETS, PRESETS, Mixture, Parts, Protocol, RunConfig
+from mixscvi.images import BUDGETS, PRESETS, MixtureConfig, ModelConfig, RunConfig, TrainingConfig
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_configurations_survive_their_file(preset, budget):
-    config = RunConfig.of(
+    config = RunConfig.from_preset(
         preset,
         budget=budget,
         n_components=4,
@@ -22,22 +22,22 @@ def test_configurations_survive_their_file(preset, budget):
     assert config.draws == BUDGETS[budget].draws
 
 
-def test_the_papers_budget_is_the_reference_protocol():
-    config = RunConfig.of("composite", budget="paper")
-    protocol, sizes = config.protocol, config.sizes
-    assert (protocol.batch_size, protocol.learning_rate) == (100, 5e-4)
-    assert (protocol.warmup_epochs, protocol.patience) == (100, 100)
-    assert (protocol.n_train, protocol.n_validation, protocol.n_test) == (None, None, None)
+def test_the_papers_budget_is_that_of_the_papers():
+    config = RunConfig.from_preset("composite", budget="paper")
+    training, sizes = config.training, config.sizes
+    assert (training.batch_size, training.learning_rate) == (100, 5e-4)
+    assert (training.warmup_epochs, training.patience) == (100, 100)
+    assert (training.n_train, training.n_validation, training.n_test) == (None, None, None)
     assert (sizes.n_latent, sizes.hidden, sizes.n_prior_components) == (40, (300, 300), 500)
-    assert (config.parts.n_flow_steps, sizes.flow_hidden) == (2, (320,))
+    assert (config.model.n_flow_steps, sizes.flow_hidden) == (2, (320,))
     assert (sizes.pixelcnn_layers, sizes.pixelcnn_channels) == (8, 64)
     assert config.draws == 5000
 
 
-def test_changes_to_the_protocol():
-    config = RunConfig.of("vanilla", budget="cpu", protocol={"max_epochs": 3})
-    usual = RunConfig.of("vanilla", budget="cpu")
-    assert config.protocol == replace(usual.protocol, max_epochs=3)
+def test_changes_to_the_training():
+    config = RunConfig.from_preset("vanilla", budget="small", training={"max_epochs": 3})
+    usual = RunConfig.from_preset("vanilla", budget="small")
+    assert config.training == replace(usual.training, max_epochs=3)
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def test_changes_to_the_protocol():
 )
 def test_mixtures_that_make_no_sense(kwargs, match):
     with pytest.raises(ValueError, match=match):
-        Mixture(**kwargs)
+        MixtureConfig(**kwargs)
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Parts(prior="gaussian"), "prior must be one of .*'gaussian'"),
-        (lambda: Parts(decoder="dense"), "decoder must be one of"),
-        (lambda: Parts(n_levels=3), r"n_levels must be one of \[1, 2\], got 3"),
-        (lambda: Parts(n_flow_steps=-1), "n_flow_steps must be at least 0, got -1"),
-        (lambda: Mixture(component_encoder="amortized"), "component_encoder must be one of"),
+        (lambda: ModelConfig(prior="gaussian"), "prior must be one of .*'gaussian'"),
+        (lambda: ModelConfig(decoder="dense"), "decoder must be one of"),
+        (lambda: ModelConfig(n_levels=3), r"n_levels must be one of \[1, 2\], got 3"),
+        (lambda: ModelConfig(n_flow_steps=-1), "n_flow_steps must be at least 0, got -1"),
+        (lambda: MixtureConfig(component_encoder="amortized"), "component_encoder must be one of"),
         (lambda: RunConfig(objective="IWAE"), "objective must be one of .*'IWAE'"),
-        (lambda: Protocol(max_epochs=0), "max_epochs must be at least 1, got 0"),
-        (lambda: Protocol(n_train=-5), "n_train must be at least 1, got -5"),
+        (lambda: TrainingConfig(max_epochs=0), "max_epochs must be at least 1, got 0"),
+        (lambda: TrainingConfig(n_train=-5), "n_train must be at least 1, got -5"),
     ],
 )
 def test_what_no_run_can_be_made_of(make, match):
@@ -75,17 +75,17 @@ def test_what_no_run_can_be_made_of(make, match):
 
 def test_making_a_configuration_draws_nothing():
     before = torch.get_rng_state()
-    Mixture(4, 2, "some_to_all")
+    MixtureConfig(4, 2, "some_to_all")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_some_to_all_draws_from_one_component_unless_told():
-    assert Mixture(4, estimator="some_to_all").n_drawn == 1
-    assert Mixture(4).n_drawn == 4
+    assert MixtureConfig(4, estimator="some_to_all").n_drawn == 1
+    assert MixtureConfig(4).n_drawn == 4
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="preset must be one of.*'vanila'"):
-        RunConfig.of("vanila")
+        RunConfig.from_preset("vanila")
     with pytest.raises(ValueError, match="budget must be one of.*'gpu'"):
-        RunConfig.of("vanilla", budget="gpu")
+        RunConfig.from_preset("vanilla", budget="gpu")

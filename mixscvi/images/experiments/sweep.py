@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.evaluation import evaluate
-from mixscvi.images.report import sweep_figure, sweep_table, with_ending
-from mixscvi.images.runs import (
-    csv_text,
-    default_device,
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.evaluation import evaluate
+from mixscvi.images.experiments.report import sweep_figure, sweep_table, with_ending
+from mixscvi.images.experiments.runs import (
     load_run,
     read_config,
     read_summary,
+    resolve_device,
     run_data,
     weights_hash,
 )
-from mixscvi.images.training import train
+from mixscvi.images.experiments.training import train
 from mixscvi.system import write_beside
+from mixscvi.tables import run_missing
 
 __all__ = ["run_once", "sweep"]
 
@@ -34,7 +34,7 @@ _RESULTS = (
     "nll",
     "nll_se",
     "nll_monte_carlo_se",
-    "nll_paper",
+    "nll_iw_miselbo",
     "miselbo",
     "elbo",
     "jsd",
@@ -55,9 +55,9 @@ def _configs(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     for name, values in (("presets", presets), ("components", components)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be some different ones, got {[*values]}")
+            raise ValueError(f"{name} must be one or more different values, got {[*values]}")
     return [
-        RunConfig.of(preset, n_components=n_components, seed=seed, **kwargs)
+        RunConfig.from_preset(preset, n_components=n_components, seed=seed, **kwargs)
         for seed, preset, n_components in itertools.product(range(seeds), presets, components)
     ]
 
@@ -77,9 +77,9 @@ def sweep(
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
-    """Train and evaluate every combination; what is done is not done again.
+    """Train and evaluate every combination; runs that are finished are read, not run again.
 
-    After each run, the table of all that are done is written anew, as CSV, Markdown and figure.
+    After each run, the table of all that are finished is written, as CSV, Markdown and figure.
 
     Parameters
     ----------
@@ -94,15 +94,16 @@ def sweep(
     draws
         Importance samples per test image; the budget's number when ``None``.
     data, data_folder
-        As in :func:`~mixscvi.images.training.train`.
+        As in :func:`~mixscvi.images.experiments.training.train`.
     progress
         Called with a line of text after each run.
     command
-        What made the results, to stand below their table.
+        The command that made the results, written below their table.
     device
         Where to train and evaluate; on the accelerator, if there is one, when ``None``.
     **kwargs
-        Passed to :meth:`~mixscvi.images.configs.RunConfig.of`: ``budget``, ``dataset``, ...
+        Passed to :meth:`~mixscvi.images.experiments.configs.RunConfig.from_preset`: ``budget``,
+        ``dataset``, ...
 
     Returns
     -------
@@ -117,8 +118,8 @@ def sweep(
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     rows = sweep(
     ...         folder, presets=["vanilla"], components=[1, 2], seeds=1, data=data, budget="smoke"
@@ -128,21 +129,25 @@ def sweep(
     """
     folder = Path(folder)
     results = folder / "sweep" if results is None else Path(results)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for config in _configs(presets, components, seeds, **kwargs):
-        if data is None:  # whole: presets differ in how many images they take
-            data = load(config.dataset, data_folder)
-        name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
-        row = run_once(config, folder / name, data, draws=draws, device=device)
-        rows.append(row)
-        write_beside(with_ending(results, ".csv"), csv_text(rows))
+    configs = {
+        f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}": config
+        for config in _configs(presets, components, seeds, **kwargs)
+    }
+    if data is None:  # whole: presets differ in how many images they take
+        data = load(next(iter(configs.values())).dataset, data_folder)
+
+    def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
+        return run_once(config, folder / name, data, draws=draws, device=device)
+
+    def report(name: str, rows: list[dict[str, Any]]) -> None:
         note = "" if command is None else f"\n`{command}`\n"
         write_beside(with_ending(results, ".md"), sweep_table(rows) + note)
         sweep_figure(rows, with_ending(results, ".png"))
         if progress is not None:
-            progress(f"{config.dataset} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
-    return rows
+            row = rows[-1]
+            progress(f"{row['dataset']} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
+
+    return run_missing(configs, run, with_ending(results, ".csv"), device=device, report=report)
 
 
 def run_once(
@@ -162,7 +167,7 @@ def run_once(
     folder
         Where it is recorded.
     data
-        The images, of which the run takes as many as its protocol says.
+        The images, of which the run takes as many as its configuration says.
     draws
         Importance samples per test image; the budget's number when ``None``.
     device
@@ -193,7 +198,7 @@ def run_once(
         seconds = round(time.perf_counter() - started, 3) if untouched else None
         cost = {
             "seconds": seconds,
-            "device": str(default_device() if device is None else device),
+            "device": str(resolve_device(device)),
             "threads": torch.get_num_threads(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
