@@ -33,13 +33,14 @@ import tyro
 from common import RESULTS, data_folder, machine
 from torch import Tensor, nn
 
-from mixscvi.images.experiments.configs import BUDGETS, PRESETS, BudgetName, MixtureConfig
 from mixscvi.images.datasets import binarize, load
+from mixscvi.images.experiments.configs import BUDGETS, BudgetName
+from mixscvi.images.networks.configs import PRESETS, MixtureConfig
 from mixscvi.images.networks.encoders import clamped_variance
 from mixscvi.images.networks.vae import ImageVAE
-from mixscvi.images.experiments.runs import csv_text
 from mixscvi.mixture import StackedLinear, miselbo
 from mixscvi.system import keep_freed_memory, write_beside
+from mixscvi.tables import csv_text
 
 
 class _Gated(nn.Module):
@@ -269,7 +270,7 @@ class Arguments:
 
     models: tuple[Model, ...] = ("vanilla", "vanilla shifted", "pixelcnn", "composite")
     """Presets, with separate encoders unless shifted is said."""
-    budgets: tuple[BudgetName, ...] = ("paper", "cpu")
+    budgets: tuple[BudgetName, ...] = ("paper", "small")
     """Sizes of the networks."""
     datasets: tuple[str, ...] = ("mnist",)
     """Where the minibatch comes from."""
@@ -340,7 +341,9 @@ def main() -> None:
     ):
         torch.set_num_threads(threads)
         preset, _, component_encoder = name.partition(" ")
-        mixture = MixtureConfig(arguments.components, component_encoder=component_encoder or "separate")
+        mixture = MixtureConfig(
+            arguments.components, component_encoder=component_encoder or "separate"
+        )
         torch.manual_seed(0)
         x = binarize(images)
         model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)
