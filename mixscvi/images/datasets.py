@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -286,15 +286,21 @@ class ImageData:
                 f"{len(levels)} images cannot be split into train, validation and test with "
                 f"n_validation={n_validation} and n_test={n_test}"
             )
-        sizes = {"train": n_train, "validation": n_validation, "test": n_test}
-        train, validation, test = levels.split(list(sizes.values()))
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (len(levels),):
                 raise ValueError(f"labels must have shape ({len(levels)},), got {labels.shape}")
-            labels = dict(
-                zip(sizes, np.split(labels, np.cumsum([n_train, n_validation])), strict=True)
-            )
+            labels = np.split(labels, np.cumsum([n_train, n_validation]))
+        return cls._binarized(name, levels.split([n_train, n_validation, n_test]), labels)
+
+    @classmethod
+    def _binarized(
+        cls, name: str, levels: Sequence[Tensor], labels: Sequence[np.ndarray] | None
+    ) -> ImageData:
+        """From the gray levels and labels of train, validation and test."""
+        train, validation, test = levels
+        if labels is not None:
+            labels = dict(zip(("train", "validation", "test"), labels, strict=True))
         generator = torch.Generator().manual_seed(_BINARIZATION_SEED)
         return cls(name, train, binarize(validation, generator), binarize(test, generator), labels)
 
@@ -352,12 +358,17 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
                 f"{path} of shape {arrays[part].shape} does not go with the other files of "
                 f"{name!r}: fetch them again"
             )
-    return ImageData.from_arrays(
-        np.concatenate((arrays["train_images"], arrays["test_images"])),
-        np.concatenate((arrays["train_labels"], arrays["test_labels"])),
-        n_validation=_N_VALIDATION,
-        n_test=len(arrays["test_images"]),
-        name=name,
+    n_train = len(arrays["train_images"]) - _N_VALIDATION
+    if n_train < 1:
+        raise ValueError(
+            f"the train images of {name!r} must be more than the {_N_VALIDATION} that validate, "
+            f"got {len(arrays['train_images'])}: fetch them again"
+        )
+    train, validation = _gray_levels(arrays["train_images"], "train images").tensor_split([n_train])
+    return ImageData._binarized(
+        name,
+        (train, validation, _gray_levels(arrays["test_images"], "test images")),
+        (*np.split(arrays["train_labels"], [n_train]), arrays["test_labels"]),
     )
 
 

@@ -65,7 +65,9 @@ def test_fetched_files_are_checked_by_hash(monkeypatch, tmp_path, array):
         return str(path)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    with pytest.raises(ValueError, match="12 images"):
+    with pytest.raises(
+        ValueError, match="train images of 'mnist' must be more than the 10000.*got 6"
+    ):
         load("mnist")
     assert len(asked) == 4
     assert all(
@@ -94,6 +96,27 @@ def test_files_of_the_other_data_set_are_refused(monkeypatch, tmp_path):
     )
     with pytest.raises(ValueError, match=match):
         load("mnist", tmp_path)
+
+
+def test_images_of_each_file_go_where_they_belong(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 256, (n, 4, 3)) for n in (10_030, 7))
+    labels, test_labels = np.arange(10_030) % 7, np.arange(7)
+    arrays = dict(zip(datasets._FILES.values(), (train, labels, test, test_labels), strict=True))
+    write_idx_files(tmp_path, arrays)
+    # Arrays of all images would be held twice.
+    monkeypatch.delattr(np, "concatenate")
+    data = load("mnist", tmp_path)
+    monkeypatch.undo()
+    joined = ImageData.from_arrays(
+        np.concatenate((train, test)).astype(np.uint8),
+        np.concatenate((labels, test_labels)),
+        n_validation=10_000,
+        n_test=7,
+    )
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(data, part), getattr(joined, part))
+        np.testing.assert_array_equal(data.labels[part], joined.labels[part])
 
 
 def test_unknown_dataset():
