@@ -4,17 +4,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from idx_files import write_idx_files
-from mixscvi.images import BUDGETS, ImageData
 from mixscvi.images.__main__ import main
-from mixscvi.images.experiments import sweep as sweep_module
-from mixscvi.images.experiments.sweep import sweep
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -74,90 +70,6 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     assert table[-1].startswith("`mixscvi-images sweep --output ")
     assert (tmp_path / "table.png").stat().st_size > 0
     assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
-
-
-def test_presets_of_a_sweep_take_as_many_images_as_they_are_trained_on(tmp_path, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (120, 6, 5)).astype(np.uint8)
-    np.save(tmp_path / "mine.npy", images)
-    small = replace(BUDGETS["smoke"].training, max_epochs=1, n_test=7)
-    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_training=small))
-    rows = sweep(
-        tmp_path / "runs",
-        presets=("pixelcnn", "vanilla"),
-        components=(1,),
-        seeds=1,
-        budget="smoke",
-        dataset=str(tmp_path / "mine.npy"),
-    )
-    assert {row["preset"]: row["n_images"] for row in rows} == {"pixelcnn": 7, "vanilla": 20}
-
-
-@pytest.fixture
-def swept(tmp_path):
-    """A sweep of one run, to be called again."""
-    gray = np.random.default_rng(0).random((80, 6, 5))
-    data = ImageData.from_arrays(gray, n_validation=20, n_test=10, name="mine")
-
-    def again(**kwargs):
-        arguments = {"presets": ["vanilla"], "components": [2], "seeds": 1, "draws": 40}
-        arguments |= {"data": data, "budget": "smoke", "results": tmp_path / "table-v0.2"}
-        (row,) = sweep(tmp_path / "runs", **(arguments | kwargs))
-        return row
-
-    return again
-
-
-def test_a_sweep_evaluates_with_as_many_draws_as_it_is_asked_for(tmp_path, swept):
-    first = swept()
-    assert (first["draws"], first["dataset"]) == (40, "mine")
-    assert swept(draws=60)["draws"] == 60
-    assert (tmp_path / "table-v0.2.csv").exists()
-
-
-def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
-    first = swept()
-    assert first["seconds"] is not None
-    (tmp_path / "runs" / "vanilla-A2-seed0" / "cost.json").unlink()
-    again = swept()
-    assert again["seconds"] is None
-    assert again | {"seconds": 0} == first | {"seconds": 0}
-
-
-def test_a_sweep_evaluates_anew_what_was_trained_anew(tmp_path, swept):
-    first = swept()
-    folder = tmp_path / "runs" / "vanilla-A2-seed0"
-    weights = torch.load(folder / "best.pt", weights_only=True)
-    torch.save({name: value + 0.01 for name, value in weights.items()}, folder / "best.pt")
-    assert swept()["nll"] != first["nll"]
-
-
-def test_a_sweep_is_told_the_device(monkeypatch, swept):
-    asked = []
-    for name in ("train", "evaluate"):
-        original = getattr(sweep_module, name)
-
-        def recorded(*args, device, name=name, original=original, **kwargs):
-            asked.append((name, device))
-            return original(*args, device=device, **kwargs)
-
-        monkeypatch.setattr(sweep_module, name, recorded)
-    assert swept(device="cpu")["device"] == "cpu"
-    assert asked == [("train", "cpu"), ("evaluate", "cpu")]
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "match"),
-    [
-        ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
-        ({"components": [1, 1]}, r"components must be one or more different values, got \[1, 1\]"),
-        ({"presets": []}, "presets must be one or more different values"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-    ],
-)
-def test_a_sweep_is_refused_before_its_first_run(tmp_path, swept, kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        swept(**kwargs)
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -89,3 +90,15 @@ def test_unknown_names():
         RunConfig.from_preset("vanila")
     with pytest.raises(ValueError, match="budget must be one of.*'gpu'"):
         RunConfig.from_preset("vanilla", budget="gpu")
+
+
+def test_files_of_earlier_versions_are_read():
+    """They had other names for fields, the budget and the components that share an encoder."""
+    config = RunConfig.from_preset(
+        "composite", budget="small", n_components=4, component_encoder="shifted", seed=7
+    )
+    fields = json.loads(config.to_json())
+    fields["parts"], fields["protocol"] = fields.pop("model"), fields.pop("training")
+    fields["budget"] = "cpu"
+    fields["mixture"]["component_encoder"] = "amortized"
+    assert RunConfig.from_json(json.dumps(fields)) == config
