@@ -2,7 +2,8 @@
 
 | room | holds |
 | --- | --- |
-| datasets | MNIST, FashionMNIST and arrays of the user's own |
+| datasets | images of MNIST, FashionMNIST or arrays, and their minibatches |
+| files | the idx files of MNIST and FashionMNIST |
 | networks | ImageVAE: encoders, decoders and priors, composed on the core |
 | experiments | configuration, training, evaluation, probe, sweep and report of runs |
 

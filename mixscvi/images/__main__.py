@@ -26,7 +26,7 @@ class Data:
     """Where the images come from."""
 
     data_folder: Path | None = None
-    """Folder of the idx files, or the one above; fetched when not given."""
+    """Folder of the idx files, or its parent; downloaded when not given."""
 
 
 def _training_changes(
@@ -53,17 +53,17 @@ class Train(Data):
     components: int = 1
     """Components A."""
     sampled: int | None = None
-    """Components S that a step draws from; all when not given (1 with some_to_...)."""
+    """Components S that a step draws from; when not given, all A with all_to_all, otherwise 1."""
     estimator: EstimatorName = "all_to_all"
-    """Which components a step draws from, and which form the denominator."""
+    """Which components a step draws from, and which form the mixture in the denominator."""
     component_encoder: ComponentEncoder = "separate"
-    """Separate encoders, or one with a code per component."""
+    """Separate encoders, or one whose last pre-activations are shifted by a code per component."""
     budget: BudgetName = "small"
     """Sizes of the networks, and how they are trained."""
     objective: Literal["miselbo", "iwae"] = "miselbo"
-    """iwae: the control with one widened encoder and A importance samples."""
+    """iwae: the control with one wider encoder and A importance samples."""
     ensemble: bool = False
-    """The control with components trained apart against a frozen decoder."""
+    """The control with components trained separately against a frozen decoder."""
     max_epochs: int | None = None
     """Instead of the budget's."""
     warmup_epochs: int | None = None
@@ -74,7 +74,7 @@ class Train(Data):
     device: str | None = None
     """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
     resume: bool = False
-    """Go on where an interrupted run was."""
+    """Continue an interrupted run."""
 
     def config(self) -> RunConfig:
         """The run's configuration."""
@@ -169,7 +169,7 @@ class Probe(Data):
 
 @dataclass
 class Sample:
-    """Draw images from the model; a PixelCNN's are drawn pixel by pixel."""
+    """Draw images from the model, pixel by pixel with a PixelCNN."""
 
     run_folder: Run
     """Folder of the run."""
@@ -188,7 +188,7 @@ class Sample:
 
 @dataclass
 class Reconstruct(Data):
-    """Test images above their reconstructions, one row for each component."""
+    """Test images and, below, their reconstructions, one row for each component."""
 
     run_folder: Run
     """Folder of the run."""
@@ -215,12 +215,12 @@ class Reconstruct(Data):
 
 @dataclass
 class Sweep(Data):
-    """Train and evaluate presets x components x seeds; goes on where it stopped."""
+    """Train and evaluate presets x components x seeds; continues where it stopped."""
 
     output: Path
     """Folder of the runs."""
     results: Path | None = None
-    """Path of the CSV, the table and the figure, without an ending; OUTPUT/sweep if not given."""
+    """Path of the CSV, the table and the figure, without extension; OUTPUT/sweep if not given."""
     presets: tuple[Preset, ...] = tuple(PRESETS)
     components: tuple[int, ...] = (1, 2, 4)
     seeds: int = 3
@@ -273,7 +273,7 @@ class Curves:
     run_folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of the runs, finished or not."""
     output: Path
-    """Path of the CSV and the figure, without an ending."""
+    """Path of the CSV and the figure, without extension."""
 
     def run(self) -> None:
         """Draw."""

@@ -55,8 +55,8 @@ def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor
 class StackedMLP(nn.Module):
     """`A` multilayer perceptrons side by side, layer by layer as scVI's fully connected layers.
 
-    Each hidden layer is linear, batch norm, layer norm, activation, dropout, those of them that
-    are asked for. No parameter, statistic or dropout mask is shared between components.
+    Each hidden layer is linear, batch norm, layer norm, activation, dropout, as far as they are
+    enabled. No parameter, statistic or dropout mask is shared between components.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Idx files of small images with two classes, in the place of MNIST."""
+    """Idx files of small images with two classes, that stand in for MNIST."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
 
@@ -138,7 +138,7 @@ def test_resumed_after_sigkill_is_uninterrupted(tmp_path, folder):
         (["train", "--output", "x", "--sampled", "2"], "n_sampled must be between"),
     ],
 )
-def test_what_the_user_can_mend_ends_in_one_line(tmp_path, monkeypatch, arguments, match):
+def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)

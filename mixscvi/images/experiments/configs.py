@@ -32,9 +32,9 @@ class TrainingConfig:
     """Epochs over which the KL's weight rises from 0 to 1."""
     max_epochs: int = 2000
     patience: int = 100
-    """Epochs without a better validation bound, after the warm-up, that end the training."""
+    """Epochs without a better validation bound, after the warm-up, until training stops."""
     n_train: int | None = None
-    """Images to train on; all when ``None``."""
+    """Training images; all when ``None``."""
     n_validation: int | None = None
     n_test: int | None = None
 
@@ -79,7 +79,7 @@ BUDGETS: dict[str, Budget] = {
         draws=500,
         pixelcnn_training=TrainingConfig(
             learning_rate=2e-3,
-            # With half the warm-up the PixelCNN does without the latents for several epochs.
+            # With half the warm-up, the PixelCNN ignores the latents for several epochs.
             warmup_epochs=10,
             max_epochs=18,
             patience=10,
@@ -113,7 +113,7 @@ BUDGETS: dict[str, Budget] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines a run, but for the images themselves.
+    """Everything that determines a run, except the images themselves.
 
     Examples
     --------
@@ -129,9 +129,9 @@ class RunConfig:
     sizes: Sizes = field(default_factory=Sizes)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: Literal["miselbo", "iwae"] = "miselbo"
-    """``"iwae"``: the control with one component of as many parameters and `A` draws."""
+    """``"iwae"``: the control with one component of equally many parameters and `A` draws."""
     ensemble: bool = False
-    """The control whose components are trained apart against a frozen decoder."""
+    """The control whose components are trained separately against a frozen decoder."""
     dataset: str = "mnist"
     seed: int = 0
     draws: int = 5000

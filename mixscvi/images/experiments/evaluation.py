@@ -38,7 +38,7 @@ __all__ = ["evaluate", "image_statistics"]
 
 # Draws that the networks see at a time, of all images and components together.
 _ROWS = 1000
-# Draws that are kept until the statistics of their images are made: three log-densities each.
+# Draws kept until the statistics of their images are computed: three log-densities each.
 _DRAWS = 2**20
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
@@ -79,7 +79,7 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
 
 
 class _State:
-    """What an evaluation has done so far, on file so that it can be continued."""
+    """The finished part of an evaluation, in a file, so that it can be continued."""
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path, self.key = path, key
@@ -98,7 +98,7 @@ class _State:
 
 
 def _images_at_once(n_components: int, n_samples: int) -> int:
-    """As many images as keep draws, and one draw of each component, within their bounds."""
+    """Number of images whose draws stay within both bounds."""
     most = min(_IMAGES, _ROWS // n_components, _DRAWS // (n_components * n_samples))
     return max(1, most)
 
@@ -109,7 +109,7 @@ def _evaluate_images(
     """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
     n_components = model.mixture.n_components
     size = max(1, _ROWS // (len(x) * n_components))
-    # More components than the networks are to see at a time are drawn from in turn.
+    # Components beyond that number are drawn from one part after the other.
     parts: tuple[Tensor | None, ...] = (None,)
     if len(x) * n_components > _ROWS:
         parts = torch.arange(n_components).split(max(1, _ROWS // len(x)))
@@ -125,7 +125,7 @@ def _evaluate_images(
             components=part,
             generator=generator,
         )
-        # Sums of some hundred terms: kept in double precision, they lose nothing further.
+        # Sums of some hundred terms: in double precision they lose nothing more.
         state.blocks.append(ImportanceDraws(*(values.cpu().double() for values in draws)))
         if (block + 1) % _SAVE_EVERY == 0:
             state.save()
@@ -173,9 +173,9 @@ def evaluate(
         Importance samples per image, of all components together (rounded up to as many for
         each); the budget's number when ``None``.
     data
-        The user's own images, if the run was trained on such; or others, of the same size.
+        The images, if the run was trained on arrays; or other images of the same size.
     data_folder
-        Where the idx files are; they are fetched when ``None``.
+        Folder of the idx files; they are downloaded when ``None``.
     seed
         Seed of the draws.
     device

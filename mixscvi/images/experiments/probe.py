@@ -75,13 +75,15 @@ def probe(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Classify the labels linearly from a run's latents; train on train, test on test images.
+    """Classify the labels linearly from a run's latents.
+
+    The classifier is fitted on the training images and scored on the test images.
 
     Parameters
     ----------
     folder
-        The run. Its features are the means and variances of its `A` components, ahead of a flow
-        if there is one; samples are behind it.
+        The run. Its features are the means and variances of its `A` components, before the flow
+        if there is one; samples are taken after it.
     against
         A run with one component, of which `2 A` posterior samples are as many features. Without
         it, `2` samples of each of the run's own components are.
@@ -136,7 +138,7 @@ def probe(
                 f"{other.mixture.n_components}"
             )
         n_samples = 2 * model.mixture.n_components
-    # Gray levels are binarized with a seed: the encoders know binary images only.
+    # The encoders were trained on binary images.
     generator = torch.Generator().manual_seed(epoch_seed(seed, 0, "probe images"))
     train_images = binarize(data.train, generator)
     accuracies, n_features = {}, {}

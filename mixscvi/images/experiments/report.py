@@ -116,19 +116,19 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
-    """Write the validation bounds of runs by epoch, finished or not, as CSV and figure.
+    """Write the validation bounds by epoch of runs, finished or not, as CSV and figure.
 
     Parameters
     ----------
     folders
         The runs.
     path
-        Where to write, without an ending.
+        Path to write to, without extension.
 
     Returns
     -------
-    One row per run and epoch, with the bound on training images, its KL term weighted as in that
-    epoch, and the bound on validation images, in nats.
+    One row per run and epoch, with the bound on training images, in which the KL term is weighted
+    as in that epoch, and the bound on validation images, in nats.
     """
     from matplotlib.figure import Figure
 
@@ -158,7 +158,7 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
         )
         numbers[n_components] = None
     table = pd.concat(logs)
-    # The first epochs, far below, would flatten what follows.
+    # The first epochs are far below and would flatten the rest of the curves.
     axis.set(xlabel="epoch", ylabel="validation bound (nats)")
     axis.set_ylim(table["validation_bound"].quantile(0.1), None)
     axis.legend(frameon=False)
@@ -217,7 +217,7 @@ def reconstruct(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Path:
-    """Write test images above their reconstructions, one row for each component.
+    """Write test images and, below, their reconstructions, one row for each component.
 
     Returns
     -------

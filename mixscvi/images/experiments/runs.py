@@ -1,14 +1,14 @@
-"""What a run leaves behind, and how it is read again.
+"""The folder of a run: what it holds, and how it is read.
 
 A run is a folder:
 
 | file | holds |
 | --- | --- |
 | config.json | the whole configuration |
-| last.ckpt | everything that resuming needs, as of the last finished epoch |
+| last.ckpt | the state at the end of the last finished epoch, for resuming |
 | best.pt | the weights with the best validation bound |
 | log.csv | one row per epoch |
-| summary.json | written last: its presence says that the run is finished |
+| summary.json | written last: a run is finished if it exists |
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
-from mixscvi.images.datasets import ImageData, content_hash, load
+from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.files import content_hash
 from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
 from mixscvi.system import write_beside
@@ -45,7 +46,7 @@ __all__ = [
 def _n_encoder_parameters(
     image_shape: tuple[int, int], model: ModelConfig, mixture: MixtureConfig, sizes: Sizes
 ) -> int:
-    # No numbers are needed, only shapes; masks of a flow are the exception, and no encoders.
+    # Only shapes are needed. The flow, whose masks need numbers, is no part of the encoders.
     with torch.device("meta"):
         vae = ImageVAE(image_shape, replace(model, n_flow_steps=0), mixture, sizes)
     return count_parameters(vae.encoder) + count_parameters(vae.lower_encoder)
@@ -56,7 +57,7 @@ def _big_iwae_sizes(
 ) -> Sizes:
     """Sizes whose encoder of one component has as many parameters as that of the mixture.
 
-    Widths are whole numbers, so the counts agree to within one unit of width.
+    Widths are integers, so the counts agree to within one unit of width.
     """
     target = _n_encoder_parameters(image_shape, model, mixture, sizes)
     low, high = 1.0, float(4 * mixture.n_components)
@@ -69,7 +70,7 @@ def _big_iwae_sizes(
 
 
 def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
-    """Make the model of a run, its weights drawn from the run's seed.
+    """Make the model of a run, with weights drawn from its seed.
 
     Examples
     --------
@@ -95,7 +96,7 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
 def run_data(
     config: RunConfig, data: ImageData | None = None, data_folder: str | Path | None = None
 ) -> ImageData:
-    """The images of a run: the user's own or loaded, and as many as it is trained on."""
+    """The images of a run, given or loaded: as many of each part as its configuration says."""
     data = load(config.dataset, data_folder) if data is None else data
     training = config.training
     return data.subset(training.n_train, training.n_validation, training.n_test)
@@ -104,12 +105,12 @@ def run_data(
 def finished_run_data(
     folder: str | Path, data: ImageData | None = None, data_folder: str | Path | None = None
 ) -> ImageData:
-    """The images of a finished run, or others of the same size that the user gives.
+    """The images of a finished run, or other images of the same size.
 
     Raises
     ------
     ValueError
-        If their size is another, or the images that were loaded are not those of the training.
+        If their size differs, or the images that were loaded are not those of the training.
     """
     config, summary = read_config(folder), read_summary(folder)
     loaded = data is None
@@ -121,14 +122,14 @@ def finished_run_data(
         )
     if loaded and data.fingerprint("train", "validation") != summary["images"]:
         raise ValueError(
-            f"{folder} was trained on other images than those of {config.dataset!r}: give them "
-            "as data=..., or name their folder"
+            f"{folder} was trained on other images than those of {config.dataset!r}: pass them "
+            "as data=..., or pass their folder"
         )
     return data
 
 
 def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
-    """Make a run's folder, unless it holds another run; whether a checkpoint is there."""
+    """Make the folder of a run, unless it holds another run; return whether it has a checkpoint."""
     saved = folder / "config.json"
     if (folder / "summary.json").exists():
         raise FileExistsError(
@@ -182,7 +183,7 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """The summary of a finished run."""
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
@@ -197,20 +198,20 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     FileNotFoundError
         If there is no finished run.
     ValueError
-        If its weights are those of another model, as another version may have made it.
+        If its weights do not fit the model, as those of another version may not.
     """
     folder = Path(folder)
     summary = read_summary(folder)
     config = read_config(folder)
     model = build(config, tuple(summary["image_shape"]))
     weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
-    # Codes belonged to encoders, not to their heads, in 0.1.
+    # Earlier versions had the codes in the encoders, not in their heads.
     weights = {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(
             f"{folder / 'best.pt'} does not fit the model of config.json: another version of "
-            "mixscvi wrote it. Train the run anew, or use that version"
+            "mixscvi wrote it. Train again, or use that version"
         )
     model.load_state_dict(weights)
     return config, model.to(device).eval()

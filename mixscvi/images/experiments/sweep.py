@@ -50,7 +50,7 @@ _RESULTS = (
 def _configs(
     presets: Sequence[str], components: Sequence[int], seeds: int, **kwargs: Any
 ) -> list[RunConfig]:
-    # Seeds outermost: an interrupted sweep has all presets once before any of them twice.
+    # Seeds outermost: an interrupted sweep has every preset once before any of them twice.
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     for name, values in (("presets", presets), ("components", components)):
@@ -112,7 +112,7 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds runs of another configuration.
+        If the folder holds runs of other configurations.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def run_once(
     draws: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate one run, as far as that is not done yet.
+    """Train and evaluate one run, unless it is finished already.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def run_once(
 
     Returns
     -------
-    What identifies the run, its averages over the test images and its cost; ``seconds`` is
+    Columns that identify the run, averages over the test images and cost; ``seconds`` is
     ``None`` if it took more than one call.
 
     Raises
@@ -194,7 +194,7 @@ def run_once(
     if not _is_evaluated(folder, config, data, draws):
         evaluate(folder, data=data, draws=draws, device=device)
     if not cost_file.exists():
-        # The time of a run that went on in a second process is known to nobody.
+        # The time of a run that was continued in a second process is unknown.
         seconds = round(time.perf_counter() - started, 3) if untouched else None
         cost = {
             "seconds": seconds,

@@ -1,8 +1,9 @@
 """How a run is trained and resumed.
 
-All randomness of an epoch comes from generators seeded by the run's seed and the epoch's number,
-so a checkpoint at an epoch's end holds the state of every generator in two integers, and a
-resumed run takes the very steps that an uninterrupted one does.
+All random numbers of an epoch come from generators seeded with the run's seed and the epoch's
+number. A checkpoint at the end of an epoch therefore needs no generator states, and a resumed run
+takes exactly the steps of an uninterrupted one. For this, and to write every file atomically,
+logging and checkpoints are a callback of our own and not Lightning's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = ["ImageTraining", "train"]
 
 
 class ImageTraining(lightning.LightningModule):
-    """The training of one model by MISELBO, or by one of the two controls' objectives.
+    """Training of one model by MISELBO, or by the objective of one of the two controls.
 
     Parameters
     ----------
@@ -60,11 +61,11 @@ class ImageTraining(lightning.LightningModule):
         self.train_bound: list[Tensor] = []
 
     def train_dataloader(self) -> ImageBatches:
-        """Minibatches to train on, binarized anew in each epoch."""
+        """Training minibatches, binarized again in each epoch."""
         return self.batches
 
     def val_dataloader(self) -> ImageBatches:
-        """Minibatches to validate on."""
+        """Validation minibatches."""
         return self.validation_batches
 
     @property
@@ -91,7 +92,7 @@ class ImageTraining(lightning.LightningModule):
         return torch.Generator(device).manual_seed(seed)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's random streams."""
+        """Seed the generators of the epoch."""
         self.batches.epoch = self.current_epoch
         self.noise = self._generator("noise", self.device)
         self.choice = self._generator("choice", "cpu")
@@ -106,7 +107,7 @@ class ImageTraining(lightning.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the noise of the validation: the same in every epoch, to compare like with like."""
+        """Seed the noise of the validation: the same in every epoch, so that bounds compare."""
         self.noise_validation = torch.Generator(self.device).manual_seed(self.config.seed)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -115,13 +116,13 @@ class ImageTraining(lightning.LightningModule):
         self.log("validation_bound", bound.mean(), batch_size=len(batch), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on whatever is not frozen."""
+        """Adam on all parameters that are not frozen."""
         learned = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.Adam(learned, lr=self.config.training.learning_rate, fused=True)
 
 
 class _Recorder(Callback):
-    """Log, best weights and checkpoint at the end of every epoch, in this order."""
+    """Writes log, best weights and checkpoint, in this order, at the end of every epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -139,7 +140,7 @@ class _Recorder(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        # A run that had been stopped early when it was killed is not to go on.
+        # A run that was interrupted after it had stopped early must not continue.
         trainer.should_stop = self.stopped
 
     def on_train_epoch_end(
@@ -163,7 +164,7 @@ class _Recorder(Callback):
 
 
 class _Patience(EarlyStopping):
-    """Early stopping that begins to count when the KL's weight has reached 1."""
+    """Early stopping that starts to count when the weight of the KL term has reached 1."""
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -175,7 +176,7 @@ class _Patience(EarlyStopping):
 def _trained_alone(
     config: RunConfig, folder: Path, data: ImageData, device: torch.device, *, progress: bool
 ) -> ImageVAE:
-    """The model of one component, trained as usual, whose decoder the ensemble is to share."""
+    """The model of one component whose decoder the ensemble shares."""
     if (folder / "summary.json").exists():
         return load_run(folder)[1]
     alone = replace(config, ensemble=False, mixture=MixtureConfig())
@@ -183,9 +184,9 @@ def _trained_alone(
 
 
 def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
-    """Take over all but the posterior's encoders from a trained model, and freeze it.
+    """Copy all but the posterior's encoders from a trained model, and freeze the copies.
 
-    The flow is frozen too: learned, it would let the components learn from each other.
+    The flow is frozen as well: components that learn a common flow learn from each other.
     """
     for name in ("decoder", "prior", "lower_prior", "flows"):
         if (part := getattr(model, name)) is not None:
@@ -213,13 +214,13 @@ def train(
     config
         The run.
     folder
-        Where to record it. A finished run is never overwritten.
+        Folder to record it in. A finished run is never overwritten.
     data
-        Images of the user's own; ``config.dataset`` is loaded when ``None``.
+        The images; ``config.dataset`` is loaded when ``None``.
     data_folder
-        Where its idx files are; they are fetched when ``None``.
+        Folder of its idx files; they are downloaded when ``None``.
     resume
-        Whether to go on where an interrupted run was at the end of its last epoch.
+        Whether to continue an interrupted run from the end of its last finished epoch.
     device
         Where to train: cpu, cuda, mps; on the accelerator, if there is one, when ``None``.
     progress
@@ -254,7 +255,7 @@ def train(
     device = resolve_device(device)
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
-    # An ensemble leaves it to the run that its decoder is from.
+    # For an ensemble, the run of its decoder warns.
     if not config.ensemble and training.max_epochs < training.warmup_epochs:
         warnings.warn(
             f"training for {training.max_epochs} epochs ends within the warm-up of the KL term, "
@@ -272,7 +273,7 @@ def train(
         _freeze_generative_half(model, alone)
     recorder = _Recorder(folder)
     with warnings.catch_warnings():
-        # A run on a few minibatches is no mistake, nor is one on the CPU.
+        # A run on a few minibatches is not a mistake, nor is one on the CPU.
         warnings.filterwarnings("ignore", message=".*(number of training batches|not used).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(

@@ -64,7 +64,7 @@ class MixtureConfig:
     n_components: int = 1
     """`A`."""
     n_sampled: int | None = None
-    """`S`; when ``None`` all `A` with ``"all_to_all"``, otherwise 1."""
+    """`S`; when ``None``, all `A` with ``"all_to_all"``, otherwise 1."""
     estimator: Literal["all_to_all", "some_to_all", "some_to_some"] = "all_to_all"
     component_encoder: ComponentEncoder = "separate"
 
@@ -104,4 +104,4 @@ class Sizes:
     """Masked layers, the first of them 7 x 7, the others 3 x 3."""
     pixelcnn_channels: int = 64
     encoder_width: float = 1.0
-    """Factor on the encoder's widths; other than 1 in the big IWAE alone."""
+    """Factor on the encoder's widths; only the big IWAE has another than 1."""

@@ -1,6 +1,6 @@
-"""Gated and masked layers, the bricks of encoders and decoders.
+"""Gated and masked layers of encoders and decoders.
 
-None of them mixes statistics across images or pixels: a likelihood must be one.
+None of them uses statistics across images or pixels, so that p(x | z) is a normalized density.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DenseTrunk(nn.Module):
         widths = [image_shape[0] * image_shape[1], *hidden]
         self.layers = nn.ModuleList()
         for n_in, n_out in zip(widths, hidden, strict=False):
-            # Often enough, few of an image's pixels are on.
+            # In most images, few pixels are on.
             layer = StackedLinear if self.layers else StackedSparseLinear
             self.layers.append(layer(n_components, n_in, 2 * n_out))
         self.n_hidden = hidden[-1]
@@ -168,16 +168,16 @@ class ConvTrunk(nn.Module):
         # Grouped convolutions are up to twice as fast with the channels last in memory.
         h = self.layers[0](x.to(memory_format=torch.channels_last), components)
         for layer in self.layers[1:]:
-            # So is the gate, if the axis that it halves is the last one in memory.
+            # The gate is faster, too, if the axis that it halves is the last one in memory.
             h = layer(gate(h.permute(0, 3, 4, 1, 2)).permute(0, 3, 4, 1, 2), components)
         return h.flatten(2)
 
 
 class MaskedConv2d(nn.Module):
-    """Convolution that sees no pixel after its own, in the order of reading.
+    """Convolution in which a pixel does not depend on later ones, in raster order.
 
-    The rows of the kernel below its center are masked whole, so they are neither stored nor
-    multiplied: a 3 x 3 kernel costs what one of 2 x 3 does.
+    The rows of the kernel below its center would be masked entirely, so they are neither stored
+    nor multiplied: a 3 x 3 kernel costs as much as one of 2 x 3.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ class MaskedConv2d(nn.Module):
     kernel_size
         Odd height and width of the whole kernel.
     kind
-        ``"A"`` hides the center too, as the first layer must; ``"B"`` shows it.
+        ``"A"`` masks the center, as the first layer must; ``"B"`` does not.
 
     References
     ----------
@@ -221,6 +221,6 @@ class MaskedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in_channels, height, width)` to `(..., out_channels, height, width)`."""
-        # Padding both sides and dropping the surplus rows spares a padded copy of the input.
+        # Padding both sides and dropping the surplus rows avoids a padded copy of the input.
         y = F.conv2d(x, self.weight * self.mask, self.bias, padding=self.reach)
         return y.narrow(-2, 0, x.shape[-2])

@@ -34,7 +34,7 @@ class PseudoImages(nn.Module):
             self.logits.copy_((0.05 + 0.9 * images).logit())
 
     def forward(self) -> Tensor:
-        """Give the images."""
+        """Return the images."""
         return self.logits.sigmoid()
 
 
@@ -54,7 +54,7 @@ class ConditionalPrior(nn.Module):
 
 
 def make_prior(image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes) -> Prior:
-    """The prior of the upper level: a new one goes here and into :class:`ModelConfig`."""
+    """Make the prior of the upper level: a new one goes here and into :class:`ModelConfig`."""
     if config.prior == "normal":
         return StandardNormal(sizes.n_latent)
     if config.prior == "mog":

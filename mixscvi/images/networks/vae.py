@@ -34,7 +34,7 @@ def _widened(width: int, factor: float) -> int:
 def _trunk_maker(
     image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes
 ) -> Callable[[int], DenseTrunk | ConvTrunk]:
-    """What makes an encoder's trunk, given the number of its networks."""
+    """A function that makes an encoder's trunk, given the number of its networks."""
     factor = sizes.encoder_width
     if config.encoder == "dense":
         hidden = tuple(_widened(width, factor) for width in sizes.hidden)
@@ -62,8 +62,8 @@ class ImageVAE(nn.Module):
     One level: q_a(z | x), a Gaussian pushed through the shared flow. Two levels:
     :math:`q_a(z_1, z_2 \mid x) = q_a(z_2 \mid x)\, q_a(z_1 \mid x, z_2)`, so the density of
     component j at a draw of component s is the sum of both levels' log-densities, and the
-    mixture is formed of that sum. Each level has a flow of its own if there is any; its
-    determinant is the same under every component.
+    mixture is over these sums. With a flow, each level has its own; the determinant is the
+    same under every component.
 
     Parameters
     ----------
@@ -76,8 +76,8 @@ class ImageVAE(nn.Module):
     sizes
         Sizes of the networks.
     prior_has_own_encoder
-        Whether a VampPrior uses an encoder of one component, not the posterior's: for
-        components that are trained against a prior that stands still.
+        Whether a VampPrior uses an encoder of its own with one component instead of the
+        posterior's: for components that are trained against a fixed prior.
 
     References
     ----------
@@ -159,7 +159,7 @@ class ImageVAE(nn.Module):
         prior: Distribution | None = None,
         generator: torch.Generator | None = None,
     ) -> LatentDraws:
-        """Draw latents from components, and evaluate every component at every draw.
+        """Draw latents from components and evaluate every component at every draw.
 
         Parameters
         ----------
@@ -168,10 +168,10 @@ class ImageVAE(nn.Module):
         n_samples
             Draws per component, `L`.
         components
-            The `S` components to draw from, `(S,)`; all `A` when ``None``. With ``some_to_some``
-            they alone are encoded, and `A` of the result is `S`.
+            The `S` components to draw from, `(S,)`; all `A` when ``None``. With ``some_to_some``,
+            only these are encoded, and the last axis of the densities has length `S`.
         prior
-            What :meth:`prior_distribution` gave; built here when ``None``.
+            What :meth:`prior_distribution` returned; built here when ``None``.
         generator
             Source of the noise, on the device of `x`; torch's own when ``None``.
         """
@@ -225,7 +225,7 @@ class ImageVAE(nn.Module):
         beta
             Weight of the KL term.
         apart
-            Whether q is the draw's own component alone, and not the mixture.
+            Whether q is the component of the draw instead of the mixture.
 
         Returns
         -------
@@ -245,8 +245,8 @@ class ImageVAE(nn.Module):
     ) -> ImportanceDraws:
         """Log-densities of `L` draws from every component, for bounds and diagnostics.
 
-        With `components`, draws come from those alone; the mixture is of all, whatever the
-        estimator.
+        With `components`, draws come from these alone. The mixture in the denominator is always
+        that of all components.
         """
         draws = self._draw(x, n_samples, None, components, prior, generator)
         return ImportanceDraws(
@@ -283,14 +283,14 @@ class ImageVAE(nn.Module):
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's default generators of the CPU and of one device, and give their states back.
+    """Seed torch's default generators of the CPU and one device; restore them afterwards.
 
-    Generators of other devices are neither read nor written.
+    The generators of other devices are neither read nor written.
     """
     device = torch.device(device)
     accelerator = None if device.type == "cpu" else getattr(torch, device.type)
     if accelerator is not None:
-        index = () if device.type == "mps" else (device,)  # there is only one
+        index = () if device.type == "mps" else (device,)  # its functions take no device
         state = accelerator.get_rng_state(*index)
     try:
         with torch.random.fork_rng(devices=[]):

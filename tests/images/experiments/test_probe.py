@@ -60,9 +60,9 @@ def test_probe_against_one_component(tmp_path, data):
 
 def test_probe_needs_labels(tmp_path, data):
     run(tmp_path, data, 1)
-    unlabelled = ImageData(data.name, data.train, data.validation, data.test)
+    unlabeled = ImageData(data.name, data.train, data.validation, data.test)
     with pytest.raises(ValueError, match="needs labels"):
-        probe(tmp_path, data=unlabelled)
+        probe(tmp_path, data=unlabeled)
 
 
 def test_chance_level():

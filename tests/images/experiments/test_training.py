@@ -37,7 +37,7 @@ def weights(path):
 
 
 class Killed(RuntimeError):
-    """In the place of a kill."""
+    """Raised instead of a kill."""
 
 
 @pytest.mark.parametrize(
