@@ -3,10 +3,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from mixscvi.mixture import AmortizedEncoder, MixturePosterior, SeparateEncoder
+from tensor_sizes import LargestTensor
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -205,21 +205,6 @@ def test_state_dict_round_trip(make_encoder, normal, kind):
 
 
 # Cost
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

@@ -12,6 +12,7 @@ from mixscvi.images import ImageData, RunConfig, evaluate, load_run, train
 from mixscvi.images.experiments import evaluation, runs
 from mixscvi.images.experiments.evaluation import image_statistics
 from mixscvi.mixture import ImportanceDraws
+from tensor_sizes import LargestTensor
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +205,11 @@ def test_evaluation_is_in_evaluation_mode_and_leaves_the_run_alone(tmp_path, dat
 
 
 @pytest.mark.parametrize(("preset", "width"), [("vanilla", 3), ("composite", 2 * 10)])
-def test_memory_is_bounded_however_many_components(tmp_path, data, largest_tensor, preset, width):
+def test_memory_is_bounded_however_many_components(tmp_path, data, preset, width):
     """A block of 1000 draws, their densities under all components, and nothing larger."""
     n_components = 200
     run(tmp_path, data, preset, n_components, component_encoder="shifted")
-    with largest_tensor() as record:
+    with LargestTensor() as record:
         result = evaluate(tmp_path, data=data, draws=200)
     assert (result["draws"], result["n_images"]) == (200, 12)
     # Of a draw and a component: D differences, or the lower level's hidden units.

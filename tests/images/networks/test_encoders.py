@@ -7,6 +7,7 @@ import torch
 from mixscvi.images.networks import encoders
 from mixscvi.images.networks.encoders import ConditionalEncoder, clamped_variance, make_encoder
 from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, gate
+from tensor_sizes import LargestTensor
 
 TRUNKS = {
     "dense": functools.partial(DenseTrunk, image_shape=(4, 5), hidden=(6, 7)),
@@ -103,12 +104,12 @@ def test_draws_of_the_lower_level_in_parts_are_those_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
-def test_the_lower_level_holds_a_bounded_number_of_hidden_units(component_encoder, largest_tensor):
+def test_the_lower_level_holds_a_bounded_number_of_hidden_units(component_encoder):
     """200 components drawn from and evaluated: all at once they would be 200 x as many."""
     options = {"n_components": 200, "n_latent": 2, "component_encoder": component_encoder}
     encoder = ConditionalEncoder(TRUNKS["dense"], n_hidden=100, **options)
     x, upper, drawn = torch.zeros(5, 1, 4, 5), torch.zeros(1, 5, 200, 2), torch.arange(200)
-    with largest_tensor() as record:
+    with LargestTensor() as record:
         _, _, log_prob = encoder.draw(
             x, upper, drawn, flow=lambda base: (base, base.sum(-1)), generator=None
         )

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from mixscvi.images.networks import layers
 from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, MaskedConv2d, gate
+from tensor_sizes import LargestTensor
 
 
 @pytest.mark.parametrize("kind", ["A", "B"])
@@ -66,7 +67,7 @@ def test_some_components_are_those_of_all(trunk):
     torch.testing.assert_close(trunk(x, components=components), trunk(x)[:, components])
 
 
-def test_images_in_parts_are_those_at_once(monkeypatch, largest_tensor):
+def test_images_in_parts_are_those_at_once(monkeypatch):
     torch.manual_seed(0)
     trunk = ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2))).double()
     x = torch.rand(7, 1, 4, 5, dtype=torch.float64).requires_grad_()
@@ -79,6 +80,6 @@ def test_images_in_parts_are_those_at_once(monkeypatch, largest_tensor):
     bound = 2 * 4 * 6 * 4 * 5  # two images of four components with twice three channels
     monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", bound)
     torch.testing.assert_close(results(), whole)
-    with largest_tensor() as record:
+    with LargestTensor() as record:
         trunk(x)
     assert record.numel <= bound
