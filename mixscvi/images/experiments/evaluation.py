@@ -30,7 +30,7 @@ from mixscvi.mixture import (
     pareto_k,
     siwae,
     siwae_standard_error,
-    specialisation,
+    specialization,
 )
 from mixscvi.system import write_beside
 
@@ -44,13 +44,18 @@ _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
 
 
-def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
+def image_statistics(
+    draws: ImportanceDraws, *, computed_in: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Bounds and diagnostics of every image from draws of every component.
 
     Parameters
     ----------
     draws
         Log-densities, each `(L, B, A)`, with at least 25 draws per image.
+    computed_in
+        Type that the log-densities were computed in, if they were cast since: Pareto k-hat takes
+        log-weights for equal that differ by its rounding.
 
     Returns
     -------
@@ -72,9 +77,9 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
         "iw_miselbo": importance_weighted_miselbo(log_weights),
         "miselbo": miselbo(log_weights),
         "elbo": component_elbo(draws.log_joint, draws.log_own).mean(-1),
-        "jsd": specialisation(draws.log_own, draws.log_mixture).mean(-1),
+        "jsd": specialization(draws.log_own, draws.log_mixture).mean(-1),
         "ess": effective_sample_size(rows),
-        "k_hat": pareto_k(rows),
+        "k_hat": pareto_k(rows, computed_in=computed_in),
     }
 
 
@@ -141,7 +146,7 @@ def _evaluate_images(
         )
     )
     loc, _ = model.component_parameters(x)
-    return image_statistics(merged) | {"mean": loc.mean(1).cpu()}
+    return image_statistics(merged, computed_in=loc.dtype) | {"mean": loc.mean(1).cpu()}
 
 
 @torch.no_grad()

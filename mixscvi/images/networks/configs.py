@@ -71,14 +71,12 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "n_components")
-        Estimator(self.estimator).check(self.n_components, self.n_drawn)
+        Estimator(self.estimator).n_drawn(self.n_components, self.n_sampled)
 
     @property
     def n_drawn(self) -> int:
         """`S`."""
-        if self.n_sampled is not None:
-            return self.n_sampled
-        return self.n_components if self.estimator == "all_to_all" else 1
+        return Estimator(self.estimator).n_drawn(self.n_components, self.n_sampled)
 
 
 @dataclass(frozen=True)
