@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data, the machine they ran on, and a table that can be resumed."""
+"""What the benchmarks share: the data, and the machine they ran on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pandas as pd
-
-from mixscvi.system import write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -57,30 +53,3 @@ def machine() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "command": shlex.join(["python", *sys.argv]),
     }
-
-
-class ResumableTable:
-    """A CSV with one row per run; runs that it holds already are not run again.
-
-    Parameters
-    ----------
-    path
-        The CSV.
-    keys
-        The columns that name a run.
-    """
-
-    def __init__(self, path: Path, keys: list[str]) -> None:
-        self.path, self.keys = path, keys
-        self.rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-
-    def holds(self, **run: Any) -> bool:
-        """Whether this run is done."""
-        return any(all(row[key] == run[key] for key in self.keys) for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a row and write the whole table anew."""
-        self.rows.append({**row, **machine()})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = pd.DataFrame(self.rows).to_csv(index=False, float_format="%.6g")
-        write_beside(self.path, text)

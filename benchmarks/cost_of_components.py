@@ -14,8 +14,11 @@ import time
 import warnings
 
 import torch
-from common import RESULTS, ResumableTable, read_counts
+from common import RESULTS, machine, read_counts
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixscvi.system import write_beside
+from mixscvi.tables import csv_text
 
 AMORTIZED = {"component_encoder": "amortized"}
 MODELS = {
@@ -84,8 +87,7 @@ def main() -> None:
     for _ in range(args.steps):
         for name, step in steps.items():
             times[name].append(step())
-    table = ResumableTable(RESULTS / "cost_of_components.csv", ["model"])
-    table.rows = []
+    rows = []
     base = {name: statistics.median(times[name]) for name in ("scVI", "A = S = 1")}
     for name, (n_components, n_sampled, _) in MODELS.items():
         median = statistics.median(times[name])
@@ -94,13 +96,14 @@ def main() -> None:
             "n_components": n_components,
             "n_sampled_components": n_sampled,
             "data": f"{args.data}, {adata.n_vars} genes, batch 128",
-            "milliseconds": 1e3 * median,
-            "ratio_to_one_component": median / base["A = S = 1"],
-            "ratio_to_scvi": median / base["scVI"],
+            "milliseconds": float(f"{1e3 * median:.6g}"),
+            "ratio_to_one_component": float(f"{median / base['A = S = 1']:.6g}"),
+            "ratio_to_scvi": float(f"{median / base['scVI']:.6g}"),
             "largest_tensor_elements": largest[name],
         }
-        table.add(row)
+        rows.append(row | machine())
         print({key: row[key] for key in row if key != "data"}, flush=True)
+    write_beside(RESULTS / "cost_of_components.csv", csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import argparse
 import logging
 import warnings
 
-import numpy as np
 import pandas as pd
-from common import RESULTS, ResumableTable, read_counts
+from common import RESULTS, machine, read_counts
+
+from mixscvi.tables import run_missing
 
 DATA = {"cortex": 1200, "pbmc3k": 2000}
 MODELS = {
@@ -26,7 +27,7 @@ MODELS = {
 METRICS = ["log_likelihood", "elbo", "pareto_k_below_0.7", "effective_sample_size", "ari", "nmi"]
 
 
-def run(adata, kwargs: dict, seed: int, epochs: int, draws: int) -> dict[str, float]:
+def run(adata, kwargs: dict, seed: int, epochs: int, draws: int, device: str) -> dict[str, float]:
     """Train one model and score it."""
     import scanpy as sc
     import scvi
@@ -39,6 +40,7 @@ def run(adata, kwargs: dict, seed: int, epochs: int, draws: int) -> dict[str, fl
     model = MixSCVI(adata, **kwargs)
     model.train(
         max_epochs=epochs,
+        accelerator=device,
         train_size=0.8,
         validation_size=0.2,
         batch_size=128,
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="auto", help="accelerator, as Lightning names it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", choices=DATA)
     what.add_argument("--summary", action="store_true")
@@ -98,18 +101,28 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    table = ResumableTable(
-        RESULTS / f"held_out_{args.data}.csv", ["model", "seed", "epochs", "draws"]
-    )
     adata = read_counts(args.data, DATA[args.data])
-    for seed in range(args.seeds):
-        for name, kwargs in MODELS.items():
-            key = {"model": name, "seed": seed, "epochs": args.epochs, "draws": args.draws}
-            if table.holds(**key):
-                continue
-            scores = run(adata, kwargs, seed, args.epochs, args.draws)
-            table.add({"data": args.data, **key, "n_genes": adata.n_vars, **scores})
-            print(key, {k: np.round(v, 3) for k, v in scores.items()}, flush=True)
+    runs = {
+        f"{name}, seed {seed}": {
+            "model": name,
+            "seed": seed,
+            "epochs": args.epochs,
+            "draws": args.draws,
+        }
+        for seed in range(args.seeds)
+        for name in MODELS
+    }
+
+    def row(name: str, key: dict, device: str) -> dict:
+        scores = run(adata, MODELS[key["model"]], key["seed"], args.epochs, args.draws, device)
+        scores = {name: float(f"{score:.6g}") for name, score in scores.items()}
+        return {"data": args.data, **key, "n_genes": adata.n_vars, **scores, **machine()}
+
+    def report(name: str, rows: list[dict]) -> None:
+        print(name, {metric: rows[-1][metric] for metric in METRICS}, flush=True)
+
+    path = RESULTS / f"held_out_{args.data}.csv"
+    run_missing(runs, row, path, device=args.device, identity=dict, report=report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Joint training against its controls on real images: the dense model at the `cpu` budget.
+"""Joint training against its controls on real images: the dense model at the `small` budget.
 
 Four models with the same data, decoder and number of epochs: one component; four components
 trained jointly by MISELBO; four trained apart against the frozen decoder of the first; and one
@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, data_folder
 
-from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import load
-from mixscvi.images.probe import probe
-from mixscvi.images.report import markdown_table, with_ending
-from mixscvi.images.runs import csv_text
-from mixscvi.images.sweep import run_once
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.probe import probe
+from mixscvi.images.experiments.report import with_ending
+from mixscvi.images.experiments.sweep import run_once
 from mixscvi.system import write_beside
+from mixscvi.tables import markdown_table, mean_and_spread, run_missing
 
 MODELS: dict[str, dict[str, Any]] = {
     "A = 1": {},
@@ -50,11 +49,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         line: dict[str, Any] = {"model": model, "seeds": len(group)}
         for name, title in COLUMNS.items():
-            values = [row[name] for row in group]
             digits = 3 if name.startswith("accuracy") else 2
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            line[title] = f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
-        line["parameters"] = f"{group[0]['parameters']:,}"
+            line[title] = mean_and_spread([float(row[name]) for row in group], digits)
+        line["parameters"] = f"{int(group[0]['parameters']):,}"
         lines.append(line)
     return markdown_table(lines)
 
@@ -64,31 +61,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist", choices=["mnist", "fashion-mnist"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", help="the accelerator, if there is one, when not given")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path("runs") / f"images-controls-{arguments.dataset}"
     results = RESULTS / f"images_controls_{arguments.dataset.replace('-', '_')}"
     command = shlex.join(["python", "benchmarks/images_controls.py", *sys.argv[1:]])
-    rows: list[dict[str, Any]] = []
     data = load(arguments.dataset, data_folder() / "images")
-    for seed in range(arguments.seeds):
-        alone = folder / f"A1-seed{seed}"
-        for model, kwargs in MODELS.items():
-            config = RunConfig.of(
-                "vanilla", budget="cpu", dataset=arguments.dataset, seed=seed, **kwargs
-            )
-            name = model.split(",")[0].replace(" ", "").replace("=", "")
-            row = run_once(config, folder / f"{name}-seed{seed}", data)
-            accuracy = probe(folder / f"{name}-seed{seed}", against=alone, data=data)
-            identity = {
-                "model": model,
-                "accuracy_parameters": accuracy["parameters"],
-                "accuracy_samples": accuracy["samples"],
-            }
-            rows.append(identity | row | {"command": command})
-            write_beside(with_ending(results, ".csv"), csv_text(rows))
-            write_beside(with_ending(results, ".md"), f"{table(rows)}\n`{command}`\n")
-            print(f"{model} seed {seed}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}", flush=True)
+    runs = {
+        f"{model.split(',')[0].replace(' ', '').replace('=', '')}-seed{seed}": (
+            model,
+            RunConfig.from_preset(
+                "vanilla", budget="small", dataset=arguments.dataset, seed=seed, **kwargs
+            ),
+        )
+        for seed in range(arguments.seeds)
+        for model, kwargs in MODELS.items()
+    }
+
+    def run(name: str, chosen: tuple[str, RunConfig], device: str | None) -> dict[str, Any]:
+        model, config = chosen
+        row = run_once(config, folder / name, data, device=device)
+        alone = folder / f"A1-seed{config.seed}"
+        accuracy = probe(folder / name, against=alone, data=data, device=device)
+        identity = {
+            "model": model,
+            "accuracy_parameters": accuracy["parameters"],
+            "accuracy_samples": accuracy["samples"],
+        }
+        return identity | row | {"command": command}
+
+    def report(name: str, rows: list[dict[str, Any]]) -> None:
+        write_beside(with_ending(results, ".md"), f"{table(rows)}\n`{command}`\n")
+        print(f"{name}: NLL {rows[-1]['nll']:.2f}, JSD {rows[-1]['jsd']:.2f}", flush=True)
+
+    path = with_ending(results, ".csv")
+    rows = run_missing(runs, run, path, device=arguments.device, report=report)
     print(table(rows), end="")
 
 

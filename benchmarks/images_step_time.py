@@ -33,13 +33,14 @@ import tyro
 from common import RESULTS, data_folder, machine
 from torch import Tensor, nn
 
-from mixscvi.images.configs import BUDGETS, PRESETS, BudgetName, Mixture
-from mixscvi.images.datasets import binarise, load
-from mixscvi.images.encoders import clamped_variance
-from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import csv_text
+from mixscvi.images.datasets import binarize, load
+from mixscvi.images.experiments.configs import BUDGETS, BudgetName
+from mixscvi.images.networks.configs import PRESETS, MixtureConfig
+from mixscvi.images.networks.encoders import clamped_variance
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import StackedLinear, miselbo
 from mixscvi.system import keep_freed_memory, write_beside
+from mixscvi.tables import csv_text
 
 
 class _Gated(nn.Module):
@@ -198,11 +199,11 @@ class _Loop(nn.Module):
         super().__init__()
         self.prior_once = prior_once
         components = range(model.mixture.n_components)
-        if model.encoder.codes is None:
+        if not model.encoder.heads.share_trunk:
             encoders = [_Encoder(model.encoder, a) for a in components]
         else:
             shared = _Encoder(model.encoder, 0)
-            encoders = [_CodedEncoder(shared, code) for code in model.encoder.codes]
+            encoders = [_CodedEncoder(shared, code) for code in model.encoder.heads.codes]
         self.encoders = nn.ModuleList(encoders)
         self.lower_encoders = None
         if model.lower_encoder is not None:
@@ -210,8 +211,8 @@ class _Loop(nn.Module):
                 _LowerEncoder(model.lower_encoder, a) for a in components
             )
         self.flows, self.lower_prior = model.flows, model.lower_prior
-        self.pseudo = model.prior.pseudo_inputs if model.parts.prior == "vamp" else None
-        pixelcnn = model.parts.decoder == "pixelcnn"
+        self.pseudo = model.prior.pseudo_inputs if model.config.prior == "vamp" else None
+        pixelcnn = model.config.decoder == "pixelcnn"
         self.decoder = _PixelCNN(model.decoder) if pixelcnn else _Bernoulli(model.decoder)
 
     def pseudo_posteriors(self) -> list:
@@ -260,16 +261,16 @@ class _Loop(nn.Module):
         return -torch.stack(log_weights).mean()
 
 
-Model = Literal["vanilla", "vanilla amortized", "pixelcnn", "composite"]
+Model = Literal["vanilla", "vanilla shifted", "pixelcnn", "composite"]
 
 
 @dataclass
 class Arguments:
     """Time both and write the ratios."""
 
-    models: tuple[Model, ...] = ("vanilla", "vanilla amortized", "pixelcnn", "composite")
-    """Presets, with separate encoders unless amortized is said."""
-    budgets: tuple[BudgetName, ...] = ("paper", "cpu")
+    models: tuple[Model, ...] = ("vanilla", "vanilla shifted", "pixelcnn", "composite")
+    """Presets, with separate encoders unless shifted is said."""
+    budgets: tuple[BudgetName, ...] = ("paper", "small")
     """Sizes of the networks."""
     datasets: tuple[str, ...] = ("mnist",)
     """Where the minibatch comes from."""
@@ -339,13 +340,15 @@ def main() -> None:
         minibatches.items(), arguments.budgets, arguments.models, arguments.threads
     ):
         torch.set_num_threads(threads)
-        preset, _, amortized = name.partition(" ")
-        mixture = Mixture(arguments.components, component_encoder=amortized or "separate")
+        preset, _, component_encoder = name.partition(" ")
+        mixture = MixtureConfig(
+            arguments.components, component_encoder=component_encoder or "separate"
+        )
         torch.manual_seed(0)
-        x = binarise(images)
+        x = binarize(images)
         model = ImageVAE((28, 28), PRESETS[preset], mixture, BUDGETS[budget].sizes)
         loops = {"prior once per step": _Loop(model, prior_once=True)}
-        if model.parts.prior == "vamp":
+        if model.config.prior == "vamp":
             loops["prior once per component"] = _Loop(model, prior_once=False)
         mixture_s, loops_s = _compare(
             model, x, loops, arguments.seconds, fused_loop=arguments.fused_loop

@@ -1,4 +1,4 @@
-"""Idx files in the place of MNIST's."""
+"""Idx files that stand in for MNIST's."""
 
 from collections.abc import Mapping
 from pathlib import Path

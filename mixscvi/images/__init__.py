@@ -1,43 +1,26 @@
 """The mixture cookbook on binary images, on the same core as the counts.
 
-| file | holds |
+| room | holds |
 | --- | --- |
-| datasets | MNIST, FashionMNIST and arrays of the user's own |
-| networks | gated and masked layers |
-| encoders | separate and amortised components, one or two levels |
-| decoders | Bernoulli pixels, PixelCNN |
-| configs | parts, sizes and protocol: the papers' models, three budgets |
-| parts | makes all of these, and the core's priors, from their names and sizes |
-| models | ImageVAE, composed of them and of the core's flow |
-| runs | what a run leaves behind, and how it is read again |
-| training | how a run is trained and resumed |
-| evaluation | test likelihood and diagnostics, streamed over draws |
-| probe | linear classification from the latents |
-| sweep | many runs, one table |
-| report | tables and pictures |
+| datasets | images of MNIST, FashionMNIST or arrays, and their minibatches |
+| files | the idx files of MNIST and FashionMNIST |
+| networks | ImageVAE: encoders, decoders and priors, composed on the core |
+| experiments | configuration, training, evaluation, probe, sweep and report of runs |
 
 Examples
 --------
 >>> from mixscvi import images
->>> images.RunConfig.of("vanilla", budget="cpu", n_components=4).mixture
-Mixture(n_components=4, n_sampled=None, estimator='all_to_all', component_encoder='separate')
+>>> images.RunConfig.from_preset("vanilla", budget="small", n_components=4).mixture
+MixtureConfig(n_components=4, n_sampled=None, estimator='all_to_all', component_encoder='separate')
 """
 
-from mixscvi.images.configs import (
-    BUDGETS,
-    PRESETS,
-    Budget,
-    Mixture,
-    Parts,
-    Protocol,
-    RunConfig,
-    Sizes,
-)
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.evaluation import evaluate
-from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import load_run
-from mixscvi.images.training import train
+from mixscvi.images.experiments.configs import BUDGETS, Budget, RunConfig, TrainingConfig
+from mixscvi.images.experiments.evaluation import evaluate
+from mixscvi.images.experiments.runs import build, load_run
+from mixscvi.images.experiments.training import train
+from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.vae import ImageVAE
 
 __all__ = [
     "BUDGETS",
@@ -45,11 +28,11 @@ __all__ = [
     "Budget",
     "ImageData",
     "ImageVAE",
-    "Mixture",
-    "Parts",
-    "Protocol",
+    "MixtureConfig",
+    "ModelConfig",
     "RunConfig",
     "Sizes",
+    "TrainingConfig",
     "build",
     "evaluate",
     "load",

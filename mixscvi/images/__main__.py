@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mixscvi.images.configs import PRESETS, BudgetName, Preset, RunConfig
-from mixscvi.images.encoders import ComponentEncoder
+from mixscvi.images.experiments.configs import BudgetName, RunConfig
+from mixscvi.images.networks.configs import PRESETS, Preset
+from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
 
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
@@ -25,10 +26,10 @@ class Data:
     """Where the images come from."""
 
     data_folder: Path | None = None
-    """Folder of the idx files, or the one above; fetched when not given."""
+    """Folder of the idx files, or its parent; downloaded when not given."""
 
 
-def _protocol(
+def _training_changes(
     max_epochs: int | None, warmup_epochs: int | None, train_images: int | None
 ) -> dict[str, int]:
     changes = {
@@ -52,17 +53,17 @@ class Train(Data):
     components: int = 1
     """Components A."""
     sampled: int | None = None
-    """Components S that a step draws from; all when not given (1 with some_to_...)."""
+    """Components S that a step draws from; when not given, all A with all_to_all, otherwise 1."""
     estimator: EstimatorName = "all_to_all"
-    """Which components a step draws from, and which form the denominator."""
+    """Which components a step draws from, and which form the mixture in the denominator."""
     component_encoder: ComponentEncoder = "separate"
-    """Separate encoders, or one with a code per component."""
-    budget: BudgetName = "cpu"
-    """Sizes and protocol."""
+    """Separate encoders, or one whose last pre-activations are shifted by a code per component."""
+    budget: BudgetName = "small"
+    """Sizes of the networks, and how they are trained."""
     objective: Literal["miselbo", "iwae"] = "miselbo"
-    """iwae: the control with one widened encoder and A importance samples."""
+    """iwae: the control with one wider encoder and A importance samples."""
     ensemble: bool = False
-    """The control with components trained apart against a frozen decoder."""
+    """The control with components trained separately against a frozen decoder."""
     max_epochs: int | None = None
     """Instead of the budget's."""
     warmup_epochs: int | None = None
@@ -70,19 +71,21 @@ class Train(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
     seed: int = 0
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
     resume: bool = False
-    """Go on where an interrupted run was."""
+    """Continue an interrupted run."""
 
     def config(self) -> RunConfig:
         """The run's configuration."""
-        return RunConfig.of(
+        return RunConfig.from_preset(
             self.preset,
             budget=self.budget,
             n_components=self.components,
             n_sampled=self.sampled,
             estimator=self.estimator,
             component_encoder=self.component_encoder,
-            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+            training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
             objective=self.objective,
             ensemble=self.ensemble,
             dataset=self.dataset,
@@ -91,15 +94,21 @@ class Train(Data):
 
     def run(self) -> None:
         """Train."""
-        from mixscvi.images.models import build
-        from mixscvi.images.runs import parameter_counts, run_data
-        from mixscvi.images.training import train
+        from mixscvi.images.experiments.runs import build, parameter_counts, run_data
+        from mixscvi.images.experiments.training import train
 
         config = self.config()
         data = run_data(config, data_folder=self.data_folder)
         counts = parameter_counts(build(config, data.image_shape))
         print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
-        train(config, self.output, data=data, resume=self.resume, progress=sys.stdout.isatty())
+        train(
+            config,
+            self.output,
+            data=data,
+            resume=self.resume,
+            device=self.device,
+            progress=sys.stdout.isatty(),
+        )
         _show(json.loads((self.output / "summary.json").read_text()))
 
 
@@ -112,12 +121,12 @@ class Evaluate(Data):
     draws: int | None = None
     """Importance samples per image, of all components together."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Evaluate."""
-        from mixscvi.images.evaluation import evaluate
+        from mixscvi.images.experiments.evaluation import evaluate
 
         _show(
             evaluate(
@@ -140,12 +149,12 @@ class Probe(Data):
     against: Path | None = None
     """Folder of a run with one component, whose posterior samples are the comparison."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Probe."""
-        from mixscvi.images.probe import probe
+        from mixscvi.images.experiments.probe import probe
 
         _show(
             probe(
@@ -160,38 +169,38 @@ class Probe(Data):
 
 @dataclass
 class Sample:
-    """Draw images from the model; a PixelCNN's are drawn pixel by pixel."""
+    """Draw images from the model, pixel by pixel with a PixelCNN."""
 
     run_folder: Run
     """Folder of the run."""
     images: int = 64
     """How many."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Sample."""
-        from mixscvi.images.report import sample
+        from mixscvi.images.experiments.report import sample
 
         print(sample(self.run_folder, n_images=self.images, seed=self.seed, device=self.device))
 
 
 @dataclass
 class Reconstruct(Data):
-    """Test images above their reconstructions, one row for each component."""
+    """Test images and, below, their reconstructions, one row for each component."""
 
     run_folder: Run
     """Folder of the run."""
     images: int = 8
     """How many."""
     seed: int = 0
-    device: str = "cpu"
-    """Where the model runs: cpu, cuda, mps."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Reconstruct."""
-        from mixscvi.images.report import reconstruct
+        from mixscvi.images.experiments.report import reconstruct
 
         print(
             reconstruct(
@@ -206,18 +215,18 @@ class Reconstruct(Data):
 
 @dataclass
 class Sweep(Data):
-    """Train and evaluate presets x components x seeds; goes on where it stopped."""
+    """Train and evaluate presets x components x seeds; continues where it stopped."""
 
     output: Path
     """Folder of the runs."""
     results: Path | None = None
-    """Path of the CSV, the table and the figure, without an ending; OUTPUT/sweep if not given."""
+    """Path of the CSV, the table and the figure, without extension; OUTPUT/sweep if not given."""
     presets: tuple[Preset, ...] = tuple(PRESETS)
     components: tuple[int, ...] = (1, 2, 4)
     seeds: int = 3
     """Number of seeds, from 0."""
     dataset: str = "mnist"
-    budget: BudgetName = "cpu"
+    budget: BudgetName = "small"
     component_encoder: ComponentEncoder = "separate"
     draws: int | None = None
     """Importance samples per image, instead of the budget's."""
@@ -228,12 +237,15 @@ class Sweep(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
 
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
+
     command: tyro.conf.Suppress[str | None] = None
 
     def run(self) -> None:
         """Sweep."""
-        from mixscvi.images.report import sweep_table
-        from mixscvi.images.sweep import sweep
+        from mixscvi.images.experiments.report import sweep_table
+        from mixscvi.images.experiments.sweep import sweep
 
         rows = sweep(
             self.output,
@@ -245,10 +257,11 @@ class Sweep(Data):
             data_folder=self.data_folder,
             progress=lambda line: print(line, flush=True),
             command=self.command,
+            device=self.device,
             dataset=self.dataset,
             budget=self.budget,
             component_encoder=self.component_encoder,
-            protocol=_protocol(self.max_epochs, self.warmup_epochs, self.train_images),
+            training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
         )
         print(sweep_table(rows), end="")
 
@@ -260,11 +273,11 @@ class Curves:
     run_folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of the runs, finished or not."""
     output: Path
-    """Path of the CSV and the figure, without an ending."""
+    """Path of the CSV and the figure, without extension."""
 
     def run(self) -> None:
         """Draw."""
-        from mixscvi.images.report import curves
+        from mixscvi.images.experiments.report import curves
 
         curves(self.run_folders, self.output)
         print(f"{self.output}.png")
@@ -286,7 +299,7 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend ends in one line, not in a traceback."""
+    """Run a command; errors that the user can correct end in one line, without a traceback."""
     command = tyro.cli(
         Command,
         args=arguments,

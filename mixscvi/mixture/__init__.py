@@ -7,7 +7,8 @@
 | layers | A linear maps or convolutions in one call |
 | mlp | A multilayer perceptrons in one call |
 | products | matrix products with what is mostly zero |
-| encoders | separate components, and components amortized by a code |
+| encoders | a trunk and heads, with separate or amortized components |
+| heads | from hidden units to Gaussians: what components share |
 | priors | standard normal, mixture of Gaussians, VampPrior |
 | flows | the inverse autoregressive flow that all components share |
 | diagnostics | divergence, effective sample size, Pareto k-hat, active units |
@@ -22,13 +23,9 @@ from mixscvi.mixture.diagnostics import (
     pareto_k,
     specialization,
 )
-from mixscvi.mixture.encoders import (
-    AmortizedEncoder,
-    CodedHeads,
-    GaussianHeads,
-    SeparateEncoder,
-)
+from mixscvi.mixture.encoders import AmortizedEncoder, Encoder, SeparateEncoder
 from mixscvi.mixture.flows import InverseAutoregressiveFlow
+from mixscvi.mixture.heads import CodedHeads, GaussianHeads, ShiftedHeads
 from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedSparseLinear
 from mixscvi.mixture.mlp import StackedMLP
 from mixscvi.mixture.objectives import (
@@ -45,6 +42,7 @@ from mixscvi.mixture.priors import GaussianMixture, Prior, StandardNormal, VampP
 __all__ = [
     "AmortizedEncoder",
     "CodedHeads",
+    "Encoder",
     "Estimator",
     "GaussianHeads",
     "GaussianMixture",
@@ -53,6 +51,7 @@ __all__ = [
     "MixturePosterior",
     "Prior",
     "SeparateEncoder",
+    "ShiftedHeads",
     "StackedConv2d",
     "StackedLinear",
     "StackedMLP",

@@ -1,8 +1,9 @@
-"""Encoders from an input to the parameters of the mixture's components.
+"""Encoders from an input to the parameters of the mixture's components: a trunk and heads.
 
 Every encoder is called as ``encoder(x, covariates, components)`` and returns a
 :class:`~mixscvi.mixture.posterior.MixturePosterior`; ``components`` restricts it to those
-components, at the cost of those alone.
+components, at the cost of those alone. The trunk maps inputs to hidden units, the
+:mod:`~mixscvi.mixture.heads` map these to Gaussians.
 """
 
 from __future__ import annotations
@@ -10,78 +11,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mixscvi.mixture.layers import StackedLinear, rows
+from mixscvi.mixture.heads import CodedHeads, GaussianHeads, Heads
 from mixscvi.mixture.mlp import StackedMLP
 from mixscvi.mixture.posterior import MixturePosterior
 
-__all__ = ["AmortizedEncoder", "CodedHeads", "GaussianHeads", "SeparateEncoder"]
+__all__ = ["AmortizedEncoder", "Encoder", "SeparateEncoder"]
 
 
-class _Heads(nn.Module):
-    """What heads share: how an unconstrained output becomes a variance."""
-
-    def __init__(self, var_activation: Callable[[Tensor], Tensor] | None, var_eps: float) -> None:
-        super().__init__()
-        self.var_activation = torch.exp if var_activation is None else var_activation
-        self.var_eps = var_eps
-
-    def _mixture(self, loc: Tensor, raw_var: Tensor) -> MixturePosterior:
-        return MixturePosterior(loc, (self.var_activation(raw_var) + self.var_eps).sqrt())
-
-
-class GaussianHeads(_Heads):
-    """Means and scales of `A` Gaussians from their hidden units.
+class Encoder(nn.Module):
+    """A trunk and heads.
 
     Parameters
     ----------
-    n_components
-        Number of Gaussians, `A`; 1 for one pair of heads that all components share.
-    n_hidden
-        Hidden units.
-    n_latent
-        Latent dimensions, `D`.
-    var_activation
-        Maps the second head to a positive variance; :func:`torch.exp` by default.
-    var_eps
-        Least variance, added to the former.
+    trunk
+        Called as ``trunk(x, covariates, components)``: hidden units `(B, S, n_hidden)` of the
+        networks asked for. Heads that share a trunk ask for the only one.
+    heads
+        One of the :mod:`~mixscvi.mixture.heads`.
 
     Examples
     --------
     >>> import torch
-    >>> heads = GaussianHeads(4, n_hidden=8, n_latent=2)
-    >>> heads(torch.zeros(6, 4, 8))
+    >>> from mixscvi.mixture import ShiftedHeads
+    >>> trunk = StackedMLP(1, n_in=20, n_hidden=8, activation=torch.nn.Identity)
+    >>> heads = ShiftedHeads(4, n_in=8, n_hidden=8, n_latent=2, activation=torch.relu)
+    >>> Encoder(trunk, heads)(torch.zeros(6, 20))
     MixturePosterior(batch_shape=(6,), n_components=4, n_latent=2)
     """
 
-    def __init__(
+    def __init__(self, trunk: nn.Module, heads: Heads) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, heads
+
+    @property
+    def n_components(self) -> int:
+        """Number of components, `A`."""
+        return self.heads.n_components
+
+    def forward(
         self,
-        n_components: int,
-        n_hidden: int,
-        n_latent: int,
-        *,
-        var_activation: Callable[[Tensor], Tensor] | None = None,
-        var_eps: float = 1e-4,
-    ) -> None:
-        super().__init__(var_activation, var_eps)
-        self.mean = StackedLinear(n_components, n_hidden, n_latent)
-        self.var = StackedLinear(n_components, n_hidden, n_latent)
-
-    def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
-        """Map hidden units `(B, S, n_hidden)` to a mixture of `S` components."""
-        if self.mean.n_components == 1:
-            flat = hidden.flatten(0, 1)
-            loc = self.mean(flat).view(*hidden.shape[:2], -1)
-            raw_var = self.var(flat).view(*hidden.shape[:2], -1)
-        else:
-            loc = self.mean(hidden, components)
-            raw_var = self.var(hidden, components)
-        return self._mixture(loc, raw_var)
+        x: Tensor,
+        covariates: Tensor | None = None,
+        components: Tensor | None = None,
+    ) -> MixturePosterior:
+        """Encode `B` inputs into the components asked for."""
+        networks = None if self.heads.share_trunk else components
+        return self.heads(self.trunk(x, covariates, networks), components)
 
 
-class SeparateEncoder(nn.Module):
+class SeparateEncoder(Encoder):
     """`A` encoders in one stack: nothing is shared between components.
 
     Choose it for a few components. Its parameters and its time grow with `A`.
@@ -97,7 +77,7 @@ class SeparateEncoder(nn.Module):
     n_hidden
         Width of the hidden layers.
     var_activation, var_eps
-        See :class:`GaussianHeads`.
+        See :class:`~mixscvi.mixture.heads.GaussianHeads`.
     **mlp_kwargs
         Passed to :class:`~mixscvi.mixture.mlp.StackedMLP`.
 
@@ -122,93 +102,22 @@ class SeparateEncoder(nn.Module):
         var_eps: float = 1e-4,
         **mlp_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.n_components = n_components
-        self.trunk = StackedMLP(n_components, n_in, n_hidden=n_hidden, **mlp_kwargs)
-        self.heads = GaussianHeads(
+        trunk = StackedMLP(n_components, n_in, n_hidden=n_hidden, **mlp_kwargs)
+        heads = GaussianHeads(
             n_components, n_hidden, n_latent, var_activation=var_activation, var_eps=var_eps
         )
-
-    def forward(
-        self,
-        x: Tensor,
-        covariates: Tensor | None = None,
-        components: Tensor | None = None,
-    ) -> MixturePosterior:
-        """Encode `(B, n_in)` inputs into the components asked for."""
-        return self.heads(self.trunk(x, covariates, components), components)
+        super().__init__(trunk, heads)
 
 
-class CodedHeads(_Heads):
-    r"""Means and scales of `A` Gaussians that share hidden units and differ by a code each.
-
-    The heads of component a are a base and `R` modes, weighted by its code c_a, with an offset:
-
-    .. math:: \mu_a, \log \sigma_a^2 = \Big(W_0 + \sum_{r=1}^{R} c_{ar} W_r\Big) h + b_0 + b_a
-
-    The modes are applied to a cell once, so a component costs `R * D` products a cell, whatever
-    the width of the network, and `R + 2 D` parameters.
-
-    Parameters
-    ----------
-    n_components
-        Number of Gaussians, `A`.
-    n_hidden
-        Hidden units.
-    n_latent
-        Latent dimensions, `D`.
-    n_modes
-        Length of a code, `R`.
-    code_scale
-        Standard deviation of what the codes add at the start, beside a base of one.
-    var_activation, var_eps
-        See :class:`GaussianHeads`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> heads = CodedHeads(400, n_hidden=8, n_latent=2)
-    >>> heads(torch.zeros(6, 8))
-    MixturePosterior(batch_shape=(6,), n_components=400, n_latent=2)
-    """
-
-    def __init__(
-        self,
-        n_components: int,
-        n_hidden: int,
-        n_latent: int,
-        *,
-        n_modes: int = 16,
-        code_scale: float = 0.5,
-        var_activation: Callable[[Tensor], Tensor] | None = None,
-        var_eps: float = 1e-4,
-    ) -> None:
-        super().__init__(var_activation, var_eps)
-        self.n_modes, self.n_latent = n_modes, n_latent
-        self.base = nn.Linear(n_hidden, 2 * n_latent)
-        self.modes = nn.Linear(n_hidden, n_modes * 2 * n_latent, bias=False)
-        self.codes = nn.Parameter(code_scale / n_modes**0.5 * torch.randn(n_components, n_modes))
-        self.offsets = nn.Parameter(torch.zeros(n_components, 2 * n_latent))
-
-    def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
-        """Map shared hidden units `(B, n_hidden)` to a mixture of the components asked for."""
-        codes = rows(self.codes, components)
-        offsets = rows(self.offsets, components)
-        modes = self.modes(hidden).unflatten(-1, (self.n_modes, 2 * self.n_latent))
-        raw = torch.einsum("brd,ar->bad", modes, codes) + offsets + self.base(hidden).unsqueeze(1)
-        loc, raw_var = raw.chunk(2, dim=-1)
-        return self._mixture(loc, raw_var)
-
-
-class AmortizedEncoder(nn.Module):
+class AmortizedEncoder(Encoder):
     r"""One network for all components, which differ by a learned code each.
 
-    The trunk runs once per cell, whatever `A` is, and :class:`CodedHeads` tell the components
-    apart. Choose it for many components, or for few cells. The idea of a shared network that is
-    told the component is that of Hotti et al., arXiv 2406.07083, where it is an input of the
-    network, which then runs `A` times; that the code turns the heads instead is our choice. In
-    front of a batch norm, a code would also be subtracted again with the batch mean whenever a
-    step draws one component alone.
+    The trunk runs once per cell, whatever `A` is, and
+    :class:`~mixscvi.mixture.heads.CodedHeads` tell the components apart. Choose it for many
+    components, or for few cells. A shared network that is told the component is the idea of Hotti
+    et al., arXiv 2406.07083, where the component is an input of the network, which then runs `A`
+    times. Here the code changes the heads instead, so the trunk runs once;
+    :mod:`~mixscvi.mixture.heads` says why it does not shift pre-activations.
 
     Parameters
     ----------
@@ -221,9 +130,9 @@ class AmortizedEncoder(nn.Module):
     n_hidden
         Width of the hidden layers.
     n_modes, code_scale
-        See :class:`CodedHeads`.
+        See :class:`~mixscvi.mixture.heads.CodedHeads`.
     var_activation, var_eps
-        See :class:`GaussianHeads`.
+        See :class:`~mixscvi.mixture.heads.GaussianHeads`.
     **mlp_kwargs
         Passed to :class:`~mixscvi.mixture.mlp.StackedMLP`.
 
@@ -248,10 +157,8 @@ class AmortizedEncoder(nn.Module):
         var_eps: float = 1e-4,
         **mlp_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.n_components = n_components
-        self.trunk = StackedMLP(1, n_in, n_hidden=n_hidden, **mlp_kwargs)
-        self.heads = CodedHeads(
+        trunk = StackedMLP(1, n_in, n_hidden=n_hidden, **mlp_kwargs)
+        heads = CodedHeads(
             n_components,
             n_hidden,
             n_latent,
@@ -260,12 +167,4 @@ class AmortizedEncoder(nn.Module):
             var_activation=var_activation,
             var_eps=var_eps,
         )
-
-    def forward(
-        self,
-        x: Tensor,
-        covariates: Tensor | None = None,
-        components: Tensor | None = None,
-    ) -> MixturePosterior:
-        """Encode `(B, n_in)` inputs into the components asked for."""
-        return self.heads(self.trunk(x, covariates).squeeze(1), components)
+        super().__init__(trunk, heads)

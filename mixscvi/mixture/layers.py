@@ -60,14 +60,14 @@ class StackedLinear(nn.Module):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """Summarise the sizes."""
+        """Summarize the sizes."""
         return (
             f"n_components={self.n_components}, n_in={self.n_in}, n_out={self.n_out}, "
             f"bias={self.bias is not None}"
         )
 
     def reset_parameters(self) -> None:
-        """Initialise every map as :class:`torch.nn.Linear` initialises one."""
+        """Initialize every map as :class:`torch.nn.Linear` initializes one."""
         bound = 1 / math.sqrt(self.n_in)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -103,15 +103,15 @@ class StackedLinear(nn.Module):
 class StackedSparseLinear(StackedLinear):
     r"""`A` linear maps of one input that is mostly zero, such as a binary image.
 
-    The same maps as those of :class:`StackedLinear`, but every input feature has its weights
-    together in memory: `weight` is `(n_in, A, n_out)`. On a CPU and with enough outputs of all
-    maps together, minibatches with few non-zeros cost sums of rows
-    (:func:`~mixscvi.mixture.products.mostly_zero`); any other minibatch costs one matrix product.
+    The same maps as :class:`StackedLinear`, but the weights of an input feature are contiguous in
+    memory: `weight` is `(n_in, A, n_out)`. On a CPU, if all maps together have enough outputs,
+    minibatches with few non-zeros are computed as sums of rows
+    (:func:`~mixscvi.mixture.products.mostly_zero`); others as one matrix product.
 
     Parameters
     ----------
     n_components, n_in, n_out, bias
-        As in :class:`StackedLinear`, which starts from the same weights.
+        As in :class:`StackedLinear`, which is initialized with the same weights.
 
     Examples
     --------
@@ -175,8 +175,9 @@ class StackedConv2d(nn.Module):
 
     Notes
     -----
-    One channel that is itself learned, as a VampPrior's pseudo-inputs are, is convolved on a CPU
-    as a product with its patches: the gradient with respect to it is what a convolution is slow at.
+    On a CPU, an input of one channel that requires a gradient, such as a VampPrior's pseudo-inputs,
+    is convolved as a product with its patches: the convolution's gradient with respect to its input
+    is slow. With 500 images and the papers' first layer, both directions take half the time.
 
     Examples
     --------
@@ -209,7 +210,7 @@ class StackedConv2d(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
-        """Summarise the sizes."""
+        """Summarize the sizes."""
         _, out_channels, in_channels, kernel_size, _ = self.weight.shape
         return (
             f"n_components={self.n_components}, in_channels={in_channels}, "

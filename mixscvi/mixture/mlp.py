@@ -14,9 +14,9 @@ __all__ = ["StackedMLP"]
 
 
 def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor:
-    """Batch normalisation of `(B, S, H)` by a layer over `A * H` features.
+    """Batch normalization of `(B, S, H)` by a layer over `A * H` features.
 
-    `A` independent batch normalisations are exactly one over `A * H` features. With a subset of
+    `A` independent batch normalizations are exactly one over `A * H` features. With a subset of
     components, the statistics and weights of those alone are used and updated.
     """
     if components is None:
@@ -55,8 +55,8 @@ def _batch_norm(norm: nn.Module, x: Tensor, components: Tensor | None) -> Tensor
 class StackedMLP(nn.Module):
     """`A` multilayer perceptrons side by side, layer by layer as scVI's fully connected layers.
 
-    Each hidden layer is linear, batch norm, layer norm, activation, dropout, those of them that
-    are asked for. No parameter, statistic or dropout mask is shared between components.
+    Each hidden layer is linear, batch norm, layer norm, activation, dropout, as far as they are
+    enabled. No parameter, statistic or dropout mask is shared between components.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class StackedMLP(nn.Module):
     dropout_rate
         Probability that a hidden unit is dropped in training.
     use_batch_norm, use_layer_norm
-        Normalisations; batch norm has scVI's momentum 0.01 and eps 0.001, layer norm no weights.
+        Normalizations; batch norm has scVI's momentum 0.01 and eps 0.001, layer norm no weights.
     activation
         Class of the activation.
     bias

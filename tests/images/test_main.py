@@ -4,23 +4,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from idx_files import write_idx_files
-from mixscvi.images import BUDGETS, ImageData
 from mixscvi.images.__main__ import main
-from mixscvi.images.sweep import sweep
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Idx files of small images with two classes, in the place of MNIST."""
+    """Idx files of small images with two classes, that stand in for MNIST."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
 
@@ -73,68 +70,6 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     assert table[-1].startswith("`mixscvi-images sweep --output ")
     assert (tmp_path / "table.png").stat().st_size > 0
     assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
-
-
-def test_presets_of_a_sweep_take_as_many_images_as_their_protocols_say(tmp_path, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (120, 6, 5)).astype(np.uint8)
-    np.save(tmp_path / "mine.npy", images)
-    small = replace(BUDGETS["smoke"].protocol, max_epochs=1, n_test=7)
-    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_protocol=small))
-    rows = sweep(
-        tmp_path / "runs",
-        presets=("pixelcnn", "vanilla"),
-        components=(1,),
-        seeds=1,
-        budget="smoke",
-        dataset=str(tmp_path / "mine.npy"),
-    )
-    assert {row["preset"]: row["n_images"] for row in rows} == {"pixelcnn": 7, "vanilla": 20}
-
-
-@pytest.fixture
-def swept(tmp_path):
-    """A sweep of one run, to be called again."""
-    grey = np.random.default_rng(0).random((80, 6, 5))
-    data = ImageData.from_arrays(grey, n_validation=20, n_test=10, name="mine")
-
-    def again(**kwargs):
-        arguments = {"presets": ["vanilla"], "components": [2], "seeds": 1, "draws": 40}
-        arguments |= {"data": data, "budget": "smoke", "results": tmp_path / "table-v0.2"}
-        (row,) = sweep(tmp_path / "runs", **(arguments | kwargs))
-        return row
-
-    return again
-
-
-def test_a_sweep_evaluates_with_as_many_draws_as_it_is_asked_for(tmp_path, swept):
-    first = swept()
-    assert (first["draws"], first["dataset"]) == (40, "mine")
-    assert swept(draws=60)["draws"] == 60
-    assert (tmp_path / "table-v0.2.csv").exists()
-
-
-def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
-    first = swept()
-    assert first["seconds"] is not None
-    (tmp_path / "runs" / "vanilla-A2-seed0" / "cost.json").unlink()
-    again = swept()
-    assert again["seconds"] is None
-    assert again | {"seconds": 0} == first | {"seconds": 0}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "match"),
-    [
-        ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
-        ({"components": [1, 1]}, r"components must be some different ones, got \[1, 1\]"),
-        ({"presets": []}, "presets must be some different ones"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-    ],
-)
-def test_a_sweep_is_refused_before_its_first_run(tmp_path, swept, kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        swept(**kwargs)
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])
@@ -203,7 +138,7 @@ def test_resumed_after_sigkill_is_uninterrupted(tmp_path, folder):
         (["train", "--output", "x", "--sampled", "2"], "n_sampled must be between"),
     ],
 )
-def test_what_the_user_can_mend_ends_in_one_line(tmp_path, monkeypatch, arguments, match):
+def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)

@@ -3,10 +3,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from mixscvi.mixture import AmortizedEncoder, GaussianHeads, MixturePosterior, SeparateEncoder
+from mixscvi.mixture import AmortizedEncoder, MixturePosterior, SeparateEncoder
+from tensor_sizes import LargestTensor
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -48,59 +48,6 @@ def naive_head(hidden, heads, component):
     loc = hidden @ heads.mean.weight[component].T + heads.mean.bias[component]
     raw = hidden @ heads.var.weight[component].T + heads.var.bias[component]
     return loc, (heads.var_activation(raw) + heads.var_eps).sqrt()
-
-
-# Heads
-
-
-@pytest.mark.parametrize("components", [None, [2, 0]])
-def test_heads_are_a_loop(normal, components):
-    heads = GaussianHeads(4, 5, 3).double()
-    chosen = list(range(4)) if components is None else components
-    hidden = normal(7, len(chosen), 5).requires_grad_()
-    index = None if components is None else torch.tensor(components)
-    actual = torch.stack(parameters_of(heads(hidden, index)))
-    expected = torch.stack(
-        [torch.stack(naive_head(hidden[:, s], heads, a)) for s, a in enumerate(chosen)], 2
-    )
-    assert_close(actual, expected)
-    assert heads.var_activation is torch.exp and heads.var_eps == 1e-4
-    weights = normal(*expected.shape)
-    targets = (hidden, *heads.parameters())
-    assert_close(
-        torch.autograd.grad((weights * actual).sum(), targets),
-        torch.autograd.grad((weights * expected).sum(), targets),
-    )
-
-
-@pytest.mark.parametrize("n_sampled", [1, 6])
-def test_one_pair_of_heads_serves_all_components(normal, n_sampled):
-    heads = GaussianHeads(1, 5, 3, var_activation=F.softplus, var_eps=0.5).double()
-    hidden = normal(7, n_sampled, 5).requires_grad_()
-    q = heads(hidden)
-    assert q.batch_shape == (7,) and q.n_components == n_sampled
-    actual = torch.stack(parameters_of(q))
-    expected = torch.stack(
-        [torch.stack(naive_head(hidden[:, s], heads, 0)) for s in range(n_sampled)], 2
-    )
-    assert_close(actual, expected)
-    weights = normal(*expected.shape)
-    targets = (hidden, *heads.parameters())
-    assert_close(
-        torch.autograd.grad((weights * actual).sum(), targets),
-        torch.autograd.grad((weights * expected).sum(), targets),
-    )
-
-
-def test_least_variance(normal):
-    heads = GaussianHeads(2, 5, 3, var_eps=0.04).double()
-    heads.var.bias.data.fill_(-1000.0)
-    assert_close(
-        heads(normal(7, 2, 5)).component_scale, torch.full((7, 2, 3), 0.2, dtype=torch.float64)
-    )
-
-
-# Encoders
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -260,21 +207,6 @@ def test_state_dict_round_trip(make_encoder, normal, kind):
 # Cost
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
-
-
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_one_of_many_components_costs_one(kind):
     n_batch, n_in, n_hidden, n_components = 8, 20, 16, 400
@@ -284,7 +216,7 @@ def test_one_of_many_components_costs_one(kind):
         q = encoder(x, components=torch.tensor([399]))
     assert q.component_loc.shape == q.component_scale.shape == (n_batch, 1, 2)
     # Nothing has both B and A in its shape. A separate component's batch norm writes into the
-    # buffers of all; an amortised one sees A nowhere.
+    # buffers of all; an amortized one sees A nowhere.
     one = n_hidden * 16 * 4
     assert forward.numel <= (one if kind is AmortizedEncoder else n_components * n_hidden)
     with LargestTensor() as backward:

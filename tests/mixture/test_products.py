@@ -29,6 +29,38 @@ def test_derivatives_by_function_transforms(normal):
     torch.testing.assert_close(actual, 2 * x.T @ (x @ table))
 
 
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_tables_side_by_side_by_vmap(normal, in_dim):
+    x, tables = few_nonzeros(normal, 5, 7), normal(4, 7, 3)
+    product = torch.func.vmap(lambda table: product_by_nonzeros(x, table), in_dims=in_dim)
+    torch.testing.assert_close(product(tables.movedim(0, in_dim)), x @ tables)
+
+
+def test_jacobian_by_function_transforms(normal):
+    """Reverse mode: a vmap over the gradients of the table."""
+    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
+    actual = torch.func.jacrev(lambda table: product_by_nonzeros(x, table).square())(table)
+    expected = torch.func.jacrev(lambda table: (x @ table).square())(table)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_compiled_product_is_the_dense_one(normal):
+    """Traced without looking at the numbers, so that the same graph serves every input."""
+    table, graphs = normal(20, 600), []
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return product_by_nonzeros(x, table) if mostly_zero(x, table) else x @ table
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compiled = torch.compile(product, backend=backend, fullgraph=True)
+    for x in (few_nonzeros(normal, 9, 20), normal(9, 20), torch.zeros(9, 20).double()):
+        torch.testing.assert_close(compiled(x), x @ table)
+    assert len(graphs) == 1
+
+
 def test_nan_is_not_taken_for_zero(normal):
     x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
     x[2, 4] = torch.nan

@@ -6,8 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Independent, Normal
 
-from mixscvi.images.configs import BUDGETS, PRESETS, Mixture, Parts, RunConfig, Sizes
-from mixscvi.images.models import ImageVAE, build, count_parameters
+from mixscvi.images.experiments.configs import BUDGETS, RunConfig
+from mixscvi.images.experiments.runs import build
+from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.vae import ImageVAE, count_parameters
 from mixscvi.mixture import layers, miselbo
 from mixscvi.mixture.products import product_by_nonzeros
 
@@ -22,7 +24,7 @@ TINY = Sizes(
 )
 
 
-def model_of(parts: Parts, mixture: Mixture) -> ImageVAE:
+def model_of(parts: ModelConfig, mixture: MixtureConfig) -> ImageVAE:
     torch.manual_seed(0)
     model = ImageVAE((4, 4), parts, mixture, TINY).double().eval()
     # Heads and flow that start near a standard normal would hide mistakes.
@@ -46,14 +48,14 @@ def log_det(flow, z0: torch.Tensor) -> torch.Tensor:
     return torch.linalg.slogdet(jacobian)[1]
 
 
-@pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
+@pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
 @pytest.mark.parametrize("n_flow_steps", [0, 2])
 @pytest.mark.parametrize("n_levels", [1, 2])
 @pytest.mark.usefixtures("first_layer")
 def test_densities_against_a_loop_over_components(n_levels, n_flow_steps, component_encoder):
     """Each q_j by itself, at draws pulled back through the inverse of the flow."""
-    parts = Parts(n_levels=n_levels, n_flow_steps=n_flow_steps)
-    model = model_of(parts, Mixture(3, component_encoder=component_encoder))
+    parts = ModelConfig(n_levels=n_levels, n_flow_steps=n_flow_steps)
+    model = model_of(parts, MixtureConfig(3, component_encoder=component_encoder))
     x = images(2)
     draws = model.draw(x, 2, generator=torch.Generator().manual_seed(0))
     posterior = model.encoder(x)
@@ -89,7 +91,7 @@ def test_densities_against_a_loop_over_components(n_levels, n_flow_steps, compon
 
 
 def test_hierarchy_mixes_the_joint_densities_and_not_the_levels():
-    model = model_of(Parts(n_levels=2), Mixture(3))
+    model = model_of(ModelConfig(n_levels=2), MixtureConfig(3))
     x = images(2)
     draws = model.draw(x)
     joint = draws.cross_log_prob.exp().mean(-1).log()
@@ -98,7 +100,7 @@ def test_hierarchy_mixes_the_joint_densities_and_not_the_levels():
 
 
 def test_hierarchical_prior_is_the_product_of_both_levels():
-    model = model_of(Parts(n_levels=2), Mixture(2))
+    model = model_of(ModelConfig(n_levels=2), MixtureConfig(2))
     draws = model.draw(images(3))
     upper, lower = draws.z.split(2, dim=-1)
     given = model.lower_prior(upper.flatten(0, 2))
@@ -110,7 +112,7 @@ def test_hierarchical_prior_is_the_product_of_both_levels():
 
 
 def test_vamp_prior_is_the_mixture_over_pseudo_images_and_components():
-    model = model_of(Parts(prior="vamp"), Mixture(2))
+    model = model_of(ModelConfig(prior="vamp"), MixtureConfig(2))
     z = torch.randn(5, 2, dtype=torch.float64)
     pseudo = model.prior.pseudo_inputs()
     assert pseudo.shape == (3, 1, 4, 4)
@@ -125,7 +127,7 @@ def test_vamp_prior_is_the_mixture_over_pseudo_images_and_components():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.usefixtures("first_layer")
 def test_an_image_does_not_change_another_ones_likelihood(preset):
-    model = model_of(PRESETS[preset], Mixture(2)).train()
+    model = model_of(PRESETS[preset], MixtureConfig(2)).train()
     x = images(4)
 
     def densities(rows: torch.Tensor) -> list[torch.Tensor]:
@@ -150,7 +152,7 @@ def test_an_image_does_not_change_another_ones_likelihood(preset):
 @pytest.mark.parametrize("n_levels", [1, 2])
 def test_some_to_all_is_unbiased_over_its_choices(n_levels):
     """The expectation over the choice, with common noise, is the value of all components."""
-    model = model_of(Parts(n_levels=n_levels), Mixture(3, 1, "some_to_all"))
+    model = model_of(ModelConfig(n_levels=n_levels), MixtureConfig(3, 1, "some_to_all"))
     x = images(2)
     n_draws = 20_000
     everything = model.draw(x, n_draws, generator=torch.Generator().manual_seed(0))
@@ -167,11 +169,11 @@ def test_some_to_all_is_unbiased_over_its_choices(n_levels):
 
 
 def test_some_to_some_encodes_only_the_chosen():
-    model = model_of(Parts(n_levels=2, n_flow_steps=1), Mixture(4, 2, "some_to_some"))
+    model = model_of(ModelConfig(n_levels=2, n_flow_steps=1), MixtureConfig(4, 2, "some_to_some"))
     x, components = images(3), torch.tensor([3, 1])
     draws = model.draw(x, 1, components, generator=torch.Generator().manual_seed(0))
     assert draws.cross_log_prob.shape == (1, 3, 2, 2)
-    all_to_all = model_of(Parts(n_levels=2, n_flow_steps=1), Mixture(4))
+    all_to_all = model_of(ModelConfig(n_levels=2, n_flow_steps=1), MixtureConfig(4))
     # Component 3 is in the first place, so only the others' gradients are zero.
     model.log_weights(x, draws).sum().backward()
     gradient = model.encoder.heads.mean.weight.grad.abs().amax((1, 2))
@@ -179,10 +181,12 @@ def test_some_to_some_encodes_only_the_chosen():
     assert model.state_dict().keys() == all_to_all.state_dict().keys()
 
 
-@pytest.mark.parametrize("component_encoder", ["separate", "amortized"])
+@pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
 @pytest.mark.parametrize("preset", ["vanilla", "composite"])
 def test_big_iwae_has_as_many_encoder_parameters(preset, component_encoder):
-    config = RunConfig.of(preset, budget="cpu", n_components=4, component_encoder=component_encoder)
+    config = RunConfig.from_preset(
+        preset, budget="small", n_components=4, component_encoder=component_encoder
+    )
 
     def n_encoder(objective: str) -> int:
         model = build(replace(config, objective=objective), (28, 28))
@@ -203,7 +207,7 @@ def put_on_cuda(model: torch.nn.Module) -> None:
 
 
 def test_composite_at_the_papers_size_runs_on_cuda_fakes():
-    model = ImageVAE((28, 28), PRESETS["composite"], Mixture(4), BUDGETS["paper"].sizes)
+    model = ImageVAE((28, 28), PRESETS["composite"], MixtureConfig(4), BUDGETS["paper"].sizes)
     # Autograd on such fakes asks for a real device.
     with_grad = torch.cuda.is_available()
     with FakeTensorMode(), torch.set_grad_enabled(with_grad):
@@ -219,8 +223,10 @@ def test_composite_at_the_papers_size_runs_on_cuda_fakes():
 
 @pytest.mark.parametrize("estimator", ["all_to_all", "some_to_all", "some_to_some"])
 def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
-    sizes = BUDGETS["cpu"].sizes
-    mixture = Mixture(4, estimator=estimator, n_sampled=None if estimator == "all_to_all" else 3)
+    sizes = BUDGETS["small"].sizes
+    mixture = MixtureConfig(
+        4, estimator=estimator, n_sampled=None if estimator == "all_to_all" else 3
+    )
     torch.manual_seed(0)
     model = ImageVAE((28, 28), PRESETS["vanilla"], mixture, sizes).double()
     x = (torch.rand(9, 1, 28, 28) < 0.1).double()
@@ -250,15 +256,56 @@ def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
 
 def test_a_wide_dense_model_runs_on_fakes():
     with FakeTensorMode():
-        model = ImageVAE((28, 28), PRESETS["vanilla"], Mixture(4), BUDGETS["paper"].sizes)
+        model = ImageVAE((28, 28), PRESETS["vanilla"], MixtureConfig(4), BUDGETS["paper"].sizes)
         x = torch.empty(10, 1, 28, 28)
         assert model.log_weights(x, model.draw(x)).shape == (1, 10, 4)
 
 
 def test_sample_is_a_function_of_the_seed_and_leaves_the_global_one_alone():
-    model = model_of(PRESETS["composite"], Mixture(2))
+    model = model_of(PRESETS["composite"], MixtureConfig(2))
     before = torch.random.get_rng_state()
     first, second, other = (model.sample(20, seed) for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert first.shape == (20, 1, 4, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeds_of_accelerators_are_left_alone(monkeypatch):
+    """Building and sampling on the CPU neither read nor write the state of any GPU."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a GPU's generator was touched")
+
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = RunConfig.from_preset("composite", budget="smoke", n_components=2)
+    before = torch.random.get_rng_state()
+    first, second = (build(config, (4, 4)) for _ in range(2))
+    assert torch.equal(first.sample(3), second.sample(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Sums over the weights of seed 3 and over the means of five images, recorded before encoders were
+# built of trunk and heads.
+RECORDED = {
+    ("vanilla", "separate"): (-12.288357562922101, -123.76177978515625),
+    ("vanilla", "shifted"): (3.264755972457351, -128.26205444335938),
+    ("composite", "separate"): (149.29102691453227, -128.3794403076172),
+    ("composite", "shifted"): (158.9072233800107, -129.73753356933594),
+}
+
+
+@pytest.mark.parametrize(("preset", "component_encoder"), RECORDED)
+def test_the_weights_of_a_seed_are_those_of_recorded_runs(preset, component_encoder):
+    config = RunConfig.from_preset(
+        preset, budget="smoke", n_components=3, component_encoder=component_encoder, seed=3
+    )
+    model = build(config, (6, 6))
+    weights = sum(float(value.double().sum()) for value in model.state_dict().values())
+    x = (torch.arange(5 * 36).view(5, 1, 6, 6) % 3 == 0).float()
+    with torch.no_grad():
+        draws = model.draw(x, 2, generator=torch.Generator().manual_seed(0))
+        bound = float(miselbo(model.log_weights(x, draws)).sum())
+    expected = RECORDED[preset, component_encoder]
+    assert (weights, bound) == pytest.approx(expected, rel=1e-6)

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from mixscvi.images.configs import Mixture, Parts, RunConfig, Sizes
-from mixscvi.images.encoders import ConditionalEncoder, ImageEncoder
-from mixscvi.images.parts import (
-    ConditionalPrior,
-    make_decoder,
-    make_prior,
-    trunk_maker,
-    widened,
-)
+from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.decoders import make_decoder
+from mixscvi.images.networks.encoders import ConditionalEncoder, make_encoder
+from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk
+from mixscvi.images.networks.priors import ConditionalPrior, make_prior
 from mixscvi.mixture import (
     Estimator,
     ImportanceDraws,
     InverseAutoregressiveFlow,
-    MixturePosterior,
     mixture_log_prob,
 )
 
-__all__ = ["ImageVAE", "LatentDraws", "build", "count_parameters"]
+__all__ = ["ImageVAE", "LatentDraws", "count_parameters", "seeded"]
+
+
+def _widened(width: int, factor: float) -> int:
+    """Width times a factor, at least 1."""
+    return max(1, round(width * factor))
+
+
+def _trunk_maker(
+    image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes
+) -> Callable[[int], DenseTrunk | ConvTrunk]:
+    """A function that makes an encoder's trunk, given the number of its networks."""
+    factor = sizes.encoder_width
+    if config.encoder == "dense":
+        hidden = tuple(_widened(width, factor) for width in sizes.hidden)
+        return functools.partial(DenseTrunk, image_shape=image_shape, hidden=hidden)
+    layers = tuple((_widened(n, factor), size, stride) for n, size, stride in sizes.conv_layers)
+    return functools.partial(ConvTrunk, image_shape=image_shape, layers=layers)
 
 
 class LatentDraws(NamedTuple):
@@ -49,22 +62,22 @@ class ImageVAE(nn.Module):
     One level: q_a(z | x), a Gaussian pushed through the shared flow. Two levels:
     :math:`q_a(z_1, z_2 \mid x) = q_a(z_2 \mid x)\, q_a(z_1 \mid x, z_2)`, so the density of
     component j at a draw of component s is the sum of both levels' log-densities, and the
-    mixture is formed of that sum. Each level has a flow of its own if there is any; its
-    determinant is the same under every component.
+    mixture is over these sums. With a flow, each level has its own; the determinant is the
+    same under every component.
 
     Parameters
     ----------
     image_shape
         Height and width.
-    parts
+    config
         What the model is composed of.
     mixture
         Components, and how they are sampled.
     sizes
         Sizes of the networks.
     prior_has_own_encoder
-        Whether a VampPrior uses an encoder of one component, not the posterior's: for
-        components that are trained against a prior that stands still.
+        Whether a VampPrior uses an encoder of its own with one component instead of the
+        posterior's: for components that are trained against a fixed prior.
 
     References
     ----------
@@ -73,9 +86,9 @@ class ImageVAE(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from mixscvi.images.configs import BUDGETS, PRESETS, Mixture
-    >>> mixture = Mixture(n_components=4)
-    >>> model = ImageVAE((8, 8), PRESETS["composite"], mixture, BUDGETS["smoke"].sizes)
+    >>> from mixscvi.images.networks.configs import PRESETS, MixtureConfig, Sizes
+    >>> sizes = Sizes(n_latent=3, hidden=(12, 10), n_prior_components=4, pixelcnn_channels=4)
+    >>> model = ImageVAE((8, 8), PRESETS["composite"], MixtureConfig(n_components=4), sizes)
     >>> draws = model.draw(torch.zeros(5, 1, 8, 8), n_samples=2)
     >>> draws.z.shape, draws.cross_log_prob.shape
     (torch.Size([2, 5, 4, 6]), torch.Size([2, 5, 4, 4]))
@@ -86,45 +99,46 @@ class ImageVAE(nn.Module):
     def __init__(
         self,
         image_shape: tuple[int, int],
-        parts: Parts,
-        mixture: Mixture,
+        config: ModelConfig,
+        mixture: MixtureConfig,
         sizes: Sizes,
         *,
         prior_has_own_encoder: bool = False,
     ) -> None:
         super().__init__()
-        self.image_shape, self.parts, self.mixture, self.sizes = image_shape, parts, mixture, sizes
+        self.image_shape, self.sizes = image_shape, sizes
+        self.config, self.mixture = config, mixture
         self.estimator = Estimator(mixture.estimator)
         n_latent, n_hidden = sizes.n_latent, sizes.hidden[-1]
-        make_trunk = trunk_maker(image_shape, parts, sizes)
+        make_trunk = _trunk_maker(image_shape, config, sizes)
         encode = functools.partial(
-            ImageEncoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
+            make_encoder, make_trunk, n_latent=n_latent, component_encoder=mixture.component_encoder
         )
         self.encoder = encode(n_components=mixture.n_components)
         self.lower_encoder = self.lower_prior = None
-        if parts.n_levels == 2:
+        if config.n_levels == 2:
             self.lower_encoder = ConditionalEncoder(
                 make_trunk,
                 mixture.n_components,
                 n_latent,
-                n_hidden=widened(n_hidden, sizes.encoder_width),
+                n_hidden=_widened(n_hidden, sizes.encoder_width),
                 component_encoder=mixture.component_encoder,
             )
             self.lower_prior = ConditionalPrior(n_latent, n_hidden)
         self.flows = nn.ModuleList(
             InverseAutoregressiveFlow(
-                n_latent, parts.n_flow_steps, hidden_features=sizes.flow_hidden
+                n_latent, config.n_flow_steps, hidden_features=sizes.flow_hidden
             )
-            for _ in range(parts.n_levels if parts.n_flow_steps else 0)
+            for _ in range(config.n_levels if config.n_flow_steps else 0)
         )
-        self.prior = make_prior(image_shape, parts, sizes)
-        own = prior_has_own_encoder and parts.prior == "vamp"
+        self.prior = make_prior(image_shape, config, sizes)
+        own = prior_has_own_encoder and config.prior == "vamp"
         self.prior_encoder = encode(n_components=1) if own else None
-        self.decoder = make_decoder(image_shape, parts, sizes)
+        self.decoder = make_decoder(image_shape, config, sizes)
 
     def _flow(self, level: int, base: Tensor) -> tuple[Tensor, Tensor]:
         if not self.flows:
-            return base, base.new_zeros(())
+            return base, base.new_zeros(base.shape[:-1])
         z, log_det = self.flows[level](base)
         return z, log_det
 
@@ -145,7 +159,7 @@ class ImageVAE(nn.Module):
         prior: Distribution | None = None,
         generator: torch.Generator | None = None,
     ) -> LatentDraws:
-        """Draw latents from components, and evaluate every component at every draw.
+        """Draw latents from components and evaluate every component at every draw.
 
         Parameters
         ----------
@@ -154,18 +168,31 @@ class ImageVAE(nn.Module):
         n_samples
             Draws per component, `L`.
         components
-            The `S` components to draw from, `(S,)`; all `A` when ``None``. With ``some_to_some``
-            they alone are encoded, and `A` of the result is `S`.
+            The `S` components to draw from, `(S,)`; all `A` when ``None``. With ``some_to_some``,
+            only these are encoded, and the last axis of the densities has length `S`.
         prior
-            What :meth:`prior_distribution` gave; built here when ``None``.
+            What :meth:`prior_distribution` returned; built here when ``None``.
         generator
             Source of the noise, on the device of `x`; torch's own when ``None``.
         """
-        encoded, drawn = None, components
-        if components is not None:
-            components = components.to(x.device)
-            some = self.estimator is Estimator.SOME_TO_SOME
-            encoded, drawn = (components, None) if some else (None, components)
+        some = self.estimator is Estimator.SOME_TO_SOME
+        encoded, drawn = (components, None) if some else (None, components)
+        return self._draw(x, n_samples, encoded, drawn, prior, generator)
+
+    def _draw(
+        self,
+        x: Tensor,
+        n_samples: int,
+        encoded: Tensor | None,
+        drawn: Tensor | None,
+        prior: Distribution | None,
+        generator: torch.Generator | None,
+    ) -> LatentDraws:
+        """Encode some components, and draw from some of those."""
+        encoded, drawn = (
+            None if components is None else components.to(x.device)
+            for components in (encoded, drawn)
+        )
         posterior = self.encoder(x, components=encoded)
         base = posterior.rsample_stratified(n_samples, drawn, generator)
         z, log_det = self._flow(0, base)
@@ -174,10 +201,10 @@ class ImageVAE(nn.Module):
         if drawn is None:
             drawn = torch.arange(posterior.n_components, device=x.device)
         if self.lower_encoder is not None:
-            conditional = self.lower_encoder(x, z, encoded)
-            base = _own(conditional, drawn).rsample_stratified(1, generator=generator).squeeze(0)
-            lower, log_det = self._flow(1, base)
-            cross = cross + conditional.component_log_prob(base) - log_det.unsqueeze(-1)
+            lower, log_det, lower_cross = self.lower_encoder.draw(
+                x, z, drawn, encoded, flow=functools.partial(self._flow, 1), generator=generator
+            )
+            cross = cross + lower_cross - log_det.unsqueeze(-1)
             given_upper = self.lower_prior(z.flatten(0, 2)).log_prob(lower.flatten(0, 2))
             log_prior = log_prior + given_upper.view_as(log_prior)
             z = torch.cat((z, lower), -1)
@@ -198,7 +225,7 @@ class ImageVAE(nn.Module):
         beta
             Weight of the KL term.
         apart
-            Whether q is the draw's own component alone, and not the mixture.
+            Whether q is the component of the draw instead of the mixture.
 
         Returns
         -------
@@ -213,10 +240,15 @@ class ImageVAE(nn.Module):
         n_samples: int,
         *,
         prior: Distribution | None = None,
+        components: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ImportanceDraws:
-        """Log-densities of `L` draws from every component, for bounds and diagnostics."""
-        draws = self.draw(x, n_samples, prior=prior, generator=generator)
+        """Log-densities of `L` draws from every component, for bounds and diagnostics.
+
+        With `components`, draws come from these alone. The mixture in the denominator is always
+        that of all components.
+        """
+        draws = self._draw(x, n_samples, None, components, prior, generator)
         return ImportanceDraws(
             self.decoder.log_prob(x, draws.z) + draws.log_prior,
             draws.own_log_prob,
@@ -231,33 +263,45 @@ class ImageVAE(nn.Module):
         upper = self.encoder(x)
         if self.lower_encoder is None:
             return upper.component_loc, upper.component_scale
-        z, _ = self._flow(0, upper.component_loc.unsqueeze(0))
-        drawn = torch.arange(upper.n_components, device=x.device)
-        lower = _own(self.lower_encoder(x, z), drawn)
+        z, _ = self._flow(0, upper.component_loc)
+        loc, scale = self.lower_encoder.own(x, z)
         return (
-            torch.cat((upper.component_loc, lower.component_loc.squeeze(0)), -1),
-            torch.cat((upper.component_scale, lower.component_scale.squeeze(0)), -1),
+            torch.cat((upper.component_loc, loc), -1),
+            torch.cat((upper.component_scale, scale), -1),
         )
 
     def sample(self, n_images: int, seed: int = 0) -> Tensor:
-        """Draw images from the model, `(n_images, 1, height, width)`."""
-        with torch.no_grad(), torch.random.fork_rng():
+        """Draw images from the model, `(n_images, 1, height, width)`, on its device."""
+        device = next(self.parameters()).device
+        with torch.no_grad(), seeded(seed, device):
             # torch's distributions take no generator.
-            torch.manual_seed(seed)
             z = self.prior_distribution().sample((n_images,))
             if self.lower_prior is not None:
                 z = torch.cat((z, self.lower_prior(z).sample()), -1)
             return self.decoder.sample(z)
 
 
-def _own(conditional: MixturePosterior, drawn: Tensor) -> MixturePosterior:
-    """Of posteriors `(L, B, S)` x `A`, each draw's own component: `(L, B)` x `S`."""
-    shape = conditional.component_loc.shape
-    index = drawn.view(-1, 1, 1).expand(*shape[:-2], 1, shape[-1])
-    return MixturePosterior(
-        conditional.component_loc.gather(-2, index).squeeze(-2),
-        conditional.component_scale.gather(-2, index).squeeze(-2),
-    )
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's default generators of the CPU and one device; restore them afterwards.
+
+    The generators of other devices are neither read nor written.
+    """
+    device = torch.device(device)
+    accelerator = None if device.type == "cpu" else getattr(torch, device.type)
+    if accelerator is not None:
+        index = () if device.type == "mps" else (device,)  # its functions take no device
+        state = accelerator.get_rng_state(*index)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if accelerator is not None:
+                generator = torch.Generator(device).manual_seed(seed)
+                accelerator.set_rng_state(generator.get_state(), *index)
+            yield
+    finally:
+        if accelerator is not None:
+            accelerator.set_rng_state(state, *index)
 
 
 def count_parameters(module: nn.Module | None) -> int:
@@ -269,54 +313,3 @@ def count_parameters(module: nn.Module | None) -> int:
     8
     """
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
-
-
-def _n_encoder_parameters(
-    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
-) -> int:
-    # No numbers are needed, only shapes; masks of a flow are the exception, and no encoders.
-    with torch.device("meta"):
-        model = ImageVAE(image_shape, replace(parts, n_flow_steps=0), mixture, sizes)
-    return count_parameters(model.encoder) + count_parameters(model.lower_encoder)
-
-
-def big_iwae_sizes(
-    image_shape: tuple[int, int], parts: Parts, mixture: Mixture, sizes: Sizes
-) -> Sizes:
-    """Sizes whose encoder of one component has as many parameters as that of the mixture.
-
-    Widths are whole numbers, so the counts agree to within one unit of width.
-    """
-    target = _n_encoder_parameters(image_shape, parts, mixture, sizes)
-    low, high = 1.0, float(4 * mixture.n_components)
-    for _ in range(20):
-        middle = (low + high) / 2
-        wide = replace(sizes, encoder_width=middle)
-        few = _n_encoder_parameters(image_shape, parts, Mixture(), wide) < target
-        low, high = (middle, high) if few else (low, middle)
-    return replace(sizes, encoder_width=high)
-
-
-def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
-    """Make the model of a run, its weights drawn from the run's seed.
-
-    Examples
-    --------
-    >>> from mixscvi.images.configs import RunConfig
-    >>> model = build(RunConfig.of("vanilla", budget="smoke", n_components=4), (8, 8))
-    >>> model.encoder.trunk.layers[0]
-    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
-    """
-    mixture, sizes = config.mixture, config.sizes
-    if config.objective == "iwae":
-        sizes = big_iwae_sizes(image_shape, config.parts, mixture, sizes)
-        mixture = Mixture()
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return ImageVAE(
-            image_shape,
-            config.parts,
-            mixture,
-            sizes,
-            prior_has_own_encoder=config.ensemble,
-        )

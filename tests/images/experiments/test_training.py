@@ -3,13 +3,14 @@ import json
 import warnings
 from dataclasses import replace
 
+import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 
-from mixscvi.images import ImageData, Mixture, RunConfig, load_run, train
-from mixscvi.images.models import build
-from mixscvi.images.training import ImageTraining, _Recorder
+from mixscvi.images import ImageData, MixtureConfig, RunConfig, build, load_run, train
+from mixscvi.images.experiments.training import ImageTraining, _Recorder
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +18,16 @@ def data() -> ImageData:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 130)
     images = 0.1 + 0.8 * (np.arange(6)[:, None] < 3) * np.ones((6, 6))
-    grey = np.where(labels[:, None, None] == 1, images, 1 - images)
-    return ImageData.from_arrays(grey, labels, n_validation=20, n_test=10)
+    gray = np.where(labels[:, None, None] == 1, images, 1 - images)
+    return ImageData.from_arrays(gray, labels, n_validation=20, n_test=10)
 
 
 def config_of(preset="vanilla", n_components=3, *, max_epochs=4, **kwargs) -> RunConfig:
-    return RunConfig.of(
+    return RunConfig.from_preset(
         preset,
         budget="smoke",
         n_components=n_components,
-        protocol={"max_epochs": max_epochs, "warmup_epochs": min(2, max_epochs)},
+        training={"max_epochs": max_epochs, "warmup_epochs": min(2, max_epochs)},
         **kwargs,
     )
 
@@ -36,14 +37,14 @@ def weights(path):
 
 
 class Killed(RuntimeError):
-    """In the place of a kill."""
+    """Raised instead of a kill."""
 
 
 @pytest.mark.parametrize(
     ("preset", "kwargs"),
     [
         ("vanilla", {"estimator": "some_to_all", "n_sampled": 2}),
-        ("composite", {"component_encoder": "amortized"}),
+        ("composite", {"component_encoder": "shifted"}),
     ],
 )
 @pytest.mark.parametrize("when", ["on_train_epoch_start", "training_step", "on_train_epoch_end"])
@@ -81,7 +82,7 @@ def test_resumed_is_uninterrupted(tmp_path, data, monkeypatch, preset, kwargs, w
 
 def test_training_improves_and_is_logged(tmp_path, data):
     config = config_of(max_epochs=30)
-    config = replace(config, protocol=replace(config.protocol, learning_rate=1e-2))
+    config = replace(config, training=replace(config.training, learning_rate=1e-2))
     model = train(config, tmp_path, data=data)
     assert not model.training
     with open(tmp_path / "log.csv") as file:
@@ -98,8 +99,8 @@ def test_training_improves_and_is_logged(tmp_path, data):
 
 def test_early_stopping_counts_from_the_end_of_the_warm_up(tmp_path, data):
     config = config_of(max_epochs=50)
-    protocol = replace(config.protocol, learning_rate=0.0, patience=3, warmup_epochs=5)
-    train(replace(config, protocol=protocol), tmp_path, data=data)
+    training = replace(config.training, learning_rate=0.0, patience=3, warmup_epochs=5)
+    train(replace(config, training=training), tmp_path, data=data)
     # The bound of epoch 5 is the best; three epochs follow.
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 8
 
@@ -107,8 +108,8 @@ def test_early_stopping_counts_from_the_end_of_the_warm_up(tmp_path, data):
 def test_a_run_that_was_stopped_early_does_not_go_on(tmp_path, data):
     """Killed between its last epoch and its summary."""
     config = config_of(max_epochs=50)
-    protocol = replace(config.protocol, learning_rate=0.0, patience=3, warmup_epochs=5)
-    config = replace(config, protocol=protocol)
+    training = replace(config.training, learning_rate=0.0, patience=3, warmup_epochs=5)
+    config = replace(config, training=training)
     train(config, tmp_path, data=data)
     names = ("summary.json", "log.csv")
     whole = [(tmp_path / name).read_text() for name in names]
@@ -119,7 +120,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(tmp_path, data):
 
 def test_a_run_without_a_finite_bound_is_not_finished(tmp_path, data):
     config = config_of(max_epochs=1)
-    config = replace(config, protocol=replace(config.protocol, learning_rate=float("inf")))
+    config = replace(config, training=replace(config.training, learning_rate=float("inf")))
     with pytest.raises(FloatingPointError, match="never finite: lower the learning rate"):
         train(config, tmp_path, data=data)
     assert not (tmp_path / "summary.json").exists()
@@ -136,14 +137,14 @@ def test_the_kl_weight_rises_to_one_and_does_not_touch_the_validation(tmp_path, 
 
     monkeypatch.setattr(ImageTraining, "bound", bound)
     config = config_of(max_epochs=6)
-    train(replace(config, protocol=replace(config.protocol, warmup_epochs=4)), tmp_path, data=data)
+    train(replace(config, training=replace(config.training, warmup_epochs=4)), tmp_path, data=data)
     assert list(dict.fromkeys(beta for training, beta in seen if training)) == [0.25, 0.5, 0.75, 1]
     assert {beta for training, beta in seen if not training} == {1.0}
 
 
 def test_a_training_within_the_warm_up_is_warned_of(tmp_path, data):
     config = config_of(max_epochs=1)
-    config = replace(config, protocol=replace(config.protocol, warmup_epochs=4))
+    config = replace(config, training=replace(config.training, warmup_epochs=4))
     with pytest.warns(UserWarning, match="1 epochs ends within the warm-up.*4 epochs"):
         train(config, tmp_path, data=data)
     with warnings.catch_warnings():  # nor is one that is refused
@@ -226,7 +227,7 @@ def test_load_run_needs_a_finished_one(tmp_path):
 
 def test_vamp_prior_starts_at_training_images(tmp_path, data):
     config = config_of("vamp", max_epochs=1)
-    config = replace(config, protocol=replace(config.protocol, learning_rate=0.0))
+    config = replace(config, training=replace(config.training, learning_rate=0.0))
     pseudo = train(config, tmp_path, data=data).prior.pseudo_inputs()
     distance = (pseudo[:, None] - (0.05 + 0.9 * data.train[None])).abs().amax((-3, -2, -1))
     assert distance.amin(1).max() < 1e-5
@@ -268,7 +269,7 @@ def test_components_of_an_ensemble_do_not_learn_from_each_other(data):
 
 def test_iwae_control_has_one_wide_component(tmp_path, data):
     model = train(config_of(max_epochs=1, objective="iwae"), tmp_path, data=data)
-    assert model.mixture == Mixture()
+    assert model.mixture == MixtureConfig()
     assert model.sizes.encoder_width > 1
 
 
@@ -276,7 +277,7 @@ def test_iwae_control_has_one_wide_component(tmp_path, data):
     ("kwargs", "match"),
     [
         ({"objective": "iwae", "ensemble": True}, "two different controls"),
-        ({"ensemble": True, "component_encoder": "amortized"}, "separate"),
+        ({"ensemble": True, "component_encoder": "shifted"}, "separate"),
         ({"ensemble": True, "estimator": "some_to_all", "n_sampled": 1}, "some_to_all"),
         ({"n_sampled": 5, "estimator": "some_to_all"}, "n_sampled must be between"),
     ],
@@ -284,3 +285,20 @@ def test_iwae_control_has_one_wide_component(tmp_path, data):
 def test_configurations_that_make_no_sense(kwargs, match):
     with pytest.raises(ValueError, match=match):
         config_of(**kwargs)
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "cuda"), ("cpu", "cpu")])
+def test_training_is_told_the_device(tmp_path, data, monkeypatch, device, expected):
+    """The accelerator, which need not exist, unless another device is named."""
+    asked = []
+
+    class Trainer:
+        def __init__(self, *, accelerator, **kwargs):
+            asked.append(accelerator)
+            raise Killed
+
+    monkeypatch.setattr(lightning, "Trainer", Trainer)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    with pytest.raises(Killed):
+        train(config_of(), tmp_path, data=data, device=device)
+    assert asked == [expected]

@@ -1,7 +1,8 @@
 """Decoders p(x | z) of binary images.
 
-A decoder is called with the images and the draws, and gives their log-likelihood; a new one is
-one more class here, with :meth:`log_prob` and :meth:`sample`.
+A decoder evaluates the log-likelihood of images given draws of the latents. A new one is a class
+here with ``log_prob`` and ``sample``, and a name in
+:class:`~mixscvi.images.networks.configs.ModelConfig`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.images.networks import MaskedConv2d, gated_mlp
+from mixscvi.images.networks.configs import ModelConfig, Sizes
+from mixscvi.images.networks.layers import MaskedConv2d, gated_mlp
 
-__all__ = ["BernoulliDecoder", "PixelCNNDecoder"]
+__all__ = ["BernoulliDecoder", "PixelCNNDecoder", "make_decoder"]
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
@@ -57,19 +59,19 @@ class BernoulliDecoder(nn.Module):
         return _bernoulli_log_prob(self.logits(z), x.flatten(1))
 
     def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels' probabilities given `(N, n_latent)`, `(N, 1, height, width)`: no noise added."""
+        """Probabilities of the pixels, `(N, 1, height, width)`, given `(N, n_latent)`."""
         return self.logits(z).sigmoid().unflatten(-1, (1, *self.image_shape))
 
 
 class PixelCNNDecoder(nn.Module):
-    r"""Pixels in the order of reading, each given those before it and the latents.
+    r"""Pixels in raster order, each given those before it and the latents.
 
     .. math:: \log p(x \mid z) = \sum_i \log p(x_i \mid x_{<i}, z)
 
-    The first half of the masked layers sees the image alone: it runs once per image, and all
-    draws of all components share what it found. There the latents join, as feature maps of the
-    whole image, and the second half runs on every draw. Layers are residual; nothing normalises
-    across pixels or images. van den Oord et al. 2016.
+    The first half of the masked layers depends on the image alone: it runs once per image, for all
+    draws of all components. Then the latents are added, as feature maps of the whole image, and
+    the second half runs for every draw. Layers are residual, without any normalization across
+    pixels or images. van den Oord et al. 2016.
 
     Parameters
     ----------
@@ -130,8 +132,8 @@ class PixelCNNDecoder(nn.Module):
         -------
         `(L, B, S, height * width)`; the i-th depends on the pixels before i alone.
         """
-        # Channels are the last axis in memory: on a CPU, few of them are twice as fast so, and
-        # the linear maps over them are plain matrix products.
+        # Channels last in memory: with few channels this is twice as fast on a CPU, and linear
+        # maps over them are plain matrix products.
         image = self.first(x.to(memory_format=torch.channels_last))
         for layer in self.image_layers:
             image = image + layer(F.relu(image))
@@ -152,8 +154,24 @@ class PixelCNNDecoder(nn.Module):
         x = z.new_zeros(len(z), 1, height, width)
         for row in range(height):
             for column in range(width):
-                # Rows below the pixel's own would be computed for nothing, but the latents' maps
-                # have the whole image's size.
+                # Later rows are computed in vain, but the latents' feature maps have the size of
+                # the whole image.
                 logits = self.logits(x, z[None, :, None])[0, :, 0, row * width + column]
                 x[:, 0, row, column] = torch.bernoulli(logits.sigmoid(), generator=generator)
         return x
+
+
+def make_decoder(
+    image_shape: tuple[int, int], config: ModelConfig, sizes: Sizes
+) -> BernoulliDecoder | PixelCNNDecoder:
+    """Make the decoder, given the latents of all levels."""
+    n_latent = config.n_levels * sizes.n_latent
+    if config.decoder == "bernoulli":
+        return BernoulliDecoder(n_latent, image_shape, sizes.hidden)
+    return PixelCNNDecoder(
+        n_latent,
+        image_shape,
+        n_hidden=sizes.hidden[-1],
+        n_layers=sizes.pixelcnn_layers,
+        n_channels=sizes.pixelcnn_channels,
+    )

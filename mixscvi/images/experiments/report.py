@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from mixscvi.images.configs import PRESETS
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.runs import csv_text, finished_run_data, load_run, read_config
+from mixscvi.images.experiments.runs import (
+    finished_run_data,
+    load_run,
+    read_config,
+    resolve_device,
+)
+from mixscvi.images.networks.configs import PRESETS
 from mixscvi.system import write_beside
+from mixscvi.tables import markdown_table, mean_and_spread
 
 __all__ = [
     "curves",
-    "markdown_table",
     "picture_grid",
     "reconstruct",
     "sample",
@@ -32,7 +35,7 @@ __all__ = [
 
 
 def with_ending(path: Path, ending: str) -> Path:
-    """A path and an ending, whatever dots the path has.
+    """Append an ending to a path, whatever dots the path has.
 
     Examples
     --------
@@ -42,33 +45,24 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table.
-
-    Examples
-    --------
-    >>> print(markdown_table([{"A": 1, "NLL": 90.25}]), end="")
-    | A | NLL |
-    | --- | --- |
-    | 1 | 90.25 |
-    """
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows with numbers as numbers, even if they were read as text, in the order of PRESETS."""
+    frame = pd.DataFrame(rows)
+    frame["preset"] = pd.Categorical(frame["preset"], [*PRESETS], ordered=True)
+    numbers = ["components", "seed", *_MEANS, "nll"]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    return frame.sort_values(["preset", "components"], kind="stable")
 
 
-def _groups(
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["preset"], int(row["components"])].append(row)
-    return dict(sorted(groups.items(), key=lambda item: (_order(item[0][0]), item[0][1])))
-
-
-def _order(preset: str) -> int:
-    return [*PRESETS].index(preset)
+# Columns that a table averages: their headings and digits.
+_MEANS = {
+    "nll_iw_miselbo": ("NLL (papers' form)", 2),
+    "elbo": ("-ELBO", 2),
+    "jsd": ("JSD", 2),
+    "ess": ("ESS", 1),
+    "k_hat_median": ("k-hat", 2),
+    "active_units": ("active", 1),
+}
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,95 +71,74 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     The last column is the mean difference to one component at equal seeds, its standard deviation
     over seeds, and in how many of them it is negative.
     """
-    alone = {
-        (row["preset"], int(row["seed"])): float(row["nll"])
-        for row in rows
-        if int(row["components"]) == 1
-    }
+    frame = _frame(rows)
+    alone = frame[frame["components"] == 1].drop_duplicates(["preset", "seed"], keep="last")
+    frame = frame.merge(
+        alone[["preset", "seed", "nll"]], "left", on=["preset", "seed"], suffixes=("", "_alone")
+    )
     lines = []
-    for (preset, n_components), group in _groups(rows).items():
-        nll = [float(row["nll"]) for row in group]
-        gains = [
-            float(row["nll"]) - alone[preset, int(row["seed"])]
-            for row in group
-            if n_components > 1 and (preset, int(row["seed"])) in alone
-        ]
-        n_lower = sum(gain < 0 for gain in gains)
-
-        def mean(name: str, digits: int = 2, group: list = group) -> str:
-            return f"{statistics.fmean(float(row[name]) for row in group):.{digits}f}"
-
-        lines.append(
-            {
-                "preset": preset,
-                "A": n_components,
-                "seeds": len(group),
-                "NLL": f"{statistics.fmean(nll):.2f}{_spread(nll)}",
-                "NLL (paper form)": mean("nll_paper"),
-                "-ELBO": f"{-float(mean('elbo')):.2f}",
-                "JSD": mean("jsd"),
-                "ESS": mean("ess", 1),
-                "k-hat": mean("k_hat_median"),
-                "active": mean("active_units", 1),
-                "NLL against A = 1": (
-                    f"{statistics.fmean(gains):+.2f}{_spread(gains)}, "
-                    f"lower in {n_lower} of {len(gains)}"
-                    if gains
-                    else ""
-                ),
-            }
+    for (preset, n_components), group in frame.groupby(["preset", "components"], observed=True):
+        line = {
+            "preset": preset,
+            "A": n_components,
+            "seeds": len(group),
+            "NLL": mean_and_spread([*group["nll"]]),
+        }
+        for name, (heading, digits) in _MEANS.items():
+            mean = group[name].mean()
+            line[heading] = f"{-mean if name == 'elbo' else mean:.{digits}f}"
+        gains = (group["nll"] - group["nll_alone"]).dropna() if n_components > 1 else ()
+        line["NLL against A = 1"] = (
+            f"{mean_and_spread([*gains], signed=True)}, "
+            f"lower in {sum(gain < 0 for gain in gains)} of {len(gains)}"
+            if len(gains)
+            else ""
         )
+        lines.append(line)
     return markdown_table(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw NLL against the number of components, a panel per preset, every seed a dot."""
     from matplotlib.figure import Figure
 
-    groups = _groups(rows)
-    presets = list(dict.fromkeys(preset for preset, _ in groups))
-    figure = Figure(figsize=(2.4 * len(presets), 2.6), layout="constrained")
-    axes = figure.subplots(1, len(presets), squeeze=False)[0]
-    for axis, preset in zip(axes, presets, strict=True):
-        numbers = [n for name, n in groups if name == preset]
-        values = [[float(row["nll"]) for row in groups[preset, n]] for n in numbers]
-        for n, group in zip(numbers, values, strict=True):
-            axis.plot([n] * len(group), group, "o", color="0.6", markersize=4)
-        axis.plot(numbers, [statistics.fmean(group) for group in values], "o-", color="C0")
-        axis.set(title=preset, xlabel="components A", xticks=numbers)
+    frame = _frame(rows)
+    panels = list(frame.groupby("preset", observed=True))
+    figure = Figure(figsize=(2.4 * len(panels), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (preset, group) in zip(axes, panels, strict=True):
+        means = group.groupby("components")["nll"].mean()
+        axis.plot(group["components"], group["nll"], "o", color="0.6", markersize=4)
+        axis.plot(means, "o-", color="C0")
+        axis.set(title=preset, xlabel="components A", xticks=means.index)
     axes[0].set_ylabel("test NLL (nats)")
     write_beside(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
 
 
-def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, Any]]:
-    """Write the validation bounds of runs by epoch, finished or not, as CSV and figure.
+def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
+    """Write the validation bounds by epoch of runs, finished or not, as CSV and figure.
 
     Parameters
     ----------
     folders
         The runs.
     path
-        Where to write, without an ending.
+        Path to write to, without extension.
 
     Returns
     -------
-    One row per run and epoch, with the bound on training images, its KL term weighted as in that
-    epoch, and the bound on validation images, in nats.
+    One row per run and epoch, with the bound on training images, in which the KL term is weighted
+    as in that epoch, and the bound on validation images, in nats.
     """
     from matplotlib.figure import Figure
 
-    path, rows = Path(path), []
+    path, logs = Path(path), []
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers: dict[int, None] = {}
     for folder in map(Path, folders):
         config = read_config(folder)
-        with open(folder / "log.csv", newline="") as file:
-            log = list(csv.DictReader(file))
+        log = pd.read_csv(folder / "log.csv", float_precision="round_trip")
         n_components = config.mixture.n_components
         run = {
             "dataset": config.dataset,
@@ -175,26 +148,26 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> list[dict[str, An
             "component_encoder": config.mixture.component_encoder,
             "seed": config.seed,
         }
-        rows += [run | epoch for epoch in log]
+        logs.append(log.assign(**run)[[*run, *log]])
         axis.plot(
-            [int(epoch["epoch"]) + 1 for epoch in log],
-            [float(epoch["validation_bound"]) for epoch in log],
+            log["epoch"] + 1,
+            log["validation_bound"],
             color=f"C{n_components}",
             linewidth=1,
             label=None if n_components in numbers else f"A = {n_components}",
         )
         numbers[n_components] = None
-    # The first epochs, far below, would flatten what follows.
-    seen = [float(row["validation_bound"]) for row in rows]
+    table = pd.concat(logs)
+    # The first epochs are far below and would flatten the rest of the curves.
     axis.set(xlabel="epoch", ylabel="validation bound (nats)")
-    axis.set_ylim(float(np.quantile(seen, 0.1)), None)
+    axis.set_ylim(table["validation_bound"].quantile(0.1), None)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(with_ending(path, ".csv"), csv_text(rows))
+    write_beside(with_ending(path, ".csv"), table.to_csv(index=False, lineterminator="\n"))
     write_beside(
         with_ending(path, ".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
     )
-    return rows
+    return table
 
 
 def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> None:
@@ -220,7 +193,7 @@ def sample(
     *,
     n_images: int = 64,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Path:
     """Write a grid of images drawn from a run's model; a PixelCNN's are drawn pixel by pixel.
 
@@ -228,6 +201,7 @@ def sample(
     -------
     The picture, ``samples.png`` in the run's folder.
     """
+    device = resolve_device(device)
     path = Path(folder) / "samples.png"
     picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
     return path
@@ -241,14 +215,15 @@ def reconstruct(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Path:
-    """Write test images above their reconstructions, one row for each component.
+    """Write test images and, below, their reconstructions, one row for each component.
 
     Returns
     -------
     The picture, ``reconstructions.png`` in the run's folder.
     """
+    device = resolve_device(device)
     _, model = load_run(folder, device)
     x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from mixscvi.images import ImageData, RunConfig, train
-from mixscvi.images.probe import linear_accuracy, parameter_features, probe, sample_features
+from mixscvi.images.experiments.probe import (
+    linear_accuracy,
+    parameter_features,
+    probe,
+    sample_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -12,13 +17,13 @@ def data() -> ImageData:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 160)
     halves = np.arange(6)[None, :, None] < 3
-    grey = np.where(halves == labels[:, None, None].astype(bool), 0.9, 0.1) * np.ones((6, 6))
-    return ImageData.from_arrays(grey, labels, n_validation=20, n_test=40)
+    gray = np.where(halves == labels[:, None, None].astype(bool), 0.9, 0.1) * np.ones((6, 6))
+    return ImageData.from_arrays(gray, labels, n_validation=20, n_test=40)
 
 
 def run(folder, data, n_components, preset="vanilla"):
-    config = RunConfig.of(
-        preset, budget="smoke", n_components=n_components, protocol={"max_epochs": 1}
+    config = RunConfig.from_preset(
+        preset, budget="smoke", n_components=n_components, training={"max_epochs": 1}
     )
     return train(config, folder, data=data)
 
@@ -26,7 +31,7 @@ def run(folder, data, n_components, preset="vanilla"):
 @pytest.mark.parametrize("preset", ["vanilla", "hierarchical"])
 def test_features(tmp_path, data, preset):
     model = run(tmp_path, data, 3, preset)
-    n_latent = 3 * model.parts.n_levels
+    n_latent = 3 * model.config.n_levels
     features = parameter_features(model, data.test[:20])
     assert features.shape == (20, 2 * 3 * n_latent)
     loc, scale = model.component_parameters(data.test[4:5])
@@ -55,9 +60,9 @@ def test_probe_against_one_component(tmp_path, data):
 
 def test_probe_needs_labels(tmp_path, data):
     run(tmp_path, data, 1)
-    unlabelled = ImageData(data.name, data.train, data.validation, data.test)
+    unlabeled = ImageData(data.name, data.train, data.validation, data.test)
     with pytest.raises(ValueError, match="needs labels"):
-        probe(tmp_path, data=unlabelled)
+        probe(tmp_path, data=unlabeled)
 
 
 def test_chance_level():

@@ -7,13 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
-from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import csv_text, finished_run_data, load_run
+from mixscvi.images.experiments.runs import (
+    finished_run_data,
+    load_run,
+    resolve_device,
+    weights_hash,
+)
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -24,25 +30,32 @@ from mixscvi.mixture import (
     pareto_k,
     siwae,
     siwae_standard_error,
-    specialisation,
+    specialization,
 )
 from mixscvi.system import write_beside
 
 __all__ = ["evaluate", "image_statistics"]
 
-# Decoder rows (draws x images) at a time: bounds the memory, whatever is asked for.
+# Draws that the networks see at a time, of all images and components together.
 _ROWS = 1000
+# Draws kept until the statistics of their images are computed: three log-densities each.
+_DRAWS = 2**20
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
 
 
-def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
+def image_statistics(
+    draws: ImportanceDraws, *, computed_in: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Bounds and diagnostics of every image from draws of every component.
 
     Parameters
     ----------
     draws
         Log-densities, each `(L, B, A)`, with at least 25 draws per image.
+    computed_in
+        Type that the log-densities were computed in, if they were cast since: Pareto k-hat takes
+        log-weights for equal that differ by its rounding.
 
     Returns
     -------
@@ -53,7 +66,7 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
     >>> import torch
     >>> statistics = image_statistics(ImportanceDraws(*torch.randn(3, 10, 7, 4)))
     >>> list(statistics)
-    ['siwae', 'siwae_se', 'paper', 'miselbo', 'elbo', 'jsd', 'ess', 'k_hat']
+    ['siwae', 'siwae_se', 'iw_miselbo', 'miselbo', 'elbo', 'jsd', 'ess', 'k_hat']
     """
     log_weights = draws.log_weights
     rows = log_weights.transpose(0, 1).flatten(1)
@@ -61,17 +74,17 @@ def image_statistics(draws: ImportanceDraws) -> dict[str, Tensor]:
     return {
         "siwae": siwae(log_weights),
         "siwae_se": siwae_standard_error(log_weights) if len(log_weights) > 1 else unknown,
-        "paper": importance_weighted_miselbo(log_weights),
+        "iw_miselbo": importance_weighted_miselbo(log_weights),
         "miselbo": miselbo(log_weights),
         "elbo": component_elbo(draws.log_joint, draws.log_own).mean(-1),
-        "jsd": specialisation(draws.log_own, draws.log_mixture).mean(-1),
+        "jsd": specialization(draws.log_own, draws.log_mixture).mean(-1),
         "ess": effective_sample_size(rows),
-        "k_hat": pareto_k(rows),
+        "k_hat": pareto_k(rows, computed_in=computed_in),
     }
 
 
 class _State:
-    """What an evaluation has done so far, on file so that it can be continued."""
+    """The finished part of an evaluation, in a file, so that it can be continued."""
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path, self.key = path, key
@@ -89,24 +102,51 @@ class _State:
         write_beside(self.path, lambda path: torch.save(state, path))
 
 
+def _images_at_once(n_components: int, n_samples: int) -> int:
+    """Number of images whose draws stay within both bounds."""
+    most = min(_IMAGES, _ROWS // n_components, _DRAWS // (n_components * n_samples))
+    return max(1, most)
+
+
 def _evaluate_images(
     model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], state: _State
 ) -> dict[str, Tensor]:
     """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
     n_components = model.mixture.n_components
     size = max(1, _ROWS // (len(x) * n_components))
+    # Components beyond that number are drawn from one part after the other.
+    parts: tuple[Tensor | None, ...] = (None,)
+    if len(x) * n_components > _ROWS:
+        parts = torch.arange(n_components).split(max(1, _ROWS // len(x)))
+    blocks = [(start, part) for start in range(0, n_samples, size) for part in parts]
     prior = model.prior_distribution()
-    for block in range(len(state.blocks), math.ceil(n_samples / size)):
+    for block in range(len(state.blocks), len(blocks)):
+        start, part = blocks[block]
         generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
-        n_block = min(size, n_samples - block * size)
-        draws = model.importance_draws(x, n_block, prior=prior, generator=generator)
-        # Sums of some hundred terms: kept in double precision, they lose nothing further.
-        state.blocks.append(ImportanceDraws(*(part.cpu().double() for part in draws)))
+        draws = model.importance_draws(
+            x,
+            min(size, n_samples - start),
+            prior=prior,
+            components=part,
+            generator=generator,
+        )
+        # Sums of some hundred terms: in double precision they lose nothing more.
+        state.blocks.append(ImportanceDraws(*(values.cpu().double() for values in draws)))
         if (block + 1) % _SAVE_EVERY == 0:
             state.save()
-    merged = ImportanceDraws(*(torch.cat(parts) for parts in zip(*state.blocks, strict=True)))
+    merged = ImportanceDraws(
+        *(
+            torch.cat(
+                [
+                    torch.cat(values[i : i + len(parts)], -1)
+                    for i in range(0, len(blocks), len(parts))
+                ]
+            )
+            for values in zip(*state.blocks, strict=True)
+        )
+    )
     loc, _ = model.component_parameters(x)
-    return image_statistics(merged) | {"mean": loc.mean(1).cpu()}
+    return image_statistics(merged, computed_in=loc.dtype) | {"mean": loc.mean(1).cpu()}
 
 
 @torch.no_grad()
@@ -117,15 +157,18 @@ def evaluate(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the best model of a finished run on its test images.
 
-    Draws are streamed: the networks see a bounded number at a time, and what grows with `draws`
-    is three log-densities for each of them, of 50 images. An evaluation that was interrupted goes
-    on where it was, to the same result. It writes ``evaluation.json`` and ``evaluation.csv`` (one
-    row per image) into the run's folder.
+    Draws are streamed: the networks see 1000 at a time, however many components and draws there
+    are, with the log-densities of each under all components. Three log-densities of every draw are
+    kept for up to 50 images, or as few as keep them below 2**20 draws; beyond that, a single image
+    is evaluated at a time. An interrupted evaluation continues from the last block of draws that
+    was saved, to the same result; it starts anew if anything that the result depends on has
+    changed. It writes ``evaluation.json`` and ``evaluation.csv`` (one row per image) into the run's
+    folder.
 
     Parameters
     ----------
@@ -135,22 +178,23 @@ def evaluate(
         Importance samples per image, of all components together (rounded up to as many for
         each); the budget's number when ``None``.
     data
-        The user's own images, if the run was trained on such; or others, of the same size.
+        The images, if the run was trained on arrays; or other images of the same size.
     data_folder
-        Where the idx files are; they are fetched when ``None``.
+        Folder of the idx files; they are downloaded when ``None``.
     seed
         Seed of the draws.
     device
-        Where the model runs.
+        Where the model runs; on the accelerator, if there is one, when ``None``.
     progress
         Whether to show a progress bar.
 
     Returns
     -------
-    Averages over the test images, in nats: ``nll`` (SIWAE, consistent) and ``nll_paper``
-    (averaged over components outside of the logarithm), each with its standard error over images
-    (``_se``), and for ``nll`` that of the draws (``nll_monte_carlo_se``); ``miselbo``, ``elbo``
-    (mean over components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
+    Averages over the test images, in nats: ``nll`` (SIWAE, consistent) and ``nll_iw_miselbo``
+    (importance-weighted MISELBO, the papers' form, averaged over components outside the
+    logarithm), each with its standard error over images (``_se``), and for ``nll`` that of the
+    draws (``nll_monte_carlo_se``); ``miselbo`` (the average log-weight), ``elbo`` (mean over
+    components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
     of images), ``active_units`` and what was evaluated.
 
     Raises
@@ -164,9 +208,9 @@ def evaluate(
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
-    >>> config = images.RunConfig.of("flow", budget="smoke", n_components=4)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("flow", budget="smoke", n_components=4)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = images.train(config, folder, data=data)
     ...     result = images.evaluate(folder, data=data, draws=50)
@@ -174,33 +218,52 @@ def evaluate(
     (52, True)
     """
     folder = Path(folder)
+    device = resolve_device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     n_components = model.mixture.n_components
     n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
     if n_samples * n_components < 25:
         raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
-    images = data.fingerprint("test")
-    key = {"n_samples": n_samples, "seed": seed, "images": images, "rows": _ROWS}
+    images_at_once = _images_at_once(n_components, n_samples)
+    identity = {"weights": weights_hash(model), "images": data.fingerprint("test")}
+    key = identity | {
+        "n_samples": n_samples,
+        "seed": seed,
+        "rows": _ROWS,
+        "images_at_once": images_at_once,
+        "device": device.type,
+        "dtype": str(next(model.parameters()).dtype),
+        "torch": str(torch.__version__),
+    }
     state = _State(folder / "evaluation.partial.pt", key)
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
-        groups = data.test.to(device).split(_IMAGES)
+        groups = data.test.split(images_at_once)
         for group in range(len(state.done), len(groups)):
-            statistics = _evaluate_images(model, groups[group], n_samples, (seed, group), state)
+            statistics = _evaluate_images(
+                model, groups[group].to(device), n_samples, (seed, group), state
+            )
             state.done.append(statistics)
             state.blocks = []
             state.save()
             bar.update(len(groups[group]))
     names = list(state.done[0])
     images = {name: torch.cat([done[name] for done in state.done]) for name in names}
-    result = _averages(images) | {
-        "draws": n_samples * n_components,
-        "n_images": len(data.test),
-        "dataset": data.name,
-        "seed": seed,
-    }
-    write_beside(folder / "evaluation.csv", csv_text(_rows(images)))
+    result = (
+        _averages(images)
+        | identity
+        | {
+            "draws": n_samples * n_components,
+            "n_images": len(data.test),
+            "dataset": data.name,
+            "seed": seed,
+            "device": device.type,
+        }
+    )
+    columns = {name: values for name, values in images.items() if values.dim() == 1}
+    table = pd.DataFrame(columns).to_csv(index_label="image", na_rep="nan", lineterminator="\n")
+    write_beside(folder / "evaluation.csv", table)
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result
@@ -217,8 +280,8 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
         "nll": -float(images["siwae"].mean()),
         "nll_se": standard_error(images["siwae"]),
         "nll_monte_carlo_se": float(images["siwae_se"].square().sum().sqrt() / n),
-        "nll_paper": -float(images["paper"].mean()),
-        "nll_paper_se": standard_error(images["paper"]),
+        "nll_iw_miselbo": -float(images["iw_miselbo"].mean()),
+        "nll_iw_miselbo_se": standard_error(images["iw_miselbo"]),
         "miselbo": float(images["miselbo"].mean()),
         "elbo": float(images["elbo"].mean()),
         "jsd": float(images["jsd"].mean()),
@@ -227,9 +290,3 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
         "k_hat_above_0.7": float((k_hat > 0.7).double().mean()),
         "active_units": int(active_units(images["mean"]).sum()),
     }
-
-
-def _rows(images: dict[str, Tensor]) -> list[dict[str, Any]]:
-    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
-    columns = {"image": range(len(images["siwae"]))} | columns
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

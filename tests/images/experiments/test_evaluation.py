@@ -6,24 +6,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 
-from mixscvi.images import ImageData, RunConfig, evaluate, evaluation, load_run, runs, train
-from mixscvi.images.evaluation import image_statistics
+from mixscvi.images import ImageData, RunConfig, evaluate, load_run, train
+from mixscvi.images.experiments import evaluation, runs
+from mixscvi.images.experiments.evaluation import image_statistics
 from mixscvi.mixture import ImportanceDraws
+from tensor_sizes import LargestTensor
 
 
 @pytest.fixture(scope="module")
 def data() -> ImageData:
-    grey = np.random.default_rng(0).random((50, 3, 3))
-    return ImageData.from_arrays(grey, n_validation=10, n_test=12)
+    gray = np.random.default_rng(0).random((50, 3, 3))
+    return ImageData.from_arrays(gray, n_validation=10, n_test=12)
 
 
 def run(folder, data, preset="vanilla", n_components=2, **kwargs):
-    config = RunConfig.of(
+    config = RunConfig.from_preset(
         preset,
         budget="smoke",
         n_components=n_components,
-        protocol={"max_epochs": 1},
+        training={"max_epochs": 1},
         **kwargs,
     )
     train(config, folder, data=data)
@@ -49,9 +52,9 @@ def test_the_likelihood_is_one(tmp_path, preset):
     """On a 3 x 3 lattice the evaluated p(x) of all 512 images sum to 1."""
     pixels = np.array(list(itertools.product([0.0, 1.0], repeat=9))).reshape(512, 3, 3)
     data = ImageData.from_arrays(np.concatenate((pixels[:60], pixels)), n_validation=10, n_test=512)
-    config = RunConfig.of(preset, budget="smoke", n_components=2)
-    protocol = replace(config.protocol, max_epochs=1, n_test=None)
-    train(replace(config, protocol=protocol), tmp_path, data=data)
+    config = RunConfig.from_preset(preset, budget="smoke", n_components=2)
+    training = replace(config.training, max_epochs=1, n_test=None)
+    train(replace(config, training=training), tmp_path, data=data)
     result = evaluate(tmp_path, data=data, draws=200)
     with open(tmp_path / "evaluation.csv") as file:
         rows = list(csv.DictReader(file))
@@ -67,7 +70,7 @@ def test_what_it_writes_and_returns(tmp_path, data):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert result["draws"] == 52  # as many for each component
     assert result["n_images"] == 12
-    assert -result["nll"] > -result["nll_paper"] > result["miselbo"] > result["elbo"]
+    assert -result["nll"] > -result["nll_iw_miselbo"] > result["miselbo"] > result["elbo"]
     assert result["miselbo"] - result["elbo"] == pytest.approx(result["jsd"])
     assert 0 < result["nll_monte_carlo_se"] < result["nll_se"]
     assert 1 <= result["ess"] <= 52
@@ -102,7 +105,7 @@ def test_progress_of_a_continued_evaluation_starts_where_it_was(tmp_path, data, 
 
 def test_one_component_has_one_form_and_no_divergence(tmp_path, data):
     result = evaluate(run(tmp_path, data, n_components=1), data=data, draws=30)
-    assert result["nll"] == pytest.approx(result["nll_paper"])
+    assert result["nll"] == pytest.approx(result["nll_iw_miselbo"])
     assert result["jsd"] == pytest.approx(0)
 
 
@@ -184,7 +187,7 @@ def test_statistics_against_plain_formulas():
     statistics = image_statistics(ImportanceDraws(joint, own, mixture))
     weights = (joint - mixture).exp()
     torch.testing.assert_close(statistics["siwae"], weights.mean((0, 2)).log())
-    torch.testing.assert_close(statistics["paper"], weights.mean(0).log().mean(-1))
+    torch.testing.assert_close(statistics["iw_miselbo"], weights.mean(0).log().mean(-1))
     torch.testing.assert_close(statistics["elbo"], (joint - own).mean((0, 2)))
     torch.testing.assert_close(statistics["jsd"], (own - mixture).mean((0, 2)))
     ess = weights.sum((0, 2)) ** 2 / (weights**2).sum((0, 2))
@@ -199,3 +202,107 @@ def test_evaluation_is_in_evaluation_mode_and_leaves_the_run_alone(tmp_path, dat
     assert evaluate(tmp_path, data=data, draws=30) == first
     assert (tmp_path / "best.pt").read_bytes() == before
     assert not load_run(tmp_path)[1].training
+
+
+@pytest.mark.parametrize(("preset", "width"), [("vanilla", 3), ("composite", 2 * 10)])
+def test_memory_is_bounded_however_many_components(tmp_path, data, preset, width):
+    """A block of 1000 draws, their densities under all components, and nothing larger."""
+    n_components = 200
+    run(tmp_path, data, preset, n_components, component_encoder="shifted")
+    with LargestTensor() as record:
+        result = evaluate(tmp_path, data=data, draws=200)
+    assert (result["draws"], result["n_images"]) == (200, 12)
+    # Of a draw and a component: D differences, or the lower level's hidden units.
+    assert record.numel <= 1000 * n_components * width
+
+
+def test_up_to_twenty_components_are_evaluated_as_ever():
+    """Groups of 50 images: the draws of recorded evaluations depend on it."""
+    at_once = evaluation._images_at_once
+    assert at_once(1, 5000) == at_once(4, 1250) == at_once(20, 250) == 50
+    assert (at_once(200, 25), at_once(5000, 1)) == (5, 1)
+    assert at_once(4, 25_000) == 2**20 // 100_000
+    assert at_once(4, 10**9) == 1
+
+
+@pytest.mark.parametrize("estimator", ["all_to_all", "some_to_some"])
+def test_components_in_turn_are_all_of_them(tmp_path, data, monkeypatch, estimator):
+    """Fewer rows than components: the mixture is of all, and every component is drawn from."""
+    run(tmp_path, data, n_components=5, estimator=estimator)
+    whole = evaluate(tmp_path, data=data, draws=2000)
+    monkeypatch.setattr(evaluation, "_ROWS", 2)
+    monkeypatch.setattr(evaluation, "_SAVE_EVERY", 10**9)
+    drawn, original = [], evaluation.ImageVAE.importance_draws
+
+    def importance_draws(self, x, n_samples, *, components, **kwargs):
+        drawn.append((len(x), n_samples, components.tolist()))
+        return original(self, x, n_samples, components=components, **kwargs)
+
+    monkeypatch.setattr(evaluation.ImageVAE, "importance_draws", importance_draws)
+    one = replace(data, test=data.test[:1])
+    turns = evaluate(tmp_path, data=one, draws=2000)
+    assert turns["draws"] == 2000
+    assert drawn == [(1, 1, [0, 1]), (1, 1, [2, 3]), (1, 1, [4])] * 400
+    monkeypatch.undo()
+    whole = evaluate(tmp_path, data=one, draws=2000)
+    for name in ("nll", "elbo", "jsd"):
+        assert turns[name] == pytest.approx(whole[name], abs=0.2)
+    assert turns["nll"] == pytest.approx(whole["nll"], abs=6 * whole["nll_monte_carlo_se"])
+
+
+KEY = {
+    "weights",
+    "images",
+    "n_samples",
+    "seed",
+    "rows",
+    "images_at_once",
+    "device",
+    "dtype",
+    "torch",
+}
+
+
+@pytest.mark.parametrize("name", sorted(KEY))
+def test_what_the_result_depends_on_starts_it_anew(tmp_path, data, monkeypatch, name):
+    run(tmp_path, data)
+    expected = evaluate(tmp_path, data=data, draws=100)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    killed_at_first_save(tmp_path, data, monkeypatch)
+    monkeypatch.undo()
+    path = tmp_path / "evaluation.partial.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["key"].keys() == KEY
+    state["key"]["images_at_once"] = 50
+    state["key"][name] = "another"
+    torch.save(state, path)
+    assert evaluate(tmp_path, data=data, draws=100) == expected
+
+
+def test_other_weights_start_it_anew(tmp_path, data, monkeypatch):
+    """As when a run is trained again in the same folder."""
+    run(tmp_path, data)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    killed_at_first_save(tmp_path, data, monkeypatch)
+    weights = torch.load(tmp_path / "best.pt", weights_only=True)
+    torch.save({name: value + 0.1 for name, value in weights.items()}, tmp_path / "best.pt")
+    assert (tmp_path / "evaluation.partial.pt").exists()
+    continued = evaluate(tmp_path, data=data, draws=100)
+    assert continued == evaluate(tmp_path, data=data, draws=100)
+
+
+def test_it_runs_where_training_would(tmp_path, data, monkeypatch):
+    """On the accelerator, which need not exist, unless another device is named."""
+    run(tmp_path, data)
+    asked = []
+
+    def load_on(folder, device):
+        asked.append(torch.device(device).type)
+        return load_run(folder, "cpu")
+
+    monkeypatch.setattr(evaluation, "load_run", load_on)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        evaluate(tmp_path, data=data, draws=100)
+    evaluate(tmp_path, data=data, draws=100, device="cpu")
+    assert asked == ["cuda", "cpu"]

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixscvi.images.networks import ConvTrunk, DenseTrunk, MaskedConv2d, gate
+from mixscvi.images.networks import layers
+from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, MaskedConv2d, gate
+from tensor_sizes import LargestTensor
 
 
 @pytest.mark.parametrize("kind", ["A", "B"])
@@ -62,4 +64,22 @@ def test_conv_trunk_against_a_loop(image_shape):
 def test_some_components_are_those_of_all(trunk):
     x = torch.randn(2, 1, 4, 5)
     components = torch.tensor([3, 1])
-    torch.testing.assert_close(trunk(x, components), trunk(x)[:, components])
+    torch.testing.assert_close(trunk(x, components=components), trunk(x)[:, components])
+
+
+def test_images_in_parts_are_those_at_once(monkeypatch):
+    torch.manual_seed(0)
+    trunk = ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2))).double()
+    x = torch.rand(7, 1, 4, 5, dtype=torch.float64).requires_grad_()
+
+    def results() -> list[torch.Tensor]:
+        y = trunk(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), (x, *trunk.parameters()))]
+
+    whole = results()
+    bound = 2 * 4 * 6 * 4 * 5  # two images of four components with twice three channels
+    monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", bound)
+    torch.testing.assert_close(results(), whole)
+    with LargestTensor() as record:
+        trunk(x)
+    assert record.numel <= bound

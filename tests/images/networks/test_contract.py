@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from mixscvi.images.configs import Mixture, Parts, Sizes
-from mixscvi.images.models import ImageVAE
+from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo
 
 TINY = Sizes(
@@ -20,19 +20,19 @@ TINY = Sizes(
     pixelcnn_channels=3,
 )
 PARTS = [
-    Parts(*choices)
+    ModelConfig(*choices)
     for choices in itertools.product(
         ["dense", "conv"], [0, 2], [1, 2], ["normal", "mog", "vamp"], ["bernoulli", "pixelcnn"]
     )
 ]
 MIXTURES = [
-    Mixture(3, 3 if estimator == "all_to_all" else 2, estimator, component_encoder)
+    MixtureConfig(3, 3 if estimator == "all_to_all" else 2, estimator, component_encoder)
     for estimator in ("all_to_all", "some_to_all", "some_to_some")
-    for component_encoder in ("separate", "amortized")
+    for component_encoder in ("separate", "shifted")
 ]
 
 
-def name(parts: Parts) -> str:
+def name(parts: ModelConfig) -> str:
     return "-".join(str(choice) for choice in vars(parts).values())
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from mixscvi.images import RunConfig
-from mixscvi.images.report import curves, picture_grid, sweep_figure, sweep_table
+from mixscvi.images.experiments.report import curves, picture_grid, sweep_figure, sweep_table
 
 
 def row(preset: str, components: int, seed: int, nll: float) -> dict:
-    names = ("nll_paper", "elbo", "jsd", "ess", "k_hat_median", "active_units")
+    names = ("nll_iw_miselbo", "elbo", "jsd", "ess", "k_hat_median", "active_units")
     return dict.fromkeys(names, 1.0) | {
         "preset": preset,
         "components": components,
@@ -54,20 +54,22 @@ def test_curves(tmp_path):
     for n_components in (1, 4):
         folder = tmp_path / f"A{n_components}"
         folder.mkdir()
-        config = RunConfig.of("vanilla", budget="smoke", n_components=n_components, seed=3)
+        config = RunConfig.from_preset("vanilla", budget="smoke", n_components=n_components, seed=3)
         (folder / "config.json").write_text(config.to_json())
         log = f"epoch,train_bound,validation_bound\n0,-9.0,-8.0\n1,-7.0,-{n_components}.5\n"
         (folder / "log.csv").write_text(log)
         folders.append(folder)
     rows = curves(folders, tmp_path / "results" / "curves")
-    assert [(row["components"], row["validation_bound"]) for row in rows] == [
-        (1, "-8.0"),
-        (1, "-1.5"),
-        (4, "-8.0"),
-        (4, "-4.5"),
+    assert rows[["components", "validation_bound"]].to_numpy().tolist() == [
+        [1, -8.0],
+        [1, -1.5],
+        [4, -8.0],
+        [4, -4.5],
     ]
     with open(tmp_path / "results" / "curves.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in row.items()} for row in rows]
+        written = list(csv.DictReader(file))
+    assert written == [{k: str(v) for k, v in row.items()} for row in rows.to_dict("records")]
+    assert [*rows][-3:] == ["epoch", "train_bound", "validation_bound"]
     assert matplotlib.image.imread(tmp_path / "results" / "curves.png").std() > 0
 
 

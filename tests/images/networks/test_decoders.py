@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from mixscvi.images.decoders import BernoulliDecoder, PixelCNNDecoder
+from mixscvi.images.networks.configs import ModelConfig, Sizes
+from mixscvi.images.networks.decoders import BernoulliDecoder, PixelCNNDecoder, make_decoder
 
 
 def decoder_of(kind: str, image_shape: tuple[int, int], n_layers: int = 4):
@@ -70,3 +71,15 @@ def test_samples_have_the_probabilities_of_the_likelihood():
     index = (drawn.flatten(1) @ torch.tensor([8.0, 4, 2, 1]).double()).long()
     frequency = torch.bincount(index, minlength=16) / len(index)
     torch.testing.assert_close(frequency.double(), expected.flatten(), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("n_levels", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bernoulli", BernoulliDecoder), ("pixelcnn", PixelCNNDecoder)]
+)
+def test_the_decoder_that_is_named_takes_all_levels(name, kind, n_levels):
+    sizes = Sizes(n_latent=3, hidden=(5, 4), pixelcnn_layers=2, pixelcnn_channels=6)
+    decoder = make_decoder((4, 3), ModelConfig(decoder=name, n_levels=n_levels), sizes)
+    assert type(decoder) is kind
+    x, z = torch.zeros(2, 1, 4, 3), torch.zeros(1, 2, 1, 3 * n_levels)
+    assert decoder.log_prob(x, z).shape == (1, 2, 1)

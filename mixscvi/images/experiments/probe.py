@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixscvi.images.datasets import ImageData, binarise, epoch_seed
-from mixscvi.images.models import ImageVAE
-from mixscvi.images.runs import finished_run_data, load_run
+from mixscvi.images.datasets import ImageData, binarize, epoch_seed
+from mixscvi.images.experiments.runs import finished_run_data, load_run, resolve_device
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.system import write_beside
 
 __all__ = ["linear_accuracy", "parameter_features", "probe", "sample_features"]
@@ -47,7 +47,7 @@ def sample_features(
 def linear_accuracy(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Test accuracy of a linear support vector machine (C = 0.025) on standardised features.
+    """Test accuracy of a linear support vector machine (C = 0.025) on standardized features.
 
     Examples
     --------
@@ -73,24 +73,26 @@ def probe(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Classify the labels linearly from a run's latents; train on train, test on test images.
+    """Classify the labels linearly from a run's latents.
+
+    The classifier is fitted on the training images and scored on the test images.
 
     Parameters
     ----------
     folder
-        The run. Its features are the means and variances of its `A` components, ahead of a flow
-        if there is one; samples are behind it.
+        The run. Its features are the means and variances of its `A` components, before the flow
+        if there is one; samples are taken after it.
     against
         A run with one component, of which `2 A` posterior samples are as many features. Without
         it, `2` samples of each of the run's own components are.
     data, data_folder
-        As in :func:`~mixscvi.images.evaluation.evaluate`.
+        As in :func:`~mixscvi.images.experiments.evaluation.evaluate`.
     seed
         Seed of the samples.
     device
-        Where the model runs.
+        Where the model runs; on the accelerator, if there is one, when ``None``.
 
     Returns
     -------
@@ -107,9 +109,9 @@ def probe(
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
     >>> labels = np.arange(90) % 2
-    >>> grey = np.random.default_rng(0).random((90, 6, 6)) * labels[:, None, None]
-    >>> data = images.ImageData.from_arrays(grey, labels, n_validation=20, n_test=20)
-    >>> config = images.RunConfig.of("vanilla", budget="smoke", n_components=2)
+    >>> gray = np.random.default_rng(0).random((90, 6, 6)) * labels[:, None, None]
+    >>> data = images.ImageData.from_arrays(gray, labels, n_validation=20, n_test=20)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke", n_components=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = images.train(config, folder, data=data)
     ...     result = probe(folder, data=data)
@@ -117,6 +119,7 @@ def probe(
     {'parameters': 12, 'samples': 12}
     """
     folder = Path(folder)
+    device = resolve_device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)
     if data.labels is None:
@@ -135,9 +138,9 @@ def probe(
                 f"{other.mixture.n_components}"
             )
         n_samples = 2 * model.mixture.n_components
-    # Grey levels are binarised with a seed: the encoders know binary images only.
+    # The encoders were trained on binary images.
     generator = torch.Generator().manual_seed(epoch_seed(seed, 0, "probe images"))
-    train_images = binarise(data.train, generator)
+    train_images = binarize(data.train, generator)
     accuracies, n_features = {}, {}
     for name, features in {
         "parameters": lambda images: parameter_features(model, images),

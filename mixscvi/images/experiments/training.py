@@ -1,8 +1,9 @@
 """How a run is trained and resumed.
 
-All randomness of an epoch comes from generators seeded by the run's seed and the epoch's number,
-so a checkpoint at an epoch's end holds the state of every generator in two integers, and a
-resumed run takes the very steps that an uninterrupted one does.
+All random numbers of an epoch come from generators seeded with the run's seed and the epoch's
+number. A checkpoint at the end of an epoch therefore needs no generator states, and a resumed run
+takes exactly the steps of an uninterrupted one. For this, and to write every file atomically,
+logging and checkpoints are a callback of our own and not Lightning's.
 """
 
 from __future__ import annotations
@@ -19,18 +20,27 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.images.configs import Mixture, RunConfig
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
-from mixscvi.images.models import ImageVAE, build
-from mixscvi.images.runs import csv_text, load_run, parameter_counts, prepare, run_data
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.runs import (
+    build,
+    load_run,
+    parameter_counts,
+    prepare,
+    resolve_device,
+    run_data,
+)
+from mixscvi.images.networks.configs import MixtureConfig
+from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
 from mixscvi.system import write_beside
+from mixscvi.tables import csv_text
 
 __all__ = ["ImageTraining", "train"]
 
 
 class ImageTraining(lightning.LightningModule):
-    """The training of one model by MISELBO, or by one of the two controls' objectives.
+    """Training of one model by MISELBO, or by the objective of one of the two controls.
 
     Parameters
     ----------
@@ -45,23 +55,23 @@ class ImageTraining(lightning.LightningModule):
     def __init__(self, model: ImageVAE, config: RunConfig, data: ImageData) -> None:
         super().__init__()
         self.model, self.config = model, config
-        batch_size = config.protocol.batch_size
+        batch_size = config.training.batch_size
         self.batches = ImageBatches(data.train, batch_size, config.seed)
         self.validation_batches = ImageBatches(data.validation, batch_size)
         self.train_bound: list[Tensor] = []
 
     def train_dataloader(self) -> ImageBatches:
-        """Minibatches to train on, binarised anew in each epoch."""
+        """Training minibatches, binarized again in each epoch."""
         return self.batches
 
     def val_dataloader(self) -> ImageBatches:
-        """Minibatches to validate on."""
+        """Validation minibatches."""
         return self.validation_batches
 
     @property
     def beta(self) -> float:
         """Weight of the KL term in this epoch."""
-        return min(1.0, (self.current_epoch + 1) / max(1, self.config.protocol.warmup_epochs))
+        return min(1.0, (self.current_epoch + 1) / max(1, self.config.training.warmup_epochs))
 
     def bound(
         self,
@@ -82,7 +92,7 @@ class ImageTraining(lightning.LightningModule):
         return torch.Generator(device).manual_seed(seed)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's random streams."""
+        """Seed the generators of the epoch."""
         self.batches.epoch = self.current_epoch
         self.noise = self._generator("noise", self.device)
         self.choice = self._generator("choice", "cpu")
@@ -97,7 +107,7 @@ class ImageTraining(lightning.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the noise of the validation: the same in every epoch, to compare like with like."""
+        """Seed the noise of the validation: the same in every epoch, so that bounds compare."""
         self.noise_validation = torch.Generator(self.device).manual_seed(self.config.seed)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -106,13 +116,13 @@ class ImageTraining(lightning.LightningModule):
         self.log("validation_bound", bound.mean(), batch_size=len(batch), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on whatever is not frozen."""
+        """Adam on all parameters that are not frozen."""
         learned = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.Adam(learned, lr=self.config.protocol.learning_rate, fused=True)
+        return torch.optim.Adam(learned, lr=self.config.training.learning_rate, fused=True)
 
 
 class _Recorder(Callback):
-    """Log, best weights and checkpoint at the end of every epoch, in this order."""
+    """Writes log, best weights and checkpoint, in this order, at the end of every epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -130,7 +140,7 @@ class _Recorder(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        # A run that had been stopped early when it was killed is not to go on.
+        # A run that was interrupted after it had stopped early must not continue.
         trainer.should_stop = self.stopped
 
     def on_train_epoch_end(
@@ -154,7 +164,7 @@ class _Recorder(Callback):
 
 
 class _Patience(EarlyStopping):
-    """Early stopping that begins to count when the KL's weight has reached 1."""
+    """Early stopping that starts to count when the weight of the KL term has reached 1."""
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -163,18 +173,20 @@ class _Patience(EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
 
-def _trained_alone(config: RunConfig, folder: Path, data: ImageData, *, progress: bool) -> ImageVAE:
-    """The model of one component, trained as usual, whose decoder the ensemble is to share."""
+def _trained_alone(
+    config: RunConfig, folder: Path, data: ImageData, device: torch.device, *, progress: bool
+) -> ImageVAE:
+    """The model of one component whose decoder the ensemble shares."""
     if (folder / "summary.json").exists():
         return load_run(folder)[1]
-    alone = replace(config, ensemble=False, mixture=Mixture())
-    return train(alone, folder, data=data, resume=True, progress=progress)
+    alone = replace(config, ensemble=False, mixture=MixtureConfig())
+    return train(alone, folder, data=data, resume=True, device=device, progress=progress)
 
 
 def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
-    """Take over all but the posterior's encoders from a trained model, and freeze it.
+    """Copy all but the posterior's encoders from a trained model, and freeze the copies.
 
-    The flow is frozen too: learned, it would let the components learn from each other.
+    The flow is frozen as well: components that learn a common flow learn from each other.
     """
     for name in ("decoder", "prior", "lower_prior", "flows"):
         if (part := getattr(model, name)) is not None:
@@ -192,6 +204,7 @@ def train(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     resume: bool = False,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> ImageVAE:
     """Train a model and record the run.
@@ -201,19 +214,21 @@ def train(
     config
         The run.
     folder
-        Where to record it. A finished run is never overwritten.
+        Folder to record it in. A finished run is never overwritten.
     data
-        Images of the user's own; ``config.dataset`` is loaded when ``None``.
+        The images; ``config.dataset`` is loaded when ``None``.
     data_folder
-        Where its idx files are; they are fetched when ``None``.
+        Folder of its idx files; they are downloaded when ``None``.
     resume
-        Whether to go on where an interrupted run was at the end of its last epoch.
+        Whether to continue an interrupted run from the end of its last finished epoch.
+    device
+        Where to train: cpu, cuda, mps; on the accelerator, if there is one, when ``None``.
     progress
         Whether to show a progress bar.
 
     Returns
     -------
-    The model with the best validation bound, in evaluation mode.
+    The model with the best validation bound, in evaluation mode, on the CPU.
 
     Raises
     ------
@@ -226,48 +241,50 @@ def train(
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
-    >>> config = images.RunConfig.of("vanilla", budget="smoke", n_components=2)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke", n_components=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     model = images.train(config, folder, data=data)
     ...     result = images.evaluate(folder, data=data, draws=40)
-    >>> sorted(result)[:4]
-    ['active_units', 'dataset', 'draws', 'elbo']
+    >>> model.mixture.n_components, result["draws"]
+    (2, 40)
     """
     folder = Path(folder)
-    protocol = config.protocol
+    training = config.training
+    device = resolve_device(device)
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
-    # An ensemble leaves it to the run that its decoder is from.
-    if not config.ensemble and protocol.max_epochs < protocol.warmup_epochs:
+    # For an ensemble, the run of its decoder warns.
+    if not config.ensemble and training.max_epochs < training.warmup_epochs:
         warnings.warn(
-            f"training for {protocol.max_epochs} epochs ends within the warm-up of the KL term, "
-            f"{protocol.warmup_epochs} epochs: its weight does not reach 1",
+            f"training for {training.max_epochs} epochs ends within the warm-up of the KL term, "
+            f"{training.warmup_epochs} epochs: its weight does not reach 1",
             stacklevel=2,
         )
     model = build(config, data.image_shape)
-    if config.parts.prior == "vamp":
+    if config.model.prior == "vamp":
         generator = torch.Generator().manual_seed(config.seed)
         size = (config.sizes.n_prior_components,)
         rows = torch.randint(len(data.train), size, generator=generator)
         model.prior.pseudo_inputs.start_from(data.train[rows])
     if config.ensemble:
-        alone = _trained_alone(config, folder / "alone", data, progress=progress)
+        alone = _trained_alone(config, folder / "alone", data, device, progress=progress)
         _freeze_generative_half(model, alone)
     recorder = _Recorder(folder)
     with warnings.catch_warnings():
-        # A run on a few minibatches is no mistake, nor is one on the CPU.
+        # A run on a few minibatches is not a mistake, nor is one on the CPU.
         warnings.filterwarnings("ignore", message=".*(number of training batches|not used).*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(
-            max_epochs=protocol.max_epochs,
-            devices=1,
+            max_epochs=training.max_epochs,
+            accelerator=device.type,
+            devices=1 if device.index is None or device.type == "cpu" else [device.index],
             callbacks=[
                 _Patience(
                     "validation_bound",
                     mode="max",
-                    patience=protocol.patience,
+                    patience=training.patience,
                     check_on_train_epoch_end=False,
                 ),
                 recorder,
@@ -285,7 +302,7 @@ def train(
     if not math.isfinite(recorder.best):
         raise FloatingPointError(
             f"the validation bound of {folder} was never finite: lower the learning rate "
-            f"(now {protocol.learning_rate})"
+            f"(now {training.learning_rate})"
         )
     summary = {
         "epochs": len(recorder.rows),

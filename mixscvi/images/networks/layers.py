@@ -1,6 +1,6 @@
-"""Gated and masked layers, the bricks of encoders and decoders.
+"""Gated and masked layers of encoders and decoders.
 
-None of them mixes statistics across images or pixels: a likelihood must be one.
+None of them uses statistics across images or pixels, so that p(x | z) is a normalized density.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
 
 __all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
+
+# Hidden units of a convolution that are held at once: 512 MiB in single precision, more than four
+# components need at the papers' sizes.
+_ELEMENTS_AT_ONCE = 2**27
 
 
 def gate(h: Tensor) -> Tensor:
@@ -72,12 +77,14 @@ class DenseTrunk(nn.Module):
         widths = [image_shape[0] * image_shape[1], *hidden]
         self.layers = nn.ModuleList()
         for n_in, n_out in zip(widths, hidden, strict=False):
-            # Often enough, few of an image's pixels are on.
+            # In most images, few pixels are on.
             layer = StackedLinear if self.layers else StackedSparseLinear
             self.layers.append(layer(n_components, n_in, 2 * n_out))
         self.n_hidden = hidden[-1]
 
-    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, covariates: None = None, components: Tensor | None = None
+    ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
         h = self.layers[0](x.flatten(1), components)
         for layer in self.layers[1:]:
@@ -93,7 +100,9 @@ def _check_odd(kernel_size: int) -> None:
 class ConvTrunk(nn.Module):
     """`A` gated convolutional networks on one image, up to the last pre-activations.
 
-    Each layer is one convolution, grouped by component from the second on.
+    Each layer is one convolution, grouped by component from the second on. Past a fixed number of
+    hidden units, images are taken in parts, whose hidden units are computed again in the backward
+    pass.
 
     Parameters
     ----------
@@ -120,6 +129,7 @@ class ConvTrunk(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
+        self.n_units = 0  # of a component's widest layer
         n_in, (height, width) = 1, image_shape
         for channels, kernel_size, stride in layers:
             _check_odd(kernel_size)
@@ -135,23 +145,39 @@ class ConvTrunk(nn.Module):
             )
             n_in = channels
             height, width = -(-height // stride), -(-width // stride)
+            self.n_units = max(self.n_units, 2 * channels * height * width)
         self.n_hidden = n_in * height * width
 
-    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, covariates: None = None, components: Tensor | None = None
+    ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+        n_components = self.layers[0].n_components if components is None else len(components)
+        n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_components * self.n_units))
+        if len(x) <= n_at_once:
+            return self._forward(x, components)
+        parts = [
+            checkpoint(
+                self._forward, part, components, use_reentrant=False, preserve_rng_state=False
+            )
+            for part in x.split(n_at_once)
+        ]
+        return torch.cat(parts)
+
+    def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
         # Grouped convolutions are up to twice as fast with the channels last in memory.
         h = self.layers[0](x.to(memory_format=torch.channels_last), components)
         for layer in self.layers[1:]:
-            # So is the gate, if the axis that it halves is the last one in memory.
+            # The gate is faster, too, if the axis that it halves is the last one in memory.
             h = layer(gate(h.permute(0, 3, 4, 1, 2)).permute(0, 3, 4, 1, 2), components)
         return h.flatten(2)
 
 
 class MaskedConv2d(nn.Module):
-    """Convolution that sees no pixel after its own, in the order of reading.
+    """Convolution in which a pixel does not depend on later ones, in raster order.
 
-    The rows of the kernel below its centre are masked whole, so they are neither stored nor
-    multiplied: a 3 x 3 kernel costs what one of 2 x 3 does.
+    The rows of the kernel below its center would be masked entirely, so they are neither stored
+    nor multiplied: a 3 x 3 kernel costs as much as one of 2 x 3.
 
     Parameters
     ----------
@@ -160,7 +186,7 @@ class MaskedConv2d(nn.Module):
     kernel_size
         Odd height and width of the whole kernel.
     kind
-        ``"A"`` hides the centre too, as the first layer must; ``"B"`` shows it.
+        ``"A"`` masks the center, as the first layer must; ``"B"`` does not.
 
     References
     ----------
@@ -195,6 +221,6 @@ class MaskedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in_channels, height, width)` to `(..., out_channels, height, width)`."""
-        # Padding both sides and dropping the surplus rows spares a padded copy of the input.
+        # Padding both sides and dropping the surplus rows avoids a padded copy of the input.
         y = F.conv2d(x, self.weight * self.mask, self.bias, padding=self.reach)
         return y.narrow(-2, 0, x.shape[-2])

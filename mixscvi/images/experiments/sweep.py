@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 
-from mixscvi.images.configs import RunConfig
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.evaluation import evaluate
-from mixscvi.images.report import sweep_figure, sweep_table, with_ending
-from mixscvi.images.runs import csv_text, read_config, read_summary
-from mixscvi.images.training import train
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.evaluation import evaluate
+from mixscvi.images.experiments.report import sweep_figure, sweep_table, with_ending
+from mixscvi.images.experiments.runs import (
+    load_run,
+    read_config,
+    read_summary,
+    resolve_device,
+    run_data,
+    weights_hash,
+)
+from mixscvi.images.experiments.training import train
 from mixscvi.system import write_beside
+from mixscvi.tables import run_missing
 
 __all__ = ["run_once", "sweep"]
 
@@ -26,7 +34,7 @@ _RESULTS = (
     "nll",
     "nll_se",
     "nll_monte_carlo_se",
-    "nll_paper",
+    "nll_iw_miselbo",
     "miselbo",
     "elbo",
     "jsd",
@@ -42,14 +50,14 @@ _RESULTS = (
 def _configs(
     presets: Sequence[str], components: Sequence[int], seeds: int, **kwargs: Any
 ) -> list[RunConfig]:
-    # Seeds outermost: an interrupted sweep has all presets once before any of them twice.
+    # Seeds outermost: an interrupted sweep has every preset once before any of them twice.
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     for name, values in (("presets", presets), ("components", components)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be some different ones, got {[*values]}")
+            raise ValueError(f"{name} must be one or more different values, got {[*values]}")
     return [
-        RunConfig.of(preset, n_components=n_components, seed=seed, **kwargs)
+        RunConfig.from_preset(preset, n_components=n_components, seed=seed, **kwargs)
         for seed, preset, n_components in itertools.product(range(seeds), presets, components)
     ]
 
@@ -66,11 +74,12 @@ def sweep(
     data_folder: str | Path | None = None,
     progress: Callable[[str], object] | None = None,
     command: str | None = None,
+    device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
-    """Train and evaluate every combination; what is done is not done again.
+    """Train and evaluate every combination; runs that are finished are read, not run again.
 
-    After each run, the table of all that are done is written anew, as CSV, Markdown and figure.
+    After each run, the table of all that are finished is written, as CSV, Markdown and figure.
 
     Parameters
     ----------
@@ -85,13 +94,16 @@ def sweep(
     draws
         Importance samples per test image; the budget's number when ``None``.
     data, data_folder
-        As in :func:`~mixscvi.images.training.train`.
+        As in :func:`~mixscvi.images.experiments.training.train`.
     progress
         Called with a line of text after each run.
     command
-        What made the results, to stand below their table.
+        The command that made the results, written below their table.
+    device
+        Where to train and evaluate; on the accelerator, if there is one, when ``None``.
     **kwargs
-        Passed to :meth:`~mixscvi.images.configs.RunConfig.of`: ``budget``, ``dataset``, ...
+        Passed to :meth:`~mixscvi.images.experiments.configs.RunConfig.from_preset`: ``budget``,
+        ``dataset``, ...
 
     Returns
     -------
@@ -100,14 +112,14 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds runs of another configuration.
+        If the folder holds runs of other configurations.
 
     Examples
     --------
     >>> import numpy as np, tempfile
     >>> from mixscvi import images
-    >>> grey = np.random.default_rng(0).random((80, 6, 6))
-    >>> data = images.ImageData.from_arrays(grey, n_validation=20, n_test=10)
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     rows = sweep(
     ...         folder, presets=["vanilla"], components=[1, 2], seeds=1, data=data, budget="smoke"
@@ -117,27 +129,36 @@ def sweep(
     """
     folder = Path(folder)
     results = folder / "sweep" if results is None else Path(results)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for config in _configs(presets, components, seeds, **kwargs):
-        if data is None:  # whole: presets differ in how many images they take
-            data = load(config.dataset, data_folder)
-        name = f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}"
-        row = run_once(config, folder / name, data, draws=draws)
-        rows.append(row)
-        write_beside(with_ending(results, ".csv"), csv_text(rows))
+    configs = {
+        f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}": config
+        for config in _configs(presets, components, seeds, **kwargs)
+    }
+    if data is None:  # whole: presets differ in how many images they take
+        data = load(next(iter(configs.values())).dataset, data_folder)
+
+    def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
+        return run_once(config, folder / name, data, draws=draws, device=device)
+
+    def report(name: str, rows: list[dict[str, Any]]) -> None:
         note = "" if command is None else f"\n`{command}`\n"
         write_beside(with_ending(results, ".md"), sweep_table(rows) + note)
         sweep_figure(rows, with_ending(results, ".png"))
         if progress is not None:
-            progress(f"{config.dataset} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
-    return rows
+            row = rows[-1]
+            progress(f"{row['dataset']} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
+
+    return run_missing(configs, run, with_ending(results, ".csv"), device=device, report=report)
 
 
 def run_once(
-    config: RunConfig, folder: str | Path, data: ImageData, *, draws: int | None = None
+    config: RunConfig,
+    folder: str | Path,
+    data: ImageData,
+    *,
+    draws: int | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate one run, as far as that is not done yet.
+    """Train and evaluate one run, unless it is finished already.
 
     Parameters
     ----------
@@ -146,13 +167,15 @@ def run_once(
     folder
         Where it is recorded.
     data
-        The images, of which the run takes as many as its protocol says.
+        The images, of which the run takes as many as its configuration says.
     draws
         Importance samples per test image; the budget's number when ``None``.
+    device
+        Where to train and evaluate; on the accelerator, if there is one, when ``None``.
 
     Returns
     -------
-    What identifies the run, its averages over the test images and its cost; ``seconds`` is
+    Columns that identify the run, averages over the test images and cost; ``seconds`` is
     ``None`` if it took more than one call.
 
     Raises
@@ -165,16 +188,17 @@ def run_once(
     untouched = not (folder / "config.json").exists()
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
-        train(config, folder, data=data, resume=True)
+        train(config, folder, data=data, resume=True, device=device)
     elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
-    if not _is_evaluated(folder, config, draws):
-        evaluate(folder, data=data, draws=draws)
+    if not _is_evaluated(folder, config, data, draws):
+        evaluate(folder, data=data, draws=draws, device=device)
     if not cost_file.exists():
-        # The time of a run that went on in a second process is known to nobody.
+        # The time of a run that was continued in a second process is unknown.
         seconds = round(time.perf_counter() - started, 3) if untouched else None
         cost = {
             "seconds": seconds,
+            "device": str(resolve_device(device)),
             "threads": torch.get_num_threads(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
@@ -199,11 +223,18 @@ def run_once(
     }
 
 
-def _is_evaluated(folder: Path, config: RunConfig, draws: int | None) -> bool:
-    """Whether there is an evaluation with as many draws, up to rounding, from seed 0."""
+def _is_evaluated(folder: Path, config: RunConfig, data: ImageData, draws: int | None) -> bool:
+    """Whether these weights were evaluated on these images, with as many draws, from seed 0."""
     path = folder / "evaluation.json"
     if not path.exists():
         return False
     result = json.loads(path.read_text())
     wanted = config.draws if draws is None else draws
-    return result["seed"] == 0 and 0 <= result["draws"] - wanted < config.mixture.n_components
+    identity = {
+        "seed": 0,
+        "weights": weights_hash(load_run(folder)[1]),
+        "images": run_data(config, data).fingerprint("test"),
+    }
+    return identity.items() <= result.items() and (
+        0 <= result["draws"] - wanted < config.mixture.n_components
+    )

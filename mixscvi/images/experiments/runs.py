@@ -1,0 +1,217 @@
+"""The folder of a run: what it holds, and how it is read.
+
+A run is a folder:
+
+| file | holds |
+| --- | --- |
+| config.json | the whole configuration |
+| last.ckpt | the state at the end of the last finished epoch, for resuming |
+| best.pt | the weights with the best validation bound |
+| log.csv | one row per epoch |
+| summary.json | written last: a run is finished if it exists |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+from mixscvi.images.datasets import ImageData, load
+from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.files import content_hash
+from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
+from mixscvi.system import write_beside
+
+__all__ = [
+    "build",
+    "resolve_device",
+    "finished_run_data",
+    "load_run",
+    "parameter_counts",
+    "prepare",
+    "read_config",
+    "read_summary",
+    "run_data",
+    "weights_hash",
+]
+
+
+def _n_encoder_parameters(
+    image_shape: tuple[int, int], model: ModelConfig, mixture: MixtureConfig, sizes: Sizes
+) -> int:
+    # Only shapes are needed. The flow, whose masks need numbers, is no part of the encoders.
+    with torch.device("meta"):
+        vae = ImageVAE(image_shape, replace(model, n_flow_steps=0), mixture, sizes)
+    return count_parameters(vae.encoder) + count_parameters(vae.lower_encoder)
+
+
+def _big_iwae_sizes(
+    image_shape: tuple[int, int], model: ModelConfig, mixture: MixtureConfig, sizes: Sizes
+) -> Sizes:
+    """Sizes whose encoder of one component has as many parameters as that of the mixture.
+
+    Widths are integers, so the counts agree to within one unit of width.
+    """
+    target = _n_encoder_parameters(image_shape, model, mixture, sizes)
+    low, high = 1.0, float(4 * mixture.n_components)
+    for _ in range(20):
+        middle = (low + high) / 2
+        wide = replace(sizes, encoder_width=middle)
+        few = _n_encoder_parameters(image_shape, model, MixtureConfig(), wide) < target
+        low, high = (middle, high) if few else (low, middle)
+    return replace(sizes, encoder_width=high)
+
+
+def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
+    """Make the model of a run, with weights drawn from its seed.
+
+    Examples
+    --------
+    >>> from mixscvi.images.experiments.configs import RunConfig
+    >>> model = build(RunConfig.from_preset("vanilla", budget="smoke", n_components=4), (8, 8))
+    >>> model.encoder.trunk.layers[0]
+    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
+    """
+    mixture, sizes = config.mixture, config.sizes
+    if config.objective == "iwae":
+        sizes = _big_iwae_sizes(image_shape, config.model, mixture, sizes)
+        mixture = MixtureConfig()
+    with seeded(config.seed):
+        return ImageVAE(
+            image_shape,
+            config.model,
+            mixture,
+            sizes,
+            prior_has_own_encoder=config.ensemble,
+        )
+
+
+def run_data(
+    config: RunConfig, data: ImageData | None = None, data_folder: str | Path | None = None
+) -> ImageData:
+    """The images of a run, given or loaded: as many of each part as its configuration says."""
+    data = load(config.dataset, data_folder) if data is None else data
+    training = config.training
+    return data.subset(training.n_train, training.n_validation, training.n_test)
+
+
+def finished_run_data(
+    folder: str | Path, data: ImageData | None = None, data_folder: str | Path | None = None
+) -> ImageData:
+    """The images of a finished run, or other images of the same size.
+
+    Raises
+    ------
+    ValueError
+        If their size differs, or the images that were loaded are not those of the training.
+    """
+    config, summary = read_config(folder), read_summary(folder)
+    loaded = data is None
+    data = run_data(config, data, data_folder)
+    if list(data.image_shape) != summary["image_shape"]:
+        raise ValueError(
+            f"{folder} was trained on images of shape {tuple(summary['image_shape'])}, "
+            f"got {data.image_shape}"
+        )
+    if loaded and data.fingerprint("train", "validation") != summary["images"]:
+        raise ValueError(
+            f"{folder} was trained on other images than those of {config.dataset!r}: pass them "
+            "as data=..., or pass their folder"
+        )
+    return data
+
+
+def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
+    """Make the folder of a run, unless it holds another run; return whether it has a checkpoint."""
+    saved = folder / "config.json"
+    if (folder / "summary.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a finished run: choose another folder, or delete it first"
+        )
+    if saved.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{folder} holds an unfinished run: resume it (resume=True, --resume), choose "
+                "another folder, or delete it first"
+            )
+        if read_config(folder) != config:
+            raise ValueError(f"{saved} holds another configuration than the one to resume with")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_beside(saved, config.to_json())
+    return (folder / "last.ckpt").exists()
+
+
+def resolve_device(device: torch.device | str | None = None) -> torch.device:
+    """The device named, or that which Lightning chooses by itself: an accelerator if there is one.
+
+    Examples
+    --------
+    >>> resolve_device("cuda:1")
+    device(type='cuda', index=1)
+    """
+    if device is not None:
+        return torch.device(device)
+    if MPSAccelerator.is_available():
+        return torch.device("mps")
+    return torch.device("cuda" if CUDAAccelerator.is_available() else "cpu")
+
+
+def weights_hash(model: ImageVAE) -> str:
+    """Hash of a model's weights."""
+    return content_hash(*(value.cpu().numpy() for value in model.state_dict().values()))
+
+
+def parameter_counts(model: ImageVAE) -> dict[str, int]:
+    """Parameters of each part, and of the whole."""
+    counts = {name: count_parameters(part) for name, part in model.named_children()}
+    return {name: n for name, n in counts.items() if n} | {"total": count_parameters(model)}
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run, finished or not."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run (config.json is missing)")
+    return RunConfig.from_json(path.read_text())
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """The summary of a finished run."""
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
+    return json.loads(path.read_text())
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
+    """Configuration and best model of a finished run, in evaluation mode, on a device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no finished run.
+    ValueError
+        If its weights do not fit the model, as those of another version may not.
+    """
+    folder = Path(folder)
+    summary = read_summary(folder)
+    config = read_config(folder)
+    model = build(config, tuple(summary["image_shape"]))
+    weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+    # Earlier versions had the codes in the encoders, not in their heads.
+    weights = {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: value.shape for name, value in weights.items()}:
+        raise ValueError(
+            f"{folder / 'best.pt'} does not fit the model of config.json: another version of "
+            "mixscvi wrote it. Train again, or use that version"
+        )
+    model.load_state_dict(weights)
+    return config, model.to(device).eval()

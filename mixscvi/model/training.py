@@ -1,0 +1,118 @@
+"""The training plan: scvi-tools' own, with less to do beside each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from scvi.module.base import LossOutput
+from scvi.train import TrainingPlan
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["LeanTrainingPlan"]
+
+
+class LeanTrainingPlan(TrainingPlan):
+    """scvi-tools' training plan, to the same updates and the same history.
+
+    The optimizer is fused. Metrics are sums that are kept as tensors and handed to Lightning once
+    an epoch instead of once a step; the weight of the KL term is made once an epoch if it changes
+    no more often.
+    """
+
+    # Of the epoch so far: loss, reconstruction loss and KL term, and of how many cells.
+    _sums: Tensor | None = None
+    _n_cells = 0
+    _last_kl_weight: tuple[int, Tensor] | None = None
+
+    def _optimizer_creator_fn(
+        self, optimizer_cls: type[torch.optim.Adam] | type[torch.optim.AdamW]
+    ) -> Callable[[Iterable[Tensor]], Optimizer]:
+        def create(parameters: Iterable[Tensor]) -> Optimizer:
+            options = {"lr": self.lr, "eps": self.eps, "weight_decay": self.weight_decay}
+            parameters = list(parameters)
+            # Fused optimizers unscale gradients themselves, where nobody could clip them.
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+                try:
+                    return optimizer_cls(parameters, fused=True, **options)
+                except RuntimeError:  # the device has no such kernel
+                    pass
+            return optimizer_cls(parameters, **options)
+
+        return create
+
+    @property
+    def kl_weight(self) -> Tensor:
+        """Weight of the KL term."""
+        if self.n_epochs_kl_warmup is None:
+            return super().kl_weight
+        epoch = self.current_epoch
+        if self._last_kl_weight is None or self._last_kl_weight[0] != epoch:
+            self._last_kl_weight = epoch, super().kl_weight
+        return self._last_kl_weight[1]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a minibatch."""
+        if self.on_step or self.module.extra_payload_autotune:
+            return super().training_step(batch, batch_idx)
+        self.loss_kwargs["kl_weight"] = self.kl_weight
+        if self._is_logged(batch_idx):
+            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=True, on_epoch=False)
+        _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        self._add(losses)
+        if self.trainer.is_last_batch:
+            self._log_sums()
+        return losses.loss
+
+    def _is_logged(self, batch_idx: int) -> bool:
+        """Whether Lightning logs this step; when in doubt, yes."""
+        if self.trainer.accumulate_grad_batches != 1:
+            return True
+        return (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0
+
+    @torch.no_grad()
+    def _add(self, losses: LossOutput) -> None:
+        # Nothing here waits for an accelerator.
+        terms = torch.stack(
+            (
+                losses.loss * losses.n_obs_minibatch,
+                losses.reconstruction_loss_sum,
+                losses.kl_local_sum,
+            )
+        )
+        self._sums = terms if self._sums is None else self._sums + terms
+        self._n_cells += losses.n_obs_minibatch
+
+    def _log_sums(self) -> None:
+        """Hand the sums of the epoch to Lightning, as scvi-tools does those of each step."""
+        (loss, reconstruction_loss, kl_local), n_cells = self._sums, self._n_cells
+        self._sums, self._n_cells = None, 0
+        self.log(
+            "train_loss",
+            loss / n_cells,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=n_cells,
+            sync_dist=self.use_sync_dist,
+        )
+        self.train_metrics["elbo_train"].update(
+            reconstruction_loss=reconstruction_loss,
+            kl_local=kl_local,
+            kl_global=torch.zeros_like(kl_local),
+            n_obs_minibatch=n_cells,
+        )
+        self.log_dict(
+            self.train_metrics,
+            on_step=False,
+            on_epoch=True,
+            batch_size=n_cells,
+            sync_dist=self.use_sync_dist,
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Log an epoch that ended before its last minibatch."""
+        super().on_train_epoch_end()
+        if self._sums is not None:
+            self._log_sums()

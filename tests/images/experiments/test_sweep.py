@@ -1,0 +1,119 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mixscvi.images import BUDGETS, ImageData, RunConfig
+from mixscvi.images.experiments import sweep as sweep_module
+from mixscvi.images.experiments.sweep import run_once, sweep
+from mixscvi.tables import read_rows
+
+
+def test_presets_of_a_sweep_take_as_many_images_as_they_are_trained_on(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (120, 6, 5)).astype(np.uint8)
+    np.save(tmp_path / "mine.npy", images)
+    small = replace(BUDGETS["smoke"].training, max_epochs=1, n_test=7)
+    monkeypatch.setitem(BUDGETS, "smoke", replace(BUDGETS["smoke"], pixelcnn_training=small))
+    rows = sweep(
+        tmp_path / "runs",
+        presets=("pixelcnn", "vanilla"),
+        components=(1,),
+        seeds=1,
+        budget="smoke",
+        dataset=str(tmp_path / "mine.npy"),
+    )
+    assert {row["preset"]: row["n_images"] for row in rows} == {"pixelcnn": 7, "vanilla": 20}
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep of one run, to be called again."""
+    gray = np.random.default_rng(0).random((80, 6, 5))
+    data = ImageData.from_arrays(gray, n_validation=20, n_test=10, name="mine")
+
+    def again(**kwargs):
+        arguments = {"presets": ["vanilla"], "components": [2], "seeds": 1, "draws": 40}
+        arguments |= {"data": data, "budget": "smoke", "results": tmp_path / "table-v0.2"}
+        (row,) = sweep(tmp_path / "runs", **(arguments | kwargs))
+        return row
+
+    return again
+
+
+def test_a_sweep_evaluates_with_as_many_draws_as_it_is_asked_for(tmp_path, swept):
+    first = swept()
+    assert (first["draws"], first["dataset"]) == (40, "mine")
+    assert swept(draws=60)["draws"] == 60
+    assert (tmp_path / "table-v0.2.csv").exists()
+
+
+def test_a_sweep_survives_the_loss_of_its_costs(tmp_path, swept):
+    first = swept()
+    assert first["seconds"] is not None
+    (tmp_path / "runs" / "vanilla-A2-seed0" / "cost.json").unlink()
+    again = swept()
+    assert again["seconds"] is None
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+
+
+def test_a_sweep_evaluates_anew_what_was_trained_anew(tmp_path, swept):
+    first = swept()
+    folder = tmp_path / "runs" / "vanilla-A2-seed0"
+    weights = torch.load(folder / "best.pt", weights_only=True)
+    torch.save({name: value + 0.01 for name, value in weights.items()}, folder / "best.pt")
+    assert swept()["nll"] != first["nll"]
+
+
+def test_a_sweep_is_told_the_device(monkeypatch, swept):
+    asked = []
+    for name in ("train", "evaluate"):
+        original = getattr(sweep_module, name)
+
+        def recorded(*args, device, name=name, original=original, **kwargs):
+            asked.append((name, device))
+            return original(*args, device=device, **kwargs)
+
+        monkeypatch.setattr(sweep_module, name, recorded)
+    assert swept(device="cpu")["device"] == "cpu"
+    assert asked == [("train", "cpu"), ("evaluate", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
+        ({"components": [1, 1]}, r"components must be one or more different values, got \[1, 1\]"),
+        ({"presets": []}, "presets must be one or more different values"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_run(tmp_path, swept, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        swept(**kwargs)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_sweep_has_all_presets_once_before_any_of_them_twice():
+    configs = sweep_module._configs(["vanilla", "flow"], [1, 2], 2, budget="smoke")
+    assert [(c.seed, c.preset, c.mixture.n_components) for c in configs] == [
+        (seed, preset, n) for seed in (0, 1) for preset in ("vanilla", "flow") for n in (1, 2)
+    ]
+
+
+def test_the_table_is_that_of_the_rows(tmp_path, swept):
+    row = swept(command="mixscvi-images sweep", components=[2])
+    (written,) = read_rows(tmp_path / "table-v0.2.csv")
+    assert written == {name: str(value) for name, value in row.items()}
+    assert {"nll", "nll_iw_miselbo", "miselbo", "device", "seconds"} < written.keys()
+    text = (tmp_path / "table-v0.2.md").read_text()
+    assert "NLL (papers' form)" in text and text.endswith("\n`mixscvi-images sweep`\n")
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    gray = np.random.default_rng(0).random((80, 6, 5))
+    data = ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    config = RunConfig.from_preset("vanilla", budget="smoke", training={"max_epochs": 1})
+    run_once(config, tmp_path, data, draws=30)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        run_once(replace(config, seed=1), tmp_path, data, draws=30)
