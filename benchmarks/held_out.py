@@ -17,7 +17,7 @@ import warnings
 import pandas as pd
 from common import RESULTS, machine, read_counts
 
-from mixscvi.tables import run_missing
+from mixscvi.tables import mean_and_spread, run_missing
 
 DATA = {"cortex": 1200, "pbmc3k": 2000}
 MODELS = {
@@ -79,7 +79,7 @@ def summary() -> str:
                 if model != "A=1":
                     gain = (table[metric][model] - table[metric]["A=1"]).dropna()
                     better = int((gain > 0).sum())
-                    line += f"  {gain.mean():+8.3f} ± {gain.std(ddof=0):.3f}"
+                    line += f"  {mean_and_spread(gain, 3, signed=True)}"
                     line += f"  above A=1 in {better} of {len(gain)} seeds"
                 lines.append(line)
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import pandas as pd
 import tyro
 
 from mixscvi.system import keep_freed_memory, write_beside
+from mixscvi.tables import mean_and_spread
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -216,10 +217,8 @@ def _format(runs: pd.DataFrame) -> str:
     for name, values in rows.items():
         line = [name]
         for column in columns:
-            sign = "+" if name == "difference" else ""
             digits = 3 if column in ("ari", "nmi") else 2
-            spread = values[column].std(ddof=0)
-            line.append(f"{values[column].mean():{sign}.{digits}f} ± {spread:.{digits}f}")
+            line.append(mean_and_spread(values[column], digits, signed=name == "difference"))
         cells.append(line)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
@@ -302,7 +301,7 @@ def main(args: list[str] | None = None) -> None:
     n_held_out = int(_HELD_OUT * adata.n_obs)
     print(
         f"\n{adata.n_obs} cells x {adata.n_vars} genes, {n_held_out} cells held out, "
-        f"{demo.seeds} seeds, {demo.epochs} epochs; mean ± standard deviation over seeds\n"
+        f"{demo.seeds} seeds, {demo.epochs} epochs; mean ± sample standard deviation over seeds\n"
     )
     print(_format(runs))
     print(
