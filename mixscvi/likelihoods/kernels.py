@@ -11,6 +11,9 @@ instructions. Per draw, on the counts that are not zero: the term in log(mean).
 
 from __future__ import annotations
 
+import pkgutil
+import zlib
+
 import numba
 import numpy as np
 from numba import njit
@@ -32,6 +35,10 @@ ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError, RuntimeErr
 
 # Counts below it look their log-gamma terms up.
 TABLE_SIZE = 16
+
+# numba finds what it cached by the time of this file alone. As the default of an argument that is
+# left out, this is part of the signature, and another version of what is imported compiles anew.
+_SOURCES = zlib.crc32(pkgutil.get_data(__package__, "vector_math.py"))
 
 # Genes that are worked on at once. Outputs lie at constant distances in one buffer, which tells
 # the compiler that they do not overlap; nothing else that numba can say does.
@@ -60,7 +67,7 @@ _inlined = njit(error_model="numpy", forceinline=True)
 
 
 @_cached(error_model="numpy", nogil=True)
-def fill_table(theta, table):
+def fill_table(theta, table, sources=_SOURCES):
     """Log-gamma terms of the counts 0, 1, ... under the dispersion of each gene.
 
     They are log Gamma(k + theta) - log Gamma(theta) - log k!, a sum of `k` logarithms. They lie in
@@ -240,6 +247,7 @@ def rows(
     d_theta,
     d_zi,
     d_log_library,
+    sources=_SOURCES,
 ):
     """Log-likelihoods of some draws of some cells, and their gradients.
 
@@ -272,6 +280,8 @@ def rows(
     d_mean, d_theta, d_zi
         Written, `(R, G)`: gradients of the value of each row; all ``None`` to have none. `d_mean`
         may be `mean` if that holds logits, and `d_zi` may be `zi`.
+    sources
+        Not to be given.
     """
     real = mean.dtype.type
     eps, zero, one = real(1e-8), real(0), real(1)

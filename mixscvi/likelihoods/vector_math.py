@@ -129,7 +129,8 @@ def _log1p_parts32(y, d, exact):
     f = d if exact and exponent == _INT_ZERO32 else f
     p = ((((((_P7 * f + _P6) * f + _P5) * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _P0
     square = f * f
-    return (n * _LN2_HIGH32 + f) + (n * _LN2_LOW32 + (f * square * p - _HALF32 * square))
+    value = (n * _LN2_HIGH32 + f) + (n * _LN2_LOW32 + (f * square * p - _HALF32 * square))
+    return value if y < _INF32 else y  # infinite, or not a number
 
 
 @_inlined
@@ -144,7 +145,6 @@ def _log32(y):
     scaled = y * _SCALE32 if tiny else y
     value = _log1p_parts32(scaled, _ZERO32, False)
     value = value - _LOG_SCALE32 if tiny else value
-    value = value if y < _INF32 or y != y else _INF32
     return -_INF32 if y == _ZERO32 else value
 
 
@@ -169,7 +169,8 @@ def _log1p_parts64(y, d, exact):
     series = 1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * series)))
     series = z * (1 / 3 + z * (1 / 5 + z * series))
     # log(1 + f) = f - s * (f - 2 * series): the leading term is exact.
-    return n * _LN2_HIGH64 + (f - (s * (f - 2.0 * series) - n * _LN2_LOW64))
+    value = n * _LN2_HIGH64 + (f - (s * (f - 2.0 * series) - n * _LN2_LOW64))
+    return value if y < math.inf else y
 
 
 @_inlined
@@ -183,7 +184,6 @@ def _log64(y):
     scaled = y * _SCALE64 if tiny else y
     value = _log1p_parts64(scaled, 0.0, False)
     value = value - _LOG_SCALE64 if tiny else value
-    value = value if y < math.inf or y != y else math.inf
     return -math.inf if y == 0.0 else value
 
 
