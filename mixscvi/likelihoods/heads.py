@@ -31,8 +31,9 @@ from mixscvi.likelihoods.native import Gradients, SparseCounts, evaluate, usable
 
 __all__ = ["head_log_prob", "logits_log_prob"]
 
-# Logits that are computed at once without gradients.
-_ELEMENTS_PER_BLOCK = 2**20
+# Logits that are computed at once without gradients. Smaller blocks would stay in the cache, but
+# matrix products of few rows cost more than that saves.
+_ELEMENTS_PER_BLOCK = 2**23
 
 
 def logits_log_prob(
@@ -103,8 +104,8 @@ def head_log_prob(
     """Log-likelihood from the last hidden units of a decoder.
 
     With gradients, at most three tensors `(L, B, S, G)` are alive (two for a negative binomial);
-    without, rows are worked on in blocks that stay in the cache, so that thousands of draws take
-    no more memory than some.
+    without, rows are worked on in blocks, so that thousands of draws take no more memory than
+    some.
 
     Parameters
     ----------

@@ -11,8 +11,9 @@ written through the bits of the number:
     \log y = n \log 2 + f - f^2 / 2 + f^3 P(f), \quad y = 2^n (1 + f), \; f \in [\sqrt{1/2} - 1,
     \sqrt 2 - 1]
 
-Both are within 1.5 units in the last place. In double precision the exponential is the C
-library's, and the logarithm is :math:`2 \operatorname{artanh}(f / (2 + f))` as a power series.
+Both are within 1.5 units in the last place, log(1 + d) within 2.5. In double precision the
+exponential is the C library's, and the logarithm is :math:`2 \operatorname{artanh}(f / (2 + f))`
+as a power series.
 
 Rounding to an integer adds and subtracts :math:`1.5 \cdot 2^{23}`, which passes a NaN on where a
 conversion to an integer would not.
@@ -150,7 +151,7 @@ def _log32(y):
 
 @_inlined
 def _softmax_exp32(x):
-    small = x < -_SHIFT_EXP32
+    small = x < _LOWEST_EXP32
     value = _exp32(x + _SHIFT_EXP32 if small else x)
     return value * _SHIFT_FACTOR32 if small else value
 
