@@ -1,0 +1,280 @@
+r"""From a decoder's last layer to the log-likelihood, without storing what lies between.
+
+scVI's decoder ends in linear layers whose outputs `s` and :math:`\pi` become
+
+.. math::
+    \mu_g = \ell \, p_g, \quad p = \mathrm{softmax}(s), \quad
+    \log p(x) = \sum_g \log \mathrm{ZINB}(x_g; \mu_g, \theta_g, \pi_g)
+
+with :math:`\ell` the library size. With :math:`m_g = \mu_g \, \partial \log p(x) / \partial \mu_g`
+the gradients are :math:`m_g - p_g \sum_j m_j` by :math:`s_g` and :math:`\sum_j m_j` by
+:math:`\log \ell`. The kernels keep a row of genes in the cache from the logits to these gradients
+and write the gradients over the logits.
+
+The objective's derivative `g` by the value of a row is a factor of all that comes from that row,
+so backward never scales the gradients `d`, of size `(R, G)`: with hidden units `h` `(R, H)` and
+weights `W` `(G, H)`, the gradient by `W` is :math:`d^T (g h)`, by the bias :math:`d^T g`, and by
+`h` it is :math:`g (d W)`.
+
+For other activations of the scale than softmax use :func:`~mixscvi.likelihoods.zinb_log_prob`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixscvi.likelihoods import eager
+from mixscvi.likelihoods.gradients import attach, gradient_buffers, needs_grad
+from mixscvi.likelihoods.native import Gradients, SparseCounts, evaluate, usable
+
+__all__ = ["head_log_prob", "logits_log_prob"]
+
+# Logits that are computed at once without gradients. Smaller blocks would stay in the cache, but
+# matrix products of few rows cost more than that saves.
+_ELEMENTS_PER_BLOCK = 2**23
+
+
+def logits_log_prob(
+    x: Tensor | SparseCounts,
+    scale_logits: Tensor,
+    log_library: Tensor,
+    theta: Tensor | None = None,
+    zi_logits: Tensor | None = None,
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """Log-likelihood from the outputs of a decoder's linear layers.
+
+    Parameters
+    ----------
+    x
+        Counts, `(B, G)`.
+    scale_logits
+        Logits of the softmax over genes, `(L, B, S, G)`.
+    log_library
+        Logarithms of library sizes, broadcastable to `(L, B, S)`.
+    theta
+        Inverse dispersions, `(G,)`, `(B, 1, G)` or `(L, B, S, G)`; ``None`` for a Poisson
+        likelihood.
+    zi_logits
+        Logits of dropping out, `(L, B, S, G)`; ``None`` for a negative binomial.
+    overwrite
+        Whether gradients may be written over `scale_logits` and `zi_logits`, which then must not
+        be used again, neither by the caller nor by what computed them (a linear layer does not).
+
+    Returns
+    -------
+    `(L, B, S)`, in nats.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([[0.0, 3.0]])
+    >>> logits_log_prob(x, torch.zeros(1, 1, 4, 2), torch.tensor(1.0), torch.ones(2)).shape
+    torch.Size([1, 1, 4])
+    """
+    log_library = log_library.expand(scale_logits.shape[:-1])
+    if usable(x, scale_logits, log_library, theta, zi_logits):
+        gradients = gradient_buffers(
+            scale_logits, theta, zi_logits, log_library, overwrite=overwrite
+        )
+        value = evaluate(
+            x, scale_logits, theta, zi_logits, log_library=log_library, gradients=gradients
+        )
+        if value is not None:
+            return attach(value, gradients, scale_logits, theta, zi_logits, log_library)
+    if isinstance(x, SparseCounts):
+        x = x.to_dense()
+    mean = log_library.exp().unsqueeze(-1) * scale_logits.softmax(-1)
+    return eager.log_prob(x, mean, theta, zi_logits)
+
+
+def head_log_prob(
+    x: Tensor | SparseCounts,
+    hidden: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    log_library: Tensor,
+    theta: Tensor | None = None,
+    zi_weight: Tensor | None = None,
+    zi_bias: Tensor | None = None,
+) -> Tensor:
+    """Log-likelihood from the last hidden units of a decoder.
+
+    With gradients, at most three tensors `(L, B, S, G)` are alive (two for a negative binomial);
+    without, rows are worked on in blocks, so that thousands of draws take no more memory than
+    some.
+
+    Parameters
+    ----------
+    x
+        Counts, `(B, G)`.
+    hidden
+        Outputs of the decoder's last hidden layer, `(L, B, S, H)`.
+    scale_weight, scale_bias
+        The linear layer before the softmax over genes, `(G, H)` and `(G,)`.
+    log_library
+        Logarithms of library sizes, broadcastable to `(L, B, S)`.
+    theta
+        Inverse dispersions, `(G,)`, `(B, 1, G)` or `(L, B, S, G)`; ``None`` for a Poisson
+        likelihood.
+    zi_weight, zi_bias
+        The linear layer whose outputs are the logits of dropping out; ``None`` for a negative
+        binomial.
+
+    Returns
+    -------
+    `(L, B, S)`, in nats.
+
+    Examples
+    --------
+    >>> import torch
+    >>> scale, dropout = torch.nn.Linear(8, 2), torch.nn.Linear(8, 2)
+    >>> hidden, theta = torch.zeros(1, 1, 4, 8), torch.ones(2)
+    >>> x, log_library = torch.tensor([[0.0, 3.0]]), torch.tensor(1.0)
+    >>> head_log_prob(
+    ...     x, hidden, scale.weight, scale.bias, log_library, theta, dropout.weight, dropout.bias
+    ... ).shape
+    torch.Size([1, 1, 4])
+    """
+    log_library = log_library.expand(hidden.shape[:-1])
+    parameters = (hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library)
+    if usable(x, *parameters) and not torch.is_autocast_enabled("cpu"):
+        if needs_grad(*parameters):
+            value = _with_gradients(x, *parameters)
+        else:
+            value = _in_blocks(x, *parameters)
+        if value is not None:
+            return value
+    scale_logits = F.linear(hidden, scale_weight, scale_bias)
+    zi_logits = None if zi_weight is None else F.linear(hidden, zi_weight, zi_bias)
+    return logits_log_prob(x, scale_logits, log_library, theta, zi_logits, overwrite=True)
+
+
+def _with_gradients(
+    x: Tensor | SparseCounts,
+    hidden: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    zi_weight: Tensor | None,
+    zi_bias: Tensor | None,
+    theta: Tensor | None,
+    log_library: Tensor,
+) -> Tensor | None:
+    with torch.no_grad():
+        scale = hidden @ scale_weight.t()
+        zi = None if zi_weight is None else hidden @ zi_weight.t()
+        d_theta = None if theta is None else torch.empty_like(scale)
+        d_log_library = torch.empty(log_library.shape, dtype=log_library.dtype)
+        gradients = Gradients(scale, d_theta, zi, d_log_library)
+        value = evaluate(
+            x,
+            scale,
+            theta,
+            zi,
+            mean_bias=scale_bias,
+            zi_bias=zi_bias,
+            log_library=log_library,
+            gradients=gradients,
+        )
+    if value is None:
+        return None
+    return _Head.apply(
+        (value, gradients), hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library
+    )
+
+
+class _Head(torch.autograd.Function):
+    """A value of rows with known gradients by the logits; through the linear layers to theirs."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        computed: tuple[Tensor, Gradients],
+        hidden: Tensor,
+        scale_weight: Tensor,
+        scale_bias: Tensor,
+        zi_weight: Tensor | None,
+        zi_bias: Tensor | None,
+        theta: Tensor | None,
+        log_library: Tensor,
+    ) -> Tensor:
+        value, gradients = computed
+        ctx.save_for_backward(hidden, scale_weight, zi_weight, theta, *gradients)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, scale_weight, zi_weight, theta, *gradients = ctx.saved_tensors
+        d_scale, d_theta, d_zi, d_log_library = gradients
+        by_theta, by_library = ctx.needs_input_grad[-2:]
+        weights = grad.reshape(-1)
+        weighted = hidden.flatten(0, -2) * weights.unsqueeze(-1)
+        d_hidden, layers = torch.zeros_like(weighted), []
+        for d_logits, weight in ((d_scale, scale_weight), (d_zi, zi_weight)):
+            if d_logits is None:
+                layers += [None, None]
+                continue
+            flat = d_logits.flatten(0, -2)
+            layers += [flat.t() @ weighted, weights @ flat]
+            d_hidden.addmm_(flat, weight)
+        return (
+            None,
+            d_hidden.mul_(weights.unsqueeze(-1)).view(hidden.shape),
+            *layers,
+            eager.sum_to_dispersion(grad, d_theta, theta) if by_theta else None,
+            grad * d_log_library if by_library else None,
+        )
+
+
+def _in_blocks(
+    x: Tensor | SparseCounts,
+    hidden: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    zi_weight: Tensor | None,
+    zi_bias: Tensor | None,
+    theta: Tensor | None,
+    log_library: Tensor,
+) -> Tensor | None:
+    """Values only. As few cells at once as fill a block, for their counts are read each time."""
+    n_strata, n_cells, n_per_stratum, _ = hidden.shape
+    n_genes = len(scale_weight)
+    n_rows = max(1, _ELEMENTS_PER_BLOCK // n_genes)
+    cells = min(n_cells, max(1, n_rows // (n_strata * n_per_stratum)))
+    strata = min(n_strata, max(1, n_rows // (cells * n_per_stratum)))
+    room = [
+        None if weight is None else hidden.new_empty(strata * cells * n_per_stratum, n_genes)
+        for weight in (scale_weight, zi_weight)
+    ]
+    values = hidden.new_empty(hidden.shape[:-1])
+    for cell in range(0, n_cells, cells):
+        some_cells = slice(cell, cell + cells)
+        counts = x.cells(some_cells) if isinstance(x, SparseCounts) else x[some_cells]
+        for stratum in range(0, n_strata, strata):
+            block = (slice(stratum, stratum + strata), some_cells)
+            units = hidden[block]
+
+            def logits(weight: Tensor | None, out: Tensor | None, units: Tensor = units):
+                if weight is None:
+                    return None
+                rows = units.flatten(0, -2)
+                product = torch.mm(rows, weight.t(), out=out[: len(rows)])
+                return product.view(*units.shape[:-1], n_genes)
+
+            value = evaluate(
+                counts,
+                logits(scale_weight, room[0]),
+                theta if theta is None or theta.dim() == 1 else theta[block[4 - theta.dim() :]],
+                logits(zi_weight, room[1]),
+                mean_bias=scale_bias,
+                zi_bias=zi_bias,
+                log_library=log_library[block],
+            )
+            if value is None:
+                return None
+            values[block] = value
+    return values

@@ -1,0 +1,274 @@
+"""When the compiled kernels run, on how many threads, and what happens when they cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gradients", "SparseCounts", "evaluate", "usable"]
+
+_ELEMENTS_PER_TASK = 2**16
+_TASKS_PER_THREAD = 4  # a thread that is late leaves its share to the others
+_CELLS_PER_TABLE = 16  # fewer cells do not look up often enough
+
+_failed = False
+
+
+class SparseCounts(NamedTuple):
+    """Counts `(B, G)` as compressed sparse rows.
+
+    Parameters
+    ----------
+    indptr
+        Where the entries of each cell start, `(B + 1,)`.
+    indices, data
+        Genes and counts, `(nnz,)`. No gene occurs twice in a cell.
+    n_genes
+        Number of genes, `G`.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    data: Tensor
+    n_genes: int
+
+    def cells(self, selection: slice) -> SparseCounts:
+        """Some consecutive cells."""
+        indptr = self.indptr[selection.start : selection.stop + 1]
+        entries = slice(int(indptr[0]), int(indptr[-1]))
+        return SparseCounts(
+            indptr - indptr[0], self.indices[entries], self.data[entries], self.n_genes
+        )
+
+    def to_dense(self) -> Tensor:
+        """The counts as a dense tensor `(B, G)`."""
+        n_cells = len(self.indptr) - 1
+        cells = torch.repeat_interleave(
+            torch.arange(n_cells, device=self.data.device), self.indptr.diff()
+        )
+        dense = self.data.new_zeros(n_cells, self.n_genes)
+        return dense.index_put((cells, self.indices.long()), self.data)
+
+
+class Gradients(NamedTuple):
+    """Gradients of each row's value, as :func:`evaluate` writes them."""
+
+    mean: Tensor
+    theta: Tensor | None
+    zi: Tensor | None
+    log_library: Tensor | None
+
+
+def usable(counts: Tensor | SparseCounts, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: plain ones, of one real type, on the CPU."""
+    data = counts.data if isinstance(counts, SparseCounts) else counts
+    dtype = data.dtype
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in (data, *(tensor for tensor in tensors if tensor is not None)):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.device.type != "cpu" or tensor.dtype != dtype:
+            return False
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and _kernels() is not None
+    )
+
+
+@lru_cache(1)
+def _import_kernels() -> ModuleType:
+    from mixscvi.likelihoods import kernels
+
+    if kernels.numba.config.DISABLE_JIT:
+        raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
+    return kernels
+
+
+def _kernels() -> ModuleType | None:
+    if _failed:
+        return None
+    try:
+        return _import_kernels()
+    except ImportError as error:
+        _give_up(error)
+        return None
+
+
+def _give_up(error: BaseException) -> None:
+    global _failed
+    _failed = True
+    cause = str(error).strip().partition("\n")[0]
+    warnings.warn(
+        "numba cannot provide the fast likelihoods, so slower ones are used "
+        f"({type(error).__name__}: {cause})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@lru_cache(1)
+def _thread_pool(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads besides the calling one; those of a parent process do not survive a fork."""
+    return ThreadPoolExecutor(n_threads - 1, thread_name_prefix="mixscvi-likelihoods")
+
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@lru_cache(1)
+def _openmp_parallel() -> Callable[..., None] | None:
+    """The entry to torch's own OpenMP threads, if its library has that of GNU's.
+
+    After a matrix product these threads spin for some milliseconds in wait of more work. Other
+    threads would compete with them for the cores, and take up to twice as long.
+    """
+    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    if parallel is not None:
+        parallel.argtypes = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+    return parallel
+
+
+def _run(call: Callable[..., None], tasks: list[tuple[int, ...]], n_threads: int) -> None:
+    """Make all calls, each by the thread that is free next."""
+    waiting = iter(tasks)
+    errors: list[Exception] = []
+
+    def work(_: object = None) -> None:
+        try:
+            for task in waiting:
+                call(*task)
+        except Exception as error:  # noqa: BLE001 - raised again in the calling thread
+            errors.append(error)
+
+    n_threads = min(n_threads, len(tasks))
+    parallel = _openmp_parallel()
+    if n_threads == 1:
+        work()
+    elif parallel is not None:
+        parallel(_REGION(work), None, n_threads, 0)
+    else:
+        pool = _thread_pool(n_threads, os.getpid())
+        helpers = [pool.submit(work) for _ in range(n_threads - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
+    if errors:
+        raise errors[0]
+
+
+def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tuple[int, ...]]:
+    """Blocks `(first cell, last cell, first draw, last draw)`: cells are split before draws."""
+    n_tasks = min(
+        _TASKS_PER_THREAD * n_threads, n_cells * n_draws * n_genes // _ELEMENTS_PER_TASK + 1
+    )
+    if n_threads == 1:
+        n_tasks = 1
+    cell_blocks = min(n_cells, n_tasks)
+    draw_blocks = min(n_draws, -(-n_tasks // cell_blocks))
+    cells = [n_cells * i // cell_blocks for i in range(cell_blocks + 1)]
+    draws = [n_draws * i // draw_blocks for i in range(draw_blocks + 1)]
+    return [
+        (*cells[i : i + 2], *draws[j : j + 2])
+        for i in range(cell_blocks)
+        for j in range(draw_blocks)
+    ]
+
+
+def _array(tensor: Tensor | None):
+    return None if tensor is None else tensor.detach().contiguous().numpy()
+
+
+def evaluate(
+    counts: Tensor | SparseCounts,
+    mean: Tensor,
+    theta: Tensor | None,
+    zi: Tensor | None = None,
+    *,
+    mean_bias: Tensor | None = None,
+    zi_bias: Tensor | None = None,
+    log_library: Tensor | None = None,
+    gradients: Gradients | None = None,
+) -> Tensor | None:
+    """Log-likelihoods of all draws, `(L, B, S)`, or ``None`` if the kernels failed.
+
+    Parameters
+    ----------
+    counts
+        `(B, G)`.
+    mean
+        Means, or with `log_library` logits of a softmax, `(L, B, S, G)`.
+    theta
+        Inverse dispersions, `(G,)`, `(B, 1, G)` or `(L, B, S, G)`; ``None`` for Poisson.
+    zi
+        Logits of dropping out, `(L, B, S, G)`, or ``None`` for a negative binomial.
+    mean_bias, zi_bias
+        Added to the logits, `(G,)`.
+    log_library
+        `(L, B, S)`.
+    gradients
+        Contiguous tensors to write gradients to; may hold `mean` (if it holds logits) and `zi`.
+    """
+    kernels = _kernels()
+    n_strata, n_cells, n_per_stratum, n_genes = mean.shape
+    value = mean.new_empty(mean.shape[:-1])
+    if kernels is None or value.numel() == 0:
+        return None if kernels is None else value
+    n_threads = torch.get_num_threads()
+
+    theta_strides, table = (0, 0, 0), None
+    if theta is None:
+        theta_rows = None
+    else:
+        theta_rows = _array(theta).reshape(-1, n_genes)
+        if theta.dim() == 3:
+            theta_strides = (0, 1, 0)
+        elif theta.dim() == 4:
+            theta_strides = (n_cells * n_per_stratum, n_per_stratum, 1)
+    if isinstance(counts, SparseCounts):
+        x, sparse = None, counts
+    else:
+        empty = torch.empty(0, dtype=torch.int64)
+        x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
+    rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
+    written = (None,) * 4
+    if gradients is not None:
+        written = tuple(
+            None if tensor is None else tensor.detach().view(-1, n_genes).numpy()
+            for tensor in gradients[:3]
+        )
+        d_library = gradients.log_library
+        written += (None if d_library is None else d_library.view(-1).numpy(),)
+
+    try:
+        if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
+            table = theta.new_empty(kernels.table_length(n_genes)).detach().numpy()
+            kernels.fill_table(theta_rows[0], table)
+        mean_rows = _array(mean).reshape(-1, n_genes)
+        zi_rows = None if zi is None else _array(zi).reshape(-1, n_genes)
+        constant = (
+            *(n_cells, n_per_stratum, x, *rows),
+            *(mean_rows, _array(mean_bias)),
+            None if log_library is None else _array(log_library).reshape(-1),
+            *(theta_rows, theta_strides, zi_rows, _array(zi_bias), table),
+            *(value.view(-1).numpy(), *written),
+        )
+        _run(
+            lambda *task: kernels.rows(*task, *constant),
+            _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads),
+            n_threads,
+        )
+    except kernels.ERRORS as error:
+        _give_up(error)
+        return None
+    return value
