@@ -10,7 +10,7 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from mixscvi.module import MixtureOptions, MixVAE, ScviVAE
+from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 from mixscvi.module.encoding import encoder_input
 
 N_GENES, N_BATCH, N_LABELS, N_CATS, N_CONT = 9, 2, 3, [3, 4], 2
@@ -64,7 +64,8 @@ def make_module(*, seed=0, **kwargs):
         defaults["library_log_vars"] = np.full((1, n_batch), 0.4)
     kwargs = {**defaults, **kwargs}
     if mixture.is_scvi:
-        return ScviVAE(N_GENES, **kwargs)
+        cls = FusedVAE if mixture.likelihood == "fused" else ScviVAE
+        return cls(N_GENES, **kwargs)
     module = MixVAE(N_GENES, mixture=mixture, **kwargs)
     if mixture.n_flow_steps:
         spread_out(module.flow)

@@ -10,6 +10,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
 from scvi.model import SCVI
+from scvi.train import TrainingPlan
 from torch import Tensor
 
 from mixscvi.checks import check_genes
@@ -18,7 +19,8 @@ from mixscvi.model.data import WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.persistence import PersistenceMixin
-from mixscvi.module import MixtureOptions, MixVAE, ScviVAE
+from mixscvi.model.training import LeanTrainingPlan
+from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,7 +52,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
     and training maximizes :math:`\frac{1}{A} \sum_a \mathbb{E}_{q_a}[\log p(x, z) - \log q(z \mid
     x)]`, which rewards components for covering what the others do not (Kviman et al., arXiv
     2209.15514; Hotti et al., arXiv 2406.07083). With ``n_components=1`` it is
-    :class:`scvi.model.SCVI`, bit for bit.
+    :class:`scvi.model.SCVI`.
 
     Parameters
     ----------
@@ -92,6 +94,10 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
     objective
         ``"miselbo"``: the papers' form. ``"siwae"``: all draws inside the logarithm, tighter,
         with less pressure on each component to be good alone.
+    likelihood
+        ``"fused"``: log-likelihoods with their gradients in one go, several times as fast;
+        parameters after a step agree with scvi-tools' to rounding. ``"reference"``: scvi-tools'
+        own distributions; with ``n_components=1`` the model is :class:`scvi.model.SCVI` to the bit.
     **kwargs
         Passed to :class:`scvi.module.VAE`.
 
@@ -121,7 +127,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
     def _module_cls(self) -> Callable[..., MixVAE | ScviVAE]:
         """The module's class: scvi-tools' own where the options describe scVI."""
         if self._mixture.is_scvi:
-            return ScviVAE
+            return FusedVAE if self._mixture.likelihood == "fused" else ScviVAE
         return functools.partial(MixVAE, mixture=self._mixture)
 
     get_elbo = _once_trained(SCVI.get_elbo)
@@ -152,6 +158,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
         n_flow_steps: int = 0,
         n_samples: int = 1,
         objective: Literal["miselbo", "siwae"] = "miselbo",
+        likelihood: Literal["fused", "reference"] = "fused",
         **kwargs,
     ) -> None:
         self._mixture = MixtureOptions(
@@ -164,6 +171,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
             n_flow_steps=n_flow_steps,
             n_samples=n_samples,
             objective=objective,
+            likelihood=likelihood,
         )
         if adata is None and registry is not None and not use_observed_lib_size:
             raise ValueError(
@@ -251,6 +259,10 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
             continuous_covariate_keys=continuous_covariate_keys,
             **kwargs,
         )
+
+    @property
+    def _training_plan_cls(self) -> type[TrainingPlan]:
+        return LeanTrainingPlan if self._mixture.likelihood == "fused" else TrainingPlan
 
     @property
     def _data_splitter_cls(self) -> type[DataSplitter]:

@@ -19,13 +19,14 @@ from mixscvi.module.factorized import FactorizedMixture
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.pseudo_cells import PseudoCells
 from mixscvi.module.sampling import FORMS, ImportanceSampling
-from mixscvi.module.scvi_vae import ScviVAE
+from mixscvi.module.scvi_vae import FusedVAE, ScviVAE
 from mixscvi.module.vae import MixVAE
 
 __all__ = [
     "FORMS",
     "CountLikelihood",
     "FactorizedMixture",
+    "FusedVAE",
     "ImportanceSampling",
     "MixVAE",
     "MixtureOptions",

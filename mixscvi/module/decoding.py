@@ -13,29 +13,32 @@ from scvi.distributions import (
     ZeroInflatedNegativeBinomial,
 )
 from scvi.module import VAE
-from torch import Tensor
+from scvi.nn import DecoderSCVI
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from mixscvi.likelihoods import nb_log_prob, poisson_log_prob, zinb_log_prob
+from mixscvi.likelihoods import head_log_prob
 
-__all__ = ["CountLikelihood", "decode", "generative_outputs"]
+__all__ = ["CountLikelihood", "decode", "latent_priors"]
 
 
 @dataclass(frozen=True)
 class CountLikelihood:
-    """p(x | z) of every draw: the parameters, and what is made of them."""
+    """p(x | z) of every draw: the decoder's last hidden units, and what is made of them."""
 
+    decoder: DecoderSCVI
     gene_likelihood: str
     """``"zinb"``, ``"nb"``, ``"poisson"`` or ``"normal"``."""
-    scale: Tensor
-    """Share of each gene in a cell's expression, `(..., G)`."""
-    rate: Tensor
-    """Mean, but for dropouts, `(..., G)`."""
+    hidden: Tensor
+    """Last hidden units: `(B, H)`, `(n, B, H)` or `(L, B, S, H)`."""
+    log_size: Tensor
+    """Logarithm of the library size or size factor, `(..., 1)` with the draws' leading shape."""
     theta: Tensor
-    """Inverse dispersion (standard deviation of the normal likelihood): `(G,)`, or a shape that
-    broadcasts to that of `rate`."""
-    zi_logits: Tensor
-    """Logit of a dropout, `(..., G)`."""
+    """Inverse dispersion (standard deviation of the normal likelihood): `(G,)`, or one for every
+    cell or draw, broadcasting to the shape of the draws."""
+    fused: bool = True
+    """Whether log-likelihoods are computed from the hidden units in one go, or by the
+    distributions of scvi-tools."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x | z), summed over genes.
@@ -47,28 +50,49 @@ class CountLikelihood:
 
         Returns
         -------
-        `(L, B, S)` for draws `(L, B, S, D)`, in nats.
+        One value per draw, in nats: `(L, B, S)` for draws `(L, B, S, D)`.
         """
-        if self.gene_likelihood == "zinb":
-            return zinb_log_prob(x, self.rate, self.theta, self.zi_logits)
-        if self.gene_likelihood == "nb":
-            return nb_log_prob(x, self.rate, self.theta)
-        if self.gene_likelihood == "poisson":
-            return poisson_log_prob(x, self.rate)
-        normal = torch.distributions.Normal(self.rate, self.theta, validate_args=False)
-        return normal.log_prob(x.unsqueeze(1)).sum(-1)
+        scale, activation = self.decoder.px_scale_decoder
+        in_one_go = isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal"
+        if not (self.fused and in_one_go):
+            x = x.unsqueeze(1) if self.hidden.dim() == 4 else x
+            return self.distribution().log_prob(x).sum(-1)
+        dropout = self.decoder.px_dropout_decoder if self.gene_likelihood == "zinb" else None
+        theta = None if self.gene_likelihood == "poisson" else self._by_draw(self.theta)
+        log_prob = head_log_prob(
+            x,
+            self._by_draw(self.hidden),
+            scale.weight,
+            scale.bias,
+            self._by_draw(self.log_size).squeeze(-1),
+            theta,
+            None if dropout is None else dropout.weight,
+            None if dropout is None else dropout.bias,
+        )
+        return log_prob.view(self.hidden.shape[:-1])
+
+    def _by_draw(self, parameter: Tensor) -> Tensor:
+        """Give a parameter of `(B, ...)` or `(n, B, ...)` the axes `(L, B, S, ...)`."""
+        if self.hidden.dim() == 4 or parameter.dim() == 1:
+            return parameter
+        if parameter.dim() == 2 and parameter is not self.theta:
+            parameter = parameter.unsqueeze(0)
+        return parameter.unsqueeze(-2)
 
     def distribution(self) -> Distribution:
-        """The same as a distribution of scvi-tools, for its methods."""
+        """The same as a distribution of scvi-tools, over `(..., G)`."""
+        scale = self.decoder.px_scale_decoder(self.hidden)
+        rate = self.log_size.exp() * scale
         if self.gene_likelihood == "zinb":
+            zi_logits = self.decoder.px_dropout_decoder(self.hidden)
             return ZeroInflatedNegativeBinomial(
-                mu=self.rate, theta=self.theta, zi_logits=self.zi_logits, scale=self.scale
+                mu=rate, theta=self.theta, zi_logits=zi_logits, scale=scale
             )
         if self.gene_likelihood == "nb":
-            return NegativeBinomial(mu=self.rate, theta=self.theta, scale=self.scale)
+            return NegativeBinomial(mu=rate, theta=self.theta, scale=scale)
         if self.gene_likelihood == "poisson":
-            return Poisson(rate=self.rate, scale=self.scale)
-        return Normal(self.rate, self.theta, normal_mu=self.scale)
+            return Poisson(rate=rate, scale=scale)
+        return Normal(rate, self.theta, normal_mu=scale)
 
 
 def decode(
@@ -81,10 +105,12 @@ def decode(
     size_factor: Tensor | None = None,
     y: Tensor | None = None,
     transform_batch: Tensor | int | None = None,
+    *,
+    fused: bool = True,
 ) -> CountLikelihood:
     """Decode draws of any leading shape as rows of one call.
 
-    It gives the parameters that :meth:`scvi.module.VAE.generative` gives draw by draw.
+    It gives the likelihood that :meth:`scvi.module.VAE.generative` gives draw by draw.
 
     Parameters
     ----------
@@ -98,6 +124,8 @@ def decode(
         Of each cell, `(B, ...)`, as in :meth:`scvi.module.VAE.generative`.
     transform_batch
         Batch to decode all cells as, instead of their own.
+    fused
+        See :class:`CountLikelihood`.
     """
     lead = z.shape[:-1]
 
@@ -118,36 +146,26 @@ def decode(
         inputs.append(rows(module.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index)))
     else:
         categories = (batch_index, *categories)
-    scale, log_theta, rate, zi_logits = module.decoder(
-        module.dispersion,
-        torch.cat(inputs, dim=-1),
-        rows(size_factor if module.use_size_factor_key else library),
-        *map(rows, categories),
-    )
+    hidden = module.decoder.px_decoder(torch.cat(inputs, dim=-1), *map(rows, categories))
+    hidden = hidden.unflatten(0, lead)
     if module.dispersion == "gene":
         theta = module.px_r.exp()
     elif module.dispersion == "gene-cell":
-        theta = log_theta.exp().unflatten(0, lead)
+        theta = module.decoder.px_r_decoder(hidden).exp()
     else:
         of_cell = batch_index if module.dispersion == "gene-batch" else y
         theta = module.px_r.exp().t().index_select(0, of_cell.squeeze(-1).long())
         theta = per_draw(theta)
+    log_size = per_draw(size_factor if module.use_size_factor_key else library)
     return CountLikelihood(
-        module.gene_likelihood,
-        scale.unflatten(0, lead),
-        rate.unflatten(0, lead),
-        theta,
-        zi_logits.unflatten(0, lead),
+        module.decoder, module.gene_likelihood, hidden, log_size.expand(*lead, 1), theta, fused
     )
 
 
-def generative_outputs(
-    module: VAE, px: CountLikelihood, z: Tensor, batch_index: Tensor
-) -> dict[str, Distribution | None]:
-    """What :meth:`scvi.module.VAE.generative` returns, of draws of any leading shape."""
+def latent_priors(module: VAE, z: Tensor, batch_index: Tensor) -> dict[str, Distribution | None]:
+    """Priors of library size and z, as :meth:`scvi.module.VAE.generative` returns them."""
     pl = None
     if not module.use_observed_lib_size:
         means, variances = module._compute_local_library_params(batch_index)
         pl = Normal(means, variances.sqrt())
-    pz = Normal(torch.zeros_like(z), torch.ones_like(z))
-    return {"px": px.distribution(), "pl": pl, "pz": pz}
+    return {"pl": pl, "pz": Normal(torch.zeros_like(z), torch.ones_like(z))}

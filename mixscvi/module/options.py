@@ -48,6 +48,9 @@ class MixtureOptions:
     """Importance samples per component in the training objective, `L`."""
     objective: Literal["miselbo", "siwae"] = "miselbo"
     """``"miselbo"``: the papers' form. ``"siwae"``: all draws inside the logarithm."""
+    likelihood: Literal["fused", "reference"] = "fused"
+    """``"fused"``: log-likelihood and gradient in one go. ``"reference"``: scvi-tools' own
+    distributions, and with the options of scVI its own code to the bit."""
 
     def __post_init__(self) -> None:
         for name in ("n_components", "n_samples", "n_prior_components"):
@@ -56,6 +59,7 @@ class MixtureOptions:
         check_choice("estimator", self.estimator, [str(name) for name in Estimator])
         check_choice("component_encoder", self.component_encoder, ("separate", "amortized"))
         check_choice("objective", self.objective, ("miselbo", "siwae"))
+        check_choice("likelihood", self.likelihood, ("fused", "reference"))
         if not isinstance(self.prior, Prior) and self.prior not in ("normal", "mog", "vamp"):
             raise ValueError(
                 "prior must be one of 'normal', 'mog', 'vamp', or an instance of "

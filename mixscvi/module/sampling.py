@@ -24,6 +24,7 @@ from mixscvi.mixture import (
 )
 from mixscvi.module.decoding import decode
 from mixscvi.module.encoding import encoder_input
+from mixscvi.module.options import MixtureOptions
 
 __all__ = ["FORMS", "Encoded", "ImportanceSampling"]
 
@@ -48,6 +49,7 @@ class ImportanceSampling:
     The module has a ``prior`` over `D` dimensions and a ``flow``, or ``None``.
     """
 
+    mixture: MixtureOptions
     n_components: int
     """Number of components, `A`."""
     prior: Prior
@@ -147,7 +149,8 @@ class ImportanceSampling:
                 library, log_ratio = self._library_draws(ql, stop - start, tensors)
                 log_joint = log_joint + log_ratio
             drawn = {"z": self.z_encoder.z_transformation(z), "library": library}
-            px = decode(self, **self._get_generative_input(tensors, drawn))
+            fused = self.mixture.likelihood == "fused"
+            px = decode(self, **self._get_generative_input(tensors, drawn), fused=fused)
             log_joint = log_joint + px.log_prob(x)
             passes.append(
                 torch.stack((log_joint, own - log_det, mixture_log_prob(cross) - log_det))

@@ -28,7 +28,7 @@ from mixscvi.mixture import (
     mixture_log_prob,
     siwae,
 )
-from mixscvi.module.decoding import CountLikelihood, decode, generative_outputs
+from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.densities import importance_density
 from mixscvi.module.encoding import MixtureEncoder, encoder_input
 from mixscvi.module.factorized import FactorizedMixture
@@ -244,9 +244,11 @@ class MixVAE(ImportanceSampling, VAE):
         Of plain draws ``px`` is a distribution of scvi-tools, of the loss's stratified draws the
         :class:`~mixscvi.module.decoding.CountLikelihood` itself.
         """
-        px = decode(self, z, library, batch_index, *args, **kwargs)
-        outputs = generative_outputs(self, px, z, batch_index)
-        return outputs | {"px": px} if z.dim() == 4 else outputs
+        fused = self.mixture.likelihood == "fused"
+        px = decode(self, z, library, batch_index, *args, fused=fused, **kwargs)
+        if z.dim() != 4:
+            px = px.distribution()
+        return latent_priors(self, z, batch_index) | {"px": px}
 
     @unsupported_if_adata_minified
     def loss(

@@ -43,10 +43,14 @@ def test_decode_is_scvi_tools_generative_of_each_draw(kwargs, gene_likelihood, t
         return module._get_generative_input(tensors, drawn) | {"transform_batch": transform_batch}
 
     likelihood = decode(module, **inputs(z, library))
-    assert likelihood.rate.shape == (3, 4, 5, N_GENES)
     assert isinstance(module.generative(**inputs(z, library))["px"], CountLikelihood)
     px = likelihood.distribution()
+    assert px.mean.shape == (3, 4, 5, N_GENES)
     log_prob = likelihood.log_prob(tensors[REGISTRY_KEYS.X_KEY])
+    reference = decode(module, **inputs(z, library), fused=False)
+    torch.testing.assert_close(
+        log_prob, reference.log_prob(tensors[REGISTRY_KEYS.X_KEY]), rtol=1e-5, atol=1e-4
+    )
     for layer, s in itertools.product(range(3), range(5)):
         alone = VAE.generative(module, **inputs(z[layer, :, s], library[layer, :, s]))["px"]
         for name in LIKELIHOODS[gene_likelihood]:
@@ -65,6 +69,7 @@ def test_plain_draws_are_distributions_of_scvi_tools(kwargs, gene_likelihood):
         z, library = torch.randn(*shape, 2), torch.randn(*shape, 1)
         inputs = module._get_generative_input(tensors, {"z": z, "library": library})
         px = module.generative(**inputs)["px"]
+        log_prob = decode(module, **inputs).log_prob(tensors[REGISTRY_KEYS.X_KEY])
         each = zip(z.view(-1, 4, 2), library.view(-1, 4, 1), strict=True)
         alone = [VAE.generative(module, **{**inputs, "z": a, "library": b})["px"] for a, b in each]
         assert type(px) is type(alone[0])
@@ -72,3 +77,7 @@ def test_plain_draws_are_distributions_of_scvi_tools(kwargs, gene_likelihood):
             expected = torch.stack([getattr(one, name) for one in alone])
             got = getattr(px, name).view_as(expected)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        expected = torch.stack(
+            [one.log_prob(tensors[REGISTRY_KEYS.X_KEY]).sum(-1) for one in alone]
+        )
+        torch.testing.assert_close(log_prob, expected.view_as(log_prob), rtol=1e-5, atol=1e-4)

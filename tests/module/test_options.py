@@ -8,7 +8,7 @@ from scvi.module import VAE
 
 from mixscvi import MixSCVI
 from mixscvi.mixture import StandardNormal
-from mixscvi.module import MixtureOptions, MixVAE, ScviVAE
+from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 
 PLAIN = {"n_components": 1}
 
@@ -35,7 +35,10 @@ def test_options_that_describe_scvi(options, is_scvi, make_adata):
     assert MixtureOptions(**options).is_scvi == is_scvi
     adata = make_adata()
     MixSCVI.setup_anndata(adata)
-    assert type(MixSCVI(adata, **options).module) is (ScviVAE if is_scvi else MixVAE)
+    for likelihood, expected in (("fused", FusedVAE), ("reference", ScviVAE)):
+        model = MixSCVI(adata, likelihood=likelihood, **options)
+        assert type(model.module) is (expected if is_scvi else MixVAE)
+        assert model.module.mixture.likelihood == likelihood
 
 
 def test_options_are_frozen():
@@ -43,7 +46,7 @@ def test_options_are_frozen():
         MixtureOptions().n_components = 5
 
 
-@pytest.mark.parametrize("module_cls", [MixVAE, ScviVAE])
+@pytest.mark.parametrize("module_cls", [MixVAE, ScviVAE, FusedVAE])
 def test_scvi_tools_finds_the_names_that_it_looks_for(module_cls):
     """It rebuilds a module by its signature, and asks whether batches can be transformed."""
     assert set(inspect.signature(VAE).parameters) <= set(inspect.signature(module_cls).parameters)
