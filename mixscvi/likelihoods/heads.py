@@ -230,6 +230,15 @@ class _Head(torch.autograd.Function):
         )
 
 
+def _logits(units: Tensor, weight: Tensor | None, room: Tensor | None) -> Tensor | None:
+    """Outputs of a linear layer without its bias, written to the first rows of `room`."""
+    if weight is None or room is None:
+        return None
+    rows = units.flatten(0, -2)
+    product = torch.mm(rows, weight.t(), out=room[: len(rows)])
+    return product.view(*units.shape[:-1], -1)
+
+
 def _in_blocks(
     x: Tensor | SparseCounts,
     hidden: Tensor,
@@ -257,19 +266,11 @@ def _in_blocks(
         for stratum in range(0, n_strata, strata):
             block = (slice(stratum, stratum + strata), some_cells)
             units = hidden[block]
-
-            def logits(weight: Tensor | None, out: Tensor | None, units: Tensor = units):
-                if weight is None:
-                    return None
-                rows = units.flatten(0, -2)
-                product = torch.mm(rows, weight.t(), out=out[: len(rows)])
-                return product.view(*units.shape[:-1], n_genes)
-
             value = evaluate(
                 counts,
-                logits(scale_weight, room[0]),
+                _logits(units, scale_weight, room[0]),
                 theta if theta is None or theta.dim() == 1 else theta[block[4 - theta.dim() :]],
-                logits(zi_weight, room[1]),
+                _logits(units, zi_weight, room[1]),
                 mean_bias=scale_bias,
                 zi_bias=zi_bias,
                 log_library=log_library[block],

@@ -345,14 +345,14 @@ def rows(
                 scale = real(np.exp(log_library[row])) / total
                 means = share
 
-            dense, row_slope = zero, zero
+            dense, row_slope = 0.0, zero
             for start in range(0, n_genes, _TILE):
                 n_tile = min(_TILE, n_genes - start)
                 part, part_slope = _tile_of_genes(
                     counts, means, scale, log_library, theta, theta_row, zi, zi_bias, row, start,
                     n_tile, eps, d_mean, buffer,
                 )  # fmt: skip
-                dense += part
+                dense += float(part)
                 row_slope += part_slope
                 if d_mean is not None:
                     for i in range(n_tile):
@@ -365,24 +365,24 @@ def rows(
 
             for j in range(n):
                 mean_nz[j] = means[index[j]]
-            sparse = zero
+            sparse = 0.0
             for j in range(n):
                 k, mu = count[j], mean_nz[j] * scale
                 factor = one if log_library is None else mu
                 if theta is None:
-                    sparse = add(sparse, k * log(mu))
+                    sparse = add(sparse, float(k * log(mu)))
                     added = k if log_library is not None else k / mu
                 else:
                     th = theta_nz[j]
                     inverse = one / (mu + (th + eps))
-                    sparse = add(sparse, k * log((mu + eps) * inverse))
+                    sparse = add(sparse, float(k * log((mu + eps) * inverse)))
                     added = k * (th * inverse * (factor / (mu + eps)))
                 if d_mean is not None:
                     row_slope = add(row_slope, added)
                     mean_nz[j] = added
                     if theta is not None:
                         d_theta_nz[j] = real(slopes[j]) - k * inverse
-            value[row] = real(own + float(dense) + float(sparse))
+            value[row] = real(own + dense + sparse)
 
             if d_mean is not None:
                 for j in range(n):
