@@ -1,11 +1,11 @@
-# make demo | test | lint | clean; everything is installed into .venv, once.
+# make demo | test | lint | bench | clean; everything is installed into .venv, once.
 PYTHON ?= python3
 MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(MINOR)),py311,py312).txt
 INSTALLED := .venv/.installed-$(MINOR)
 BIN := .venv/bin
 
-.PHONY: demo test lint clean .venv
+.PHONY: demo test lint bench clean .venv
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mixscvi.demo
@@ -19,6 +19,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy mixscvi/mixture
+
+# Ratios to scVI's times; minutes, on a machine that does nothing else.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/speed.py
 
 .venv: $(INSTALLED)
 

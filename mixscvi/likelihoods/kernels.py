@@ -31,7 +31,7 @@ from mixscvi.likelihoods.vector_math import (
 __all__ = ["ERRORS", "TABLE_SIZE", "fill_table", "rows", "table_length"]
 
 # What numba raises when it cannot compile, cache or load a function.
-ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError, RuntimeError)
+ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError)
 
 # Counts below it look their log-gamma terms up.
 TABLE_SIZE = 16

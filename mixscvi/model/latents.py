@@ -19,7 +19,6 @@ from torch.distributions import (
 )
 
 from mixscvi.checks import check_choice
-from mixscvi.module.densities import latent_moments
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -172,8 +171,7 @@ class LatentsMixin:
             return np.concatenate([loc, np.square(scale).reshape(len(loc), -1)], axis=1)
 
         module = self.module
-        one_draw = not (give_mean or return_dist)
-        if one_draw or module.has_closed_form_moments(on_simplex=not return_dist):
+        if module.mixture.is_scvi or not (give_mean or return_dist):
             return super().get_latent_representation(
                 adata,
                 indices=indices,
@@ -184,13 +182,8 @@ class LatentsMixin:
                 dataloader=dataloader,
                 **data_loader_kwargs,
             )
-
-        def transform(z0: Tensor) -> Tensor:
-            z, _ = module.push_forward(z0)
-            return z if return_dist else module.z_encoder.z_transformation(z)
-
         moments = [
-            latent_moments(module.posterior(tensors), transform, mc_samples)
+            module.latent_moments(tensors, mc_samples, on_simplex=not return_dist)
             for tensors in self._minibatches(
                 adata, indices, batch_size, dataloader, data_loader_kwargs
             )

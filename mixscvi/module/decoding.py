@@ -17,7 +17,12 @@ from scvi.nn import DecoderSCVI
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from mixscvi.likelihoods import head_log_prob
+from mixscvi.likelihoods import (
+    head_log_prob,
+    nb_log_prob,
+    poisson_log_prob,
+    zinb_log_prob,
+)
 
 __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
@@ -52,31 +57,44 @@ class CountLikelihood:
         -------
         One value per draw, in nats: `(L, B, S)` for draws `(L, B, S, D)`.
         """
-        scale, activation = self.decoder.px_scale_decoder
-        in_one_go = isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal"
-        if not (self.fused and in_one_go):
+        if not self.fused:
             x = x.unsqueeze(1) if self.hidden.dim() == 4 else x
             return self.distribution().log_prob(x).sum(-1)
+        return self._fused_log_prob(x).view(self.hidden.shape[:-1])
+
+    def _fused_log_prob(self, x: Tensor) -> Tensor:
+        hidden, log_size = self._by_draw(self.hidden), self._by_draw(self.log_size)
+        theta = self._by_draw(self.theta)
+        scale, activation = self.decoder.px_scale_decoder
         dropout = self.decoder.px_dropout_decoder if self.gene_likelihood == "zinb" else None
-        theta = None if self.gene_likelihood == "poisson" else self._by_draw(self.theta)
-        log_prob = head_log_prob(
-            x,
-            self._by_draw(self.hidden),
-            scale.weight,
-            scale.bias,
-            self._by_draw(self.log_size).squeeze(-1),
-            theta,
-            None if dropout is None else dropout.weight,
-            None if dropout is None else dropout.bias,
-        )
-        return log_prob.view(self.hidden.shape[:-1])
+        if isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal":
+            return head_log_prob(
+                x,
+                hidden,
+                scale.weight,
+                scale.bias,
+                log_size.squeeze(-1),
+                None if self.gene_likelihood == "poisson" else theta,
+                None if dropout is None else dropout.weight,
+                None if dropout is None else dropout.bias,
+            )
+        rate = log_size.exp() * self.decoder.px_scale_decoder(hidden)
+        if self.gene_likelihood == "zinb":
+            return zinb_log_prob(x, rate, theta, dropout(hidden))
+        if self.gene_likelihood == "nb":
+            return nb_log_prob(x, rate, theta)
+        if self.gene_likelihood == "poisson":
+            return poisson_log_prob(x, rate)
+        normal = torch.distributions.Normal(rate, theta, validate_args=False)
+        return normal.log_prob(x.unsqueeze(1)).sum(-1)
 
     def _by_draw(self, parameter: Tensor) -> Tensor:
-        """Give a parameter of `(B, ...)` or `(n, B, ...)` the axes `(L, B, S, ...)`."""
+        """Give a parameter of draws `(B, ...)` or `(n, B, ...)` the axes `(L, B, S, ...)`."""
         if self.hidden.dim() == 4 or parameter.dim() == 1:
             return parameter
-        if parameter.dim() == 2 and parameter is not self.theta:
-            parameter = parameter.unsqueeze(0)
+        of_all_draws = parameter is self.theta and parameter.dim() == 2  # (B, G)
+        if not of_all_draws:
+            parameter = parameter.reshape(-1, *parameter.shape[-2:])
         return parameter.unsqueeze(-2)
 
     def distribution(self) -> Distribution:
@@ -167,5 +185,6 @@ def latent_priors(module: VAE, z: Tensor, batch_index: Tensor) -> dict[str, Dist
     pl = None
     if not module.use_observed_lib_size:
         means, variances = module._compute_local_library_params(batch_index)
-        pl = Normal(means, variances.sqrt())
-    return {"pl": pl, "pz": Normal(torch.zeros_like(z), torch.ones_like(z))}
+        pl = Normal(means, variances.sqrt(), validate_args=False)
+    # To validate arguments, the host would wait for an accelerator.
+    return {"pl": pl, "pz": Normal(torch.zeros_like(z), torch.ones_like(z), validate_args=False)}

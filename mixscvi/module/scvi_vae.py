@@ -51,10 +51,6 @@ class ScviVAE(ImportanceSampling, VAE):
             return latent_priors(self, z, batch_index) | {"px": px.distribution()}
         return super().generative(z, library, batch_index, *args, **kwargs)
 
-    def has_closed_form_moments(self, *, on_simplex: bool) -> bool:
-        """Whether scvi-tools' formulas for mean and variance of the latents hold."""
-        return True
-
     def as_importance_density(self, qz: Distribution) -> Distribution:
         """What scvi-tools' importance weights are to divide by."""
         return qz

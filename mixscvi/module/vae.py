@@ -29,7 +29,7 @@ from mixscvi.mixture import (
     siwae,
 )
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
-from mixscvi.module.densities import importance_density
+from mixscvi.module.densities import importance_density, latent_moments
 from mixscvi.module.encoding import MixtureEncoder, encoder_input
 from mixscvi.module.factorized import FactorizedMixture
 from mixscvi.module.options import MixtureOptions
@@ -295,15 +295,32 @@ class MixVAE(ImportanceSampling, VAE):
             extra_metrics=extra_metrics,
         )
 
-    def has_closed_form_moments(self, *, on_simplex: bool) -> bool:
-        """Whether mean and variance of the latents are those of a mixture of Gaussians.
+    @torch.inference_mode()
+    @auto_move_data
+    def latent_moments(
+        self, tensors: dict[str, Tensor], n_draws: int, *, on_simplex: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each cell's latents, `(B, D)` each.
 
         Parameters
         ----------
+        tensors
+            A minibatch.
+        n_draws
+            Draws per cell behind them, where there is no closed form.
         on_simplex
             Whether the latents are meant behind the map to the simplex, if there is one.
         """
-        return self.flow is None and not (on_simplex and self.latent_distribution == "ln")
+        posterior = self.posterior(tensors)
+        on_simplex = on_simplex and self.latent_distribution == "ln"
+        if self.flow is None and not on_simplex:
+            return posterior.mean, posterior.variance
+
+        def transform(z0: Tensor) -> Tensor:
+            z, _ = self.push_forward(z0)
+            return self.z_encoder.z_transformation(z) if on_simplex else z
+
+        return latent_moments(posterior, transform, n_draws)
 
     def as_importance_density(self, qz: FactorizedMixture) -> FactorizedMixture:
         """What scvi-tools' importance weights are to divide by, with this prior and flow."""

@@ -63,7 +63,7 @@ def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
     expected = head_log_prob(*given)
 
     def fail(*args):
-        raise RuntimeError("no")
+        raise kernels.numba.core.errors.NumbaError("no")
 
     monkeypatch.setattr(kernels, "rows", fail)
     with pytest.warns(RuntimeWarning, match="numba"):

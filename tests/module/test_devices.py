@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from naive_module import COMBINATIONS, COVARIATES, make_module, make_tensors
 
@@ -93,3 +94,58 @@ def test_fakes_tell_mixed_devices(name):
     module = make_module(prior="mog", **COVARIATES)
     with pytest.raises(RuntimeError, match="device"):
         loss_on_fakes(module, left_behind=(name,))
+
+
+class _Operations(TorchDispatchMode):
+    """Names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.")
+
+
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_a_training_step_never_waits_for_the_device(name, monkeypatch):
+    """No operation of loss and backward needs a value, or a size that depends on values."""
+    if "library" in name:
+        pytest.skip("scvi-tools' encoder of the library size checks what it made")
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    module = make_module(**{"gene_likelihood": "zinb", **COVARIATES, **DEVICE_CASES[name]})
+    with _Operations() as operations:
+        loss_on_fakes(module.train())
+    assert not [name for name in operations.names if any(wait in name for wait in WAITS)]
+    assert any("bmm" in name or "mm" in name for name in operations.names)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_components": 1}, {"gene_likelihood": "nb"}])
+def test_loss_under_autocast_is_finite(kwargs):
+    module = make_module(**kwargs).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, losses = module(make_tensors(module, 16))
+    losses.loss.backward()
+    assert losses.loss.isfinite()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_single_precision_stays_single(name):
+    """Some accelerators know no double precision."""
+    module = make_module(**{"gene_likelihood": "zinb", **COVARIATES, **DEVICE_CASES[name]})
+
+    class _Types(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for one in out if isinstance(out, (tuple, list)) else (out,):
+                assert not isinstance(one, torch.Tensor) or one.dtype != torch.float64, function
+            return out
+
+    with _Types():
+        loss_on_fakes(module.train())
