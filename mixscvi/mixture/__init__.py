@@ -11,9 +11,12 @@
 | heads | from hidden units to Gaussians: what components share |
 | priors | standard normal, mixture of Gaussians, VampPrior |
 | flows | the inverse autoregressive flow that all components share |
+| student_mixture | a weighted mixture of Student's t distributions |
+| adaptation | from a starting mixture to the exact posterior |
 | diagnostics | divergence, effective sample size, Pareto k-hat, active units |
 """
 
+from mixscvi.mixture.adaptation import Adapted, adapt
 from mixscvi.mixture.diagnostics import (
     ImportanceDraws,
     active_units,
@@ -38,8 +41,10 @@ from mixscvi.mixture.objectives import (
 )
 from mixscvi.mixture.posterior import MixturePosterior
 from mixscvi.mixture.priors import GaussianMixture, Prior, StandardNormal, VampPrior
+from mixscvi.mixture.student_mixture import StudentMixture
 
 __all__ = [
+    "Adapted",
     "AmortizedEncoder",
     "CodedHeads",
     "Encoder",
@@ -57,8 +62,10 @@ __all__ = [
     "StackedMLP",
     "StackedSparseLinear",
     "StandardNormal",
+    "StudentMixture",
     "VampPrior",
     "active_units",
+    "adapt",
     "component_elbo",
     "effective_sample_size",
     "importance_weighted_miselbo",

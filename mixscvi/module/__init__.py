@@ -9,6 +9,7 @@
 | encoding | from scvi-tools' inputs to the core's encoders |
 | decoding | from draws and covariates to the likelihood of the counts |
 | sampling | importance sampling of log p(x) |
+| adapting | from the encoder's posterior of a cell to its exact one |
 | densities | moments and densities without a closed form |
 | factorized | the mixture posterior as scvi-tools reads it |
 | pseudo_cells | the VampPrior's inputs |

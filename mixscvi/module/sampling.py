@@ -22,6 +22,7 @@ from mixscvi.mixture import (
     mixture_log_prob,
     siwae,
 )
+from mixscvi.module.adapting import Adaptation
 from mixscvi.module.decoding import decode
 from mixscvi.module.encoding import encoder_input
 from mixscvi.module.options import MixtureOptions
@@ -43,7 +44,7 @@ class Encoded(NamedTuple):
     """Log library size, observed or drawn, `(B, 1)`."""
 
 
-class ImportanceSampling:
+class ImportanceSampling(Adaptation):
     """What a :class:`scvi.module.VAE` needs for importance sampling with its posterior.
 
     The module has a ``prior`` over `D` dimensions and a ``flow``, or ``None``.
