@@ -29,7 +29,7 @@ def read_counts(name: str, n_genes: int) -> AnnData:
     """One of the single-cell data sets with its `n_genes` most variable genes.
 
     Variability is the dispersion of log-normalized expression within bins of equal mean, scanpy's
-    "cell_ranger" flavour; cells left without counts are dropped.
+    "cell_ranger" flavor; cells left without counts are dropped.
     """
     import anndata
     import scanpy as sc

@@ -1,4 +1,4 @@
-"""Checks of what a user hands over, before anything is trained on it."""
+"""Checks of user input."""
 
 from __future__ import annotations
 

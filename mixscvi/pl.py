@@ -1,4 +1,4 @@
-"""Figures of what a mixture posterior knows. Every function draws on given axes, or makes them."""
+"""Figures of mixture posteriors and their diagnostics; drawn on given axes, or new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both sides ask of the operating system: whole files, and memory that is kept."""
+"""Atomic file writes, and the C library's memory settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _M_MMAP_MAX = -4
 
 
 def write_beside(path: str | Path, content: str | Callable[[Path], object]) -> None:
-    """Write a file beside its place, then rename it: it is never seen half written.
+    """Write a file atomically: beside its place, then renamed.
 
     Parameters
     ----------

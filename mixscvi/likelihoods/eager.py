@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["dense_terms", "log_prob", "sum_to_dispersion"]
 
-_EPS = 1e-8  # scvi-tools adds it inside of every logarithm; the same here, or values would differ
+_EPS = 1e-8  # scvi-tools adds it inside every logarithm; the same here, or values would differ
 
 
 def log_prob(x: Tensor, mean: Tensor, theta: Tensor | None, zi_logits: Tensor | None) -> Tensor:

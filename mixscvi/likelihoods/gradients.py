@@ -58,7 +58,7 @@ def attach(
 
 
 class _Attached(torch.autograd.Function):
-    """A value whose gradients are known; tensors inside of a tuple are not tracked."""
+    """A value whose gradients are known; tensors inside a tuple are not tracked."""
 
     @staticmethod
     def forward(

@@ -57,7 +57,7 @@ def nb_log_prob(x: Tensor | SparseCounts, mu: Tensor, theta: Tensor) -> Tensor:
 
     Notes
     -----
-    As in scvi-tools, 1e-8 is added to `theta`, to `mu` and to their sum inside of the logarithms.
+    As in scvi-tools, 1e-8 is added to `theta`, to `mu` and to their sum inside the logarithms.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def zinb_log_prob(x: Tensor | SparseCounts, mu: Tensor, theta: Tensor, zi_logits
 
     Notes
     -----
-    As in scvi-tools, 1e-8 is added to `theta`, to `mu` and to their sum inside of the logarithms.
+    As in scvi-tools, 1e-8 is added to `theta`, to `mu` and to their sum inside the logarithms.
 
     Examples
     --------

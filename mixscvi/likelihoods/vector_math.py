@@ -195,22 +195,22 @@ def _exp64(x):
 
 def exp(x):
     """e to the power of `x`, which is not positive; in single precision at least e^-87."""
-    raise NotImplementedError("only inside of compiled functions")
+    raise NotImplementedError("only inside compiled functions")
 
 
 def softmax_exp(x):
     """e to the power of `x`, which is not positive, down to subnormal numbers."""
-    raise NotImplementedError("only inside of compiled functions")
+    raise NotImplementedError("only inside compiled functions")
 
 
 def log(y):
     """Logarithm of `y`, which is not negative."""
-    raise NotImplementedError("only inside of compiled functions")
+    raise NotImplementedError("only inside compiled functions")
 
 
 def log1p(d):
     """log(1 + d) for d > -1, to the last digits of a small `d`."""
-    raise NotImplementedError("only inside of compiled functions")
+    raise NotImplementedError("only inside compiled functions")
 
 
 def _by_precision(function, single, double):

@@ -3,6 +3,7 @@
 | file | holds |
 | --- | --- |
 | posterior | A diagonal Gaussians as one distribution |
+| gaussians | densities of many Gaussians at many points, in bounded memory |
 | objectives | MISELBO and SIWAE of log-weights; the estimators that choose components |
 | layers | A linear maps or convolutions in one call |
 | mlp | A multilayer perceptrons in one call |

@@ -165,7 +165,7 @@ def adapt(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("adapt needs gradients: call it outside of torch.inference_mode")
+        raise RuntimeError("adapt needs gradients: call it outside torch.inference_mode")
     dof = 5 + n_latent // 3 if dof is None else dof
     target = _Target(log_joint, start.component_loc, rows_per_call)
 

@@ -192,12 +192,14 @@ def pareto_k(log_weights: Tensor, *, computed_in: torch.dtype | None = None) -> 
     # the whole tail is equal, it is as large as its largest value; what else the row holds, of
     # draws far from the posterior, says nothing of the tail's roundings.
     eps = torch.finfo(computed_in or log_weights.dtype).eps
-    flat = exceedances[..., -1] <= 16 * eps * top.squeeze(-1).abs().clamp_min(1)
+    # Exceedances lie in [0, 1]: weights that differ by more than a tenth are never called equal.
+    rounding = (16 * eps * top.squeeze(-1).abs().clamp_min(1)).clamp_max(0.1)
+    flat = exceedances[..., -1] <= rounding
     exceedances = torch.where(flat[..., None], torch.ones_like(exceedances), exceedances)
     k = _generalized_pareto_shape(exceedances)
     k = (k * n_tail + 0.5 * 10) / (n_tail + 10)
     k = torch.where(flat, -torch.inf, k)
-    # The cutoff weighs nothing beside the largest weight: a few draws stand for all.
+    # The cutoff underflows beside the largest weight: a few draws dominate.
     outweighed = largest[..., 0] < math.log(torch.finfo(largest.dtype).tiny)
     return torch.where(outweighed | no_weight, torch.inf, k).to(log_weights)
 

@@ -75,9 +75,14 @@ class Estimator(StrEnum):
 
         Raises
         ------
+        TypeError
+            If a number is not an integer.
         ValueError
             If `S` is not in 1..A, or is not `A` with ``all_to_all``.
         """
+        for name, value in (("n_components", n_components), ("n_sampled", n_sampled)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 1 <= n_sampled <= n_components:
             raise ValueError(
                 f"n_sampled must be between 1 and n_components={n_components}, got {n_sampled}"

@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.utils.checkpoint import checkpoint
 
 from mixscvi.mixture.diagnostics import jensen_shannon_divergence
+from mixscvi.mixture.gaussians import diagonal_normal_log_prob, in_bounded_memory
 from mixscvi.mixture.objectives import mixture_log_prob
 
 __all__ = ["MixturePosterior"]
 
-_LOG_2PI = math.log(2 * math.pi)
-_ELEMENTS_AT_ONCE = 2**22  # measured: fastest where a pass over them stays in the cache
-
-
-def _diagonal_normal_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """Log-density of diagonal Gaussians, summed over the last axis."""
-    # A pass over all differences costs less as a product than as a division.
-    standardized = (z - loc) * scale.reciprocal()
-    log_det = scale.log().sum(-1)
-    return -0.5 * standardized.square().sum(-1) - log_det - 0.5 * loc.shape[-1] * _LOG_2PI
-
 
 def _mixture_log_prob(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    return mixture_log_prob(_diagonal_normal_log_prob(z, loc, scale))
-
-
-def _in_bounded_memory(
-    score: Callable[[Tensor, Tensor, Tensor], Tensor],
-    z: Tensor,
-    loc: Tensor,
-    scale: Tensor,
-    *,
-    recompute: bool = False,
-) -> Tensor:
-    """Score points `(..., 1, D)` under components `(..., A, D)`, whose leading axes broadcast.
-
-    The differences of all points to all means are the largest tensor there is. Past a fixed number
-    of them, the longest leading axis is halved, and again, and each piece is computed anew in the
-    backward pass.
-    """
-    lead = torch.broadcast_shapes(z.shape[:-2], loc.shape[:-2])
-    longest = max(range(len(lead)), key=lambda axis: lead[axis], default=None)
-    n_elements = math.prod(lead) * loc.shape[-2] * loc.shape[-1]
-    if n_elements <= _ELEMENTS_AT_ONCE or longest is None or lead[longest] == 1:
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(score, z, loc, scale, use_reentrant=False, preserve_rng_state=False)
-        return score(z, loc, scale)
-    from_end = longest - len(lead) - 2
-    pieces = []
-    half = lead[longest] // 2
-    for start, length in ((0, half), (half, lead[longest] - half)):
-        piece = (
-            # An axis that broadcasts, of length one or not there, is whole in every piece.
-            part.narrow(from_end, start, length)
-            if part.dim() >= -from_end and part.shape[from_end] > 1
-            else part
-            for part in (z, loc, scale)
-        )
-        pieces.append(_in_bounded_memory(score, *piece, recompute=True))
-    return torch.cat(pieces, longest)
+    return mixture_log_prob(diagonal_normal_log_prob(z, loc, scale))
 
 
 def _randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -174,6 +125,7 @@ class MixturePosterior(Distribution):
         new.component_loc = self.component_loc.expand(*batch_shape, *event)
         new.component_scale = self.component_scale.expand(*batch_shape, *event)
         Distribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
         return new
 
     def rsample(
@@ -256,8 +208,8 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(..., B, A)`.
         """
-        return _in_bounded_memory(
-            _diagonal_normal_log_prob,
+        return in_bounded_memory(
+            diagonal_normal_log_prob,
             value.unsqueeze(-2),
             self.component_loc,
             self.component_scale,
@@ -275,12 +227,45 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(L, B, S, A)`.
         """
-        return _in_bounded_memory(
-            _diagonal_normal_log_prob,
+        return in_bounded_memory(
+            diagonal_normal_log_prob,
             draws.unsqueeze(-2),
             self.component_loc.unsqueeze(-3),
             self.component_scale.unsqueeze(-3),
         )
+
+    def own_log_prob(self, draws: Tensor, components: Tensor | None = None) -> Tensor:
+        """Log-density of every draw under the component that it came from.
+
+        Parameters
+        ----------
+        draws, components
+            What :meth:`rsample_stratified` returned, `(L, B, S, D)`, and was given.
+
+        Returns
+        -------
+        Log-densities, `(L, B, S)`.
+        """
+        loc, scale = self.component_loc, self.component_scale
+        if components is not None:
+            loc, scale = loc.index_select(-2, components), scale.index_select(-2, components)
+        return diagonal_normal_log_prob(draws, loc, scale)
+
+    def stratified_log_prob(self, draws: Tensor) -> Tensor:
+        """Log-density of the mixture at every component's draws.
+
+        The same as the mixture of :meth:`cross_log_prob`, which is not held in memory.
+
+        Parameters
+        ----------
+        draws
+            What :meth:`rsample_stratified` returns, `(L, B, S, D)`.
+
+        Returns
+        -------
+        Log-densities, `(L, B, S)`.
+        """
+        return self.log_prob(draws.movedim(-2, 1)).movedim(1, -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the mixture.
@@ -294,7 +279,7 @@ class MixturePosterior(Distribution):
         -------
         Log-densities, `(..., B)`.
         """
-        return _in_bounded_memory(
+        return in_bounded_memory(
             _mixture_log_prob, value.unsqueeze(-2), self.component_loc, self.component_scale
         )
 

@@ -22,6 +22,7 @@ from torch.distributions import (
     Normal,
 )
 
+from mixscvi.mixture.gaussians import diagonal_normal_log_prob, in_bounded_memory
 from mixscvi.mixture.posterior import MixturePosterior
 
 __all__ = ["GaussianMixture", "Prior", "StandardNormal", "VampPrior"]
@@ -81,6 +82,19 @@ class StandardNormal(Prior):
         return Independent(normal, 1, validate_args=False)
 
 
+class _GaussianMixture(MixtureSameFamily):
+    """torch's mixture, whose density at many points takes bounded memory."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        log_weights = self.mixture_distribution.logits
+
+        def score(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+            return (diagonal_normal_log_prob(z, loc, scale) + log_weights).logsumexp(-1)
+
+        normal = self.component_distribution.base_dist
+        return in_bounded_memory(score, x.unsqueeze(-2), normal.loc, normal.scale)
+
+
 class GaussianMixture(Prior):
     """Mixture of `K` Gaussians with learned weights, means and scales.
 
@@ -110,7 +124,7 @@ class GaussianMixture(Prior):
     def forward(self, encoder: nn.Module | None) -> Distribution:
         """Build p(z); `encoder` is not used."""
         normal = Normal(self.loc, self.log_scale.exp(), validate_args=False)
-        return MixtureSameFamily(
+        return _GaussianMixture(
             Categorical(logits=self.logits, validate_args=False),
             Independent(normal, 1, validate_args=False),
             validate_args=False,

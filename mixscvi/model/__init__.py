@@ -4,6 +4,7 @@
 | --- | --- |
 | mixscvi | the model: what it is made of, and its data |
 | data | checks of the data, minibatches |
+| training | the training plan |
 | latents | latent representations and mixtures |
 | evaluation | likelihoods and diagnostics |
 | persistence | saving, minified data, queries |

@@ -267,8 +267,7 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
     @property
     def _data_splitter_cls(self) -> type[DataSplitter]:
         normalized = self.module is not None and any(
-            isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
-            for part in self.module.modules()
+            isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules()
         )
         return WithoutSingleCells if normalized else DataSplitter
 

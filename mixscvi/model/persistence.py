@@ -1,4 +1,4 @@
-"""Saving a trained model whole or not at all, minifying its data, mapping queries onto it."""
+"""Saving, minification and query mapping."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def decode(
     module
         Has the decoder and the dispersions, and says how covariates enter.
     z
-        Draws behind the flow, `(B, D)`, `(n, B, D)` or `(L, B, S, D)`.
+        Draws after the flow, `(B, D)`, `(n, B, D)` or `(L, B, S, D)`.
     library
         Log library sizes, `(B, 1)` or broadcasting to the draws.
     batch_index, cont_covs, cat_covs, size_factor, y

@@ -54,11 +54,13 @@ def latent_moments(
     generator = torch.Generator(loc.device).manual_seed(0)
     shape = (n_samples, 1, *loc.shape[2:])
     noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
-    center = transform(posterior.mean)  # variances are taken about it, for their digits' sake
     total = torch.zeros_like(posterior.mean)
-    total_square = torch.zeros_like(total)
+    total_square, center = torch.zeros_like(total), None
     for some in noise.split(max(1, _ELEMENTS_AT_ONCE // (_FLOW_WIDTH * loc.numel()))):
-        deviation = transform(loc + scale * some) - center.unsqueeze(1)
+        values = transform(loc + scale * some)
+        if center is None:  # variances are taken about it to avoid cancellation
+            center = values.mean((0, 2))
+        deviation = values - center.unsqueeze(1)
         total += deviation.sum((0, 2))
         total_square += deviation.square().sum((0, 2))
     shift = total / (n_samples * n_components)

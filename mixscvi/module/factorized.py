@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,9 +56,21 @@ class FactorizedMixture(MixturePosterior):
         """Marginal standard deviations of the mixture, `(B, D)`."""
         return self.variance.sqrt()
 
-    def joint(self) -> MixturePosterior:
-        """Return the same mixture with event shape `(D,)`."""
-        return MixturePosterior(self.component_loc, self.component_scale)
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, "
+            f"n_components={self.n_components})"
+        )
+
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
+    ) -> FactorizedMixture:
+        """The same mixture for every element of a larger batch shape, which ends in `D`."""
+        *lead, n_latent = batch_shape
+        shape = (*lead, self.n_components, n_latent)
+        return FactorizedMixture(
+            self.component_loc.expand(shape), self.component_scale.expand(shape)
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Terms of the chain rule, `(..., B, D)`; their sum is the joint log-density."""

@@ -18,7 +18,7 @@ class MixtureOptions:
     Raises
     ------
     TypeError, ValueError
-        If an option is not as below, or they do not go together.
+        If an option is invalid, or options contradict each other.
 
     Examples
     --------

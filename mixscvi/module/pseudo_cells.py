@@ -50,8 +50,10 @@ class PseudoCells(nn.Module):
         self.n_genes = n_genes
         self.non_negative = non_negative
         self.dense = nn.Parameter(torch.randn(n_pseudo, n_dense))
-        self.cat_logits = nn.ParameterList(torch.zeros(n_pseudo, n_cat) for n_cat in n_cat_list)
-        for i, n_cat in enumerate(n_cat_list):
+        self.n_cat_list = list(n_cat_list)
+        to_learn = [n_cat for n_cat in n_cat_list if n_cat > 1]
+        self.cat_logits = nn.ParameterList(torch.zeros(n_pseudo, n_cat) for n_cat in to_learn)
+        for i, n_cat in enumerate(to_learn):
             self.register_buffer(self._mask_name(i), torch.zeros(n_cat, dtype=torch.bool))
 
     @staticmethod
@@ -59,7 +61,10 @@ class PseudoCells(nn.Module):
         return f"cat_hidden_{covariate}"
 
     def hide_categories(self, n_known: Sequence[int]) -> None:
-        """Give no weight to the categories of each covariate beyond its first `n_known`."""
+        """Give no weight to the categories beyond the first `n_known` of each covariate.
+
+        Covariates with one category are left out.
+        """
         for i, n in enumerate(n_known):
             self.get_buffer(self._mask_name(i))[n:] = True
 
@@ -81,7 +86,9 @@ class PseudoCells(nn.Module):
             sharp = self._SHARPNESS * start[:, : self.n_genes].clamp_min(self._LEAST)
             start[:, : self.n_genes] = (sharp + (-(-sharp).expm1()).log()) / self._SHARPNESS
         self.dense.copy_(start)
-        for logits, category in zip(self.cat_logits, categories, strict=True):
+        given = zip(self.n_cat_list, categories, strict=False)  # or none are encoded
+        learned = [category for n_cat, category in given if n_cat > 1]
+        for logits, category in zip(self.cat_logits, learned, strict=True):
             one_hot = F.one_hot(category.squeeze(-1).long(), logits.shape[-1])
             logits.copy_(self._LOGIT * one_hot)
 
@@ -91,8 +98,12 @@ class PseudoCells(nn.Module):
         if self.non_negative:
             expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)
             dense = torch.cat((F.softplus(expression, beta=self._SHARPNESS), rest), dim=-1)
-        weights = (
+        learned = (
             logits.masked_fill(self.get_buffer(self._mask_name(i)), -torch.inf).softmax(-1)
             for i, logits in enumerate(self.cat_logits)
+        )
+        weights = (
+            next(learned) if n_cat > 1 else dense.new_ones(len(dense), 1)
+            for n_cat in self.n_cat_list
         )
         return dense, *weights

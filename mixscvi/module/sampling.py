@@ -19,7 +19,6 @@ from mixscvi.mixture import (
     MixturePosterior,
     Prior,
     importance_weighted_miselbo,
-    mixture_log_prob,
     siwae,
 )
 from mixscvi.module.adapting import Adaptation
@@ -34,7 +33,7 @@ _ELEMENTS_PER_DECODE = 2**22
 
 
 class Encoded(NamedTuple):
-    """What the encoders say about a minibatch."""
+    """Encoder outputs for a minibatch."""
 
     posterior: MixturePosterior
     """Ahead of the flow, batch shape `(B,)`."""
@@ -142,8 +141,8 @@ class ImportanceSampling(Adaptation):
             stop = min(start + draws_per_pass, n_draws)
             component = torch.arange(start, stop, device=x.device) % self.n_components
             z0 = posterior.rsample_stratified(1, component)
-            cross = posterior.cross_log_prob(z0)
-            own = cross.gather(-1, component.expand(*cross.shape[:2], -1)[..., None]).squeeze(-1)
+            own = posterior.own_log_prob(z0, component)
+            log_q = posterior.stratified_log_prob(z0)
             z, log_det = self.push_forward(z0)
             log_joint = prior.log_prob(z)
             if ql is not None:
@@ -153,9 +152,7 @@ class ImportanceSampling(Adaptation):
             fused = self.mixture.likelihood == "fused"
             px = decode(self, **self._get_generative_input(tensors, drawn), fused=fused)
             log_joint = log_joint + px.log_prob(x)
-            passes.append(
-                torch.stack((log_joint, own - log_det, mixture_log_prob(cross) - log_det))
-            )
+            passes.append(torch.stack((log_joint, own - log_det, log_q - log_det)))
         stacked = torch.cat(passes, dim=-1).squeeze(1)  # (3, B, L * A)
         return ImportanceDraws(*stacked.unflatten(-1, (n_samples, -1)).movedim(-2, 1))
 

@@ -22,8 +22,8 @@ __all__ = ["FusedVAE", "ScviVAE"]
 class ScviVAE(ImportanceSampling, VAE):
     """scvi-tools' own module, with importance sampling mixed in.
 
-    All that :class:`scvi.model.SCVI` does, it does to the bit. Its posterior is a mixture of one
-    component.
+    It is identical to that of :class:`scvi.model.SCVI`, bit for bit. Its posterior is a mixture of
+    one component.
     """
 
     mixture = MixtureOptions(n_components=1, likelihood="reference")

@@ -25,7 +25,6 @@ from mixscvi.mixture import (
     StandardNormal,
     VampPrior,
     importance_weighted_miselbo,
-    mixture_log_prob,
     siwae,
 )
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
@@ -83,7 +82,7 @@ class MixVAE(ImportanceSampling, VAE):
             )
 
     def _make_encoder(self, vae: dict[str, Any]) -> None:
-        """Put the mixture's encoder in place of scvi-tools', which says what enters it."""
+        """Replace scvi-tools' encoder by the mixture's, after reading its input sizes."""
         replaced = self.z_encoder.encoder
         self._n_dense = replaced.fc_layers[0][0].in_features - replaced.n_cov
         n_cat_list = list(replaced.n_cat_list)
@@ -118,7 +117,7 @@ class MixVAE(ImportanceSampling, VAE):
                 mixture.n_prior_components,
                 self.n_input,
                 self._n_dense,
-                [n_cat for n_cat in self.z_encoder.n_cat_list if n_cat > 1],
+                self.z_encoder.n_cat_list,
                 non_negative=self.gene_likelihood != "normal",
             )
         )
@@ -127,20 +126,18 @@ class MixVAE(ImportanceSampling, VAE):
     def initialize_pseudo_cells(self, tensors: dict[str, Tensor]) -> None:
         """Start the VampPrior's pseudo-cells from a minibatch of real cells.
 
-        Pseudo-cells beyond their number start as averages of two of them.
+        Pseudo-cells beyond their number start as averages of two of them, in random proportions.
         """
         dense, categories = encoder_input(self, **self._get_inference_input(tensors))
-        seen = [
-            category
-            for n_cat, category in zip(self.z_encoder.n_cat_list, categories, strict=False)
-            if n_cat > 1
-        ]
         surplus = len(self.prior.pseudo_inputs.dense) - len(dense)
         if surplus > 0:
             one, other = torch.randint(len(dense), (2, surplus), device=dense.device)
-            dense = torch.cat((dense, (dense[one] + dense[other]) / 2))
-            seen = [torch.cat((category, category[one])) for category in seen]
-        self.prior.pseudo_inputs.initialize(dense, *seen)
+            if len(dense) > 1:
+                other = torch.where(one == other, (one + 1) % len(dense), other)
+            share = 0.25 + 0.5 * torch.rand(surplus, 1, device=dense.device)
+            dense = torch.cat((dense, torch.lerp(dense[one], dense[other], share)))
+            categories = [torch.cat((category, category[one])) for category in categories]
+        self.prior.pseudo_inputs.initialize(dense, *categories)
 
     def _encode_components(
         self, dense: Tensor, categories: tuple[Tensor, ...], components: Tensor | None
@@ -224,7 +221,7 @@ class MixVAE(ImportanceSampling, VAE):
             "z": self.z_encoder.z_transformation(z),
             "qz": posterior,
             "untransformed_z": z,
-            "log_qz": mixture_log_prob(posterior.cross_log_prob(z0)) - log_det,
+            "log_qz": posterior.stratified_log_prob(z0) - log_det,
         }
 
     def _plain_draws(self, posterior: MixturePosterior, n_samples: int) -> dict:
@@ -246,9 +243,9 @@ class MixVAE(ImportanceSampling, VAE):
         """
         fused = self.mixture.likelihood == "fused"
         px = decode(self, z, library, batch_index, *args, fused=fused, **kwargs)
-        if z.dim() != 4:
-            px = px.distribution()
-        return latent_priors(self, z, batch_index) | {"px": px}
+        stratified = z.dim() == 4
+        priors = latent_priors(self, z, batch_index)
+        return priors | {"px": px if stratified else px.distribution()}
 
     @unsupported_if_adata_minified
     def loss(
@@ -309,7 +306,7 @@ class MixVAE(ImportanceSampling, VAE):
         n_draws
             Draws per cell behind them, where there is no closed form.
         on_simplex
-            Whether the latents are meant behind the map to the simplex, if there is one.
+            Whether the latents are taken after the map to the simplex, if there is one.
         """
         posterior = self.posterior(tensors)
         on_simplex = on_simplex and self.latent_distribution == "ln"

@@ -295,3 +295,11 @@ def test_ties_are_judged_in_the_type_that_the_weights_were_computed_in(normal):
     rounded = (exact + 2e-4 * normal(1, 400)).float().double()
     assert pareto_k(rounded, computed_in=torch.float32).item() == -math.inf
     assert pareto_k(rounded).item() > -1
+
+
+@pytest.mark.parametrize("shift", [-3e5, -6e5, -1e6, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bad_tail_is_one_wherever_the_weights_are(shift, dtype):
+    log_weights = (PARETO_2 + shift).to(dtype).unsqueeze(0)
+    assert pareto_k(log_weights).item() > 0.9
+    assert pareto_k(log_weights.double(), computed_in=torch.float32).item() > 0.9

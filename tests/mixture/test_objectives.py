@@ -235,3 +235,9 @@ def test_a_number_of_components_out_of_range(estimator, n_sampled):
 def test_all_to_all_takes_no_fewer():
     with pytest.raises(ValueError, match=r"all_to_all .* n_components=4, got n_sampled=2$"):
         Estimator.ALL_TO_ALL.choose(4, 2)
+
+
+@pytest.mark.parametrize("numbers", [(2.5, 1), (4, 2.5), (4, True), (4, "2")])
+def test_numbers_of_components_are_integers(numbers):
+    with pytest.raises(TypeError, match="must be an integer, got"):
+        Estimator.SOME_TO_ALL.check(*numbers)

@@ -6,9 +6,9 @@ import pytest
 import scipy.stats
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixscvi.mixture import MixturePosterior, jensen_shannon_divergence
+from tensor_sizes import LargestTensor
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
 
@@ -276,14 +276,14 @@ def test_validate_args_looks_at_the_values():
 
 def test_many_components_are_scored_in_bounded_memory(normal, monkeypatch):
     """In chunks the log-density and all its gradients are what they are in one piece."""
-    from mixscvi.mixture import posterior
+    from mixscvi.mixture import gaussians
 
     loc, log_scale, value = normal(50, 3), normal(50, 3) / 3, normal(4, 5, 2, 3)
     inputs = [part.requires_grad_() for part in (loc, log_scale, value)]
     weights = normal(4, 5, 2)
     results = []
     for at_once in (2**24, 7 * 150):
-        monkeypatch.setattr(posterior, "_ELEMENTS_AT_ONCE", at_once)
+        monkeypatch.setattr(gaussians, "_ELEMENTS_AT_ONCE", at_once)
         log_prob = MixturePosterior(loc, log_scale.exp()).log_prob(value)
         results.append((log_prob, *torch.autograd.grad((weights * log_prob).sum(), inputs)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
@@ -292,32 +292,24 @@ def test_many_components_are_scored_in_bounded_memory(normal, monkeypatch):
     torch.testing.assert_close(again, results[0][0].detach(), rtol=1e-12, atol=1e-12)
 
 
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.n_elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor):
-                self.n_elements = max(self.n_elements, one.numel())
-        return out
-
-
+@pytest.mark.parametrize("n_cells", [9, 128])
 @pytest.mark.parametrize("method", ["cross_log_prob", "component_log_prob", "log_prob"])
-def test_densities_of_many_components_take_bounded_memory(method, generator):
+def test_densities_of_many_components_take_bounded_memory(method, n_cells, generator):
     """Forward and backward; 200 components of 10 dimensions, all at the draws of all."""
-    shape = (9, 200, 10)
+    n_samples = 1 if n_cells > 9 else 2
+    shape = (n_cells, 200, 10)
     loc = torch.randn(shape, generator=generator).requires_grad_()
     scale = (0.5 + torch.rand(shape, generator=generator)).requires_grad_()
     q = MixturePosterior(loc, scale)
-    z = torch.randn((2, 9, 200, 10) if method == "cross_log_prob" else (400, 9, 10))
+    stratified = (n_samples, n_cells, 200, 10)
+    z = torch.randn(stratified if method == "cross_log_prob" else (200 * n_samples, n_cells, 10))
     z.requires_grad_()
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         result = getattr(q, method)(z)
         gradients = torch.autograd.grad(result.square().sum(), (z, loc, scale))
-    assert largest.n_elements <= 2**22 < z.numel() * 200
+    # The differences of all points to all means would be this many; what is asked for may be more
+    # than the limit itself.
+    assert largest.numel <= max(2**22, result.numel()) < z.numel() * 200
     with torch.no_grad():
         whole = torch.distributions.Normal(loc.unsqueeze(1), scale.unsqueeze(1))
         points = z if method == "cross_log_prob" else z.unsqueeze(2)
@@ -344,7 +336,7 @@ def test_pieces_give_the_values_and_gradients_of_the_whole(sizes, generator, mon
         return *results, *torch.autograd.grad(total, (z, loc, scale))
 
     whole = compute()
-    monkeypatch.setattr("mixscvi.mixture.posterior._ELEMENTS_AT_ONCE", 10)
+    monkeypatch.setattr("mixscvi.mixture.gaussians._ELEMENTS_AT_ONCE", 10)
     for got, expected in zip(compute(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
@@ -365,3 +357,25 @@ def test_variance_is_never_negative():
     loc = torch.full((1, 3, 1), 1e4) + torch.tensor([0.0, 1e-3, -1e-3])[None, :, None]
     q = MixturePosterior(loc, torch.full_like(loc, 1e-30))
     assert (q.variance >= 0).all()
+
+
+def test_stratified_densities_are_those_of_the_cross_matrix(make_posterior):
+    q = make_posterior(5, 4, 3)
+    for components in (None, torch.tensor([2, 0, 2])):
+        z = q.rsample_stratified(3, components)
+        cross = q.cross_log_prob(z)
+        expected = cross.logsumexp(-1) - math.log(4)
+        torch.testing.assert_close(q.stratified_log_prob(z), expected)
+        drawn = torch.arange(4) if components is None else components
+        own = cross.gather(-1, drawn.expand(3, 5, -1).unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(q.own_log_prob(z, components), own)
+
+
+def test_the_stratified_density_does_not_keep_the_cross_matrix():
+    q = MixturePosterior(torch.randn(64, 500, 10).requires_grad_(), torch.ones(64, 500, 10))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        q.stratified_log_prob(q.rsample_stratified())
+    assert max(kept) <= 64 * 500 * 10  # the draws; the cross matrix would be 50 times as large

@@ -14,6 +14,7 @@ from mixscvi.mixture import (
     StandardNormal,
     VampPrior,
 )
+from tensor_sizes import LargestTensor
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
@@ -254,3 +255,25 @@ def test_vamp_prior_needs_an_encoder(vamp):
     prior, _ = vamp
     with pytest.raises(ValueError, match="encoder=None"):
         prior(encoder=None)
+
+
+def test_a_prior_of_many_gaussians_takes_bounded_memory(generator):
+    prior = GaussianMixture(10, 500)
+    z = torch.randn(40, 128, 10, generator=generator)
+    p = prior(None)
+    expected = torch.distributions.MixtureSameFamily(
+        p.mixture_distribution, p.component_distribution
+    ).log_prob(z)
+    z.requires_grad_()
+    with LargestTensor() as largest:
+        log_prob = p.log_prob(z)
+        gradients = torch.autograd.grad(log_prob.sum(), [z, *prior.parameters()])
+    assert largest.numel <= 2**22 < z.numel() * 500
+    torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
+    whole = torch.distributions.MixtureSameFamily(
+        prior(None).mixture_distribution, prior(None).component_distribution
+    ).log_prob(z)
+    for got, wanted in zip(
+        gradients, torch.autograd.grad(whole.sum(), [z, *prior.parameters()]), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)

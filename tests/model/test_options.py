@@ -130,3 +130,18 @@ def test_some_components_are_one_unless_said_otherwise(estimator, make_adata):
     inference, _, _ = model.module.train()(tensors)
     assert inference["z"].shape[2] == 1
     assert MixSCVI(adata, n_components=5, **SMALL).module.mixture.n_sampled_components == 5
+
+
+def test_a_vamp_prior_takes_a_covariate_with_one_category(make_adata):
+    adata = make_adata()
+    setup = {"categorical_covariate_keys": ["donor"]}
+    kwargs = {"prior": "vamp", "n_prior_components": 5, "encode_covariates": True}
+    model = fit(MixSCVI, adata, setup, n_components=2, **kwargs)
+    _, batch, donor = model.module.prior.pseudo_inputs()
+    assert batch.shape == (5, 1)
+    assert donor.shape == (5, 3)
+    query = make_adata(n_obs=30, seed=2)
+    query.obs["donor"] = "another"
+    mapped = MixSCVI.load_query_data(query, model)
+    assert mapped.module.prior.pseudo_inputs()[2].isfinite().all()
+    assert (mapped.module.prior.pseudo_inputs()[2][:, 3] == 0).all()

@@ -21,7 +21,6 @@ def test_factorized_log_prob_sums_to_the_joint():
     reference = naive_mixture(q.component_loc, q.component_scale).log_prob(z)
     assert q.log_prob(z).shape == z.shape
     torch.testing.assert_close(q.log_prob(z).sum(-1), reference, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(q.joint().log_prob(z), reference, rtol=1e-12, atol=1e-12)
 
 
 def test_factorized_terms_are_conditionals():
@@ -69,3 +68,14 @@ def test_factorized_survives_scvi_tools_subsets_and_concatenation():
     joined = store.get_concatenated_distributions(axis=0)
     torch.testing.assert_close(joined.component_loc, q.component_loc)
     torch.testing.assert_close(joined.component_scale, q.component_scale)
+
+
+def test_factorized_expands():
+    q = factorized(n_cells=1)
+    wide = q.expand((5, 6, 3))
+    assert wide.batch_shape == (5, 6, 3)
+    z = torch.randn(5, 6, 3, dtype=torch.float64)
+    torch.testing.assert_close(wide.log_prob(z), q.log_prob(z.view(30, 1, 3)).view(5, 6, 3))
+    joint = torch.distributions.Independent(q, 1).expand((6,))
+    assert joint.batch_shape == (6,)
+    assert repr(q) == "FactorizedMixture(batch_shape=(1, 3), n_components=4)"
