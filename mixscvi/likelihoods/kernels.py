@@ -4,6 +4,10 @@ One call walks cells and, within a cell, its draws. Each row of genes stays in t
 first read to the last write. Rows do not depend on each other, nor on how they are shared between
 threads.
 
+Sums are loops of their own, which write nothing. Where a loop reads one array and writes another,
+the compiled code looks at run time whether they overlap, and a sum within it would be taken in an
+order that depends on where they happen to lie in memory.
+
 Per cell, on the counts that are not zero: log-gamma and digamma terms, which all draws share if
 they share a dispersion. Per draw and for all genes: softmax, logarithms, gradients, as vector
 instructions. Per draw, on the counts that are not zero: the term in log(mean).
@@ -152,16 +156,16 @@ def _nonzero_counts(x, indptr, indices, data, cell, smallest, scattered, index, 
 def _exponentials(logits, bias, row, out):
     """Softmax of a row, not yet divided by its sum; that sum."""
     n_genes = out.size
-    highest = logits[row, 0] if bias is None else logits[row, 0] + bias[0]
     for gene in range(n_genes):
-        logit = logits[row, gene] if bias is None else logits[row, gene] + bias[gene]
-        highest = larger(highest, logit)
+        out[gene] = logits[row, gene] if bias is None else logits[row, gene] + bias[gene]
+    highest = out[0]
+    for gene in range(n_genes):
+        highest = larger(highest, out[gene])
+    for gene in range(n_genes):
+        out[gene] = softmax_exp(out[gene] - highest)
     total = out.dtype.type(0)
     for gene in range(n_genes):
-        logit = logits[row, gene] if bias is None else logits[row, gene] + bias[gene]
-        value = softmax_exp(logit - highest)
-        out[gene] = value
-        total = add(total, value)
+        total = add(total, out[gene])
     return total
 
 
@@ -183,7 +187,7 @@ def _tile_of_genes(
         mu = mean[gene] * scale
         factor = one if log_library is None else mu
         if theta is None:
-            total = add(total, -mu)
+            term = -mu
             slope = -factor
         else:
             th = theta[theta_row, gene]
@@ -193,7 +197,7 @@ def _tile_of_genes(
             log_ratio = log1p(ratio)  # log(theta + mean + eps) - log(theta + eps)
             kept = -th * log_ratio
             if zi is None:
-                total = add(total, kept)
+                term = kept
                 slope = -th * factor * inverse
                 if d_mean is not None:
                     out[_TILE + i] = th * ratio * inverse - log_ratio
@@ -208,7 +212,7 @@ def _tile_of_genes(
                 excess = ((zero if positive else v) - u) * inverse_u
                 top = t if positive or not t <= zero else zero
                 bottom = zero if pi >= zero else -pi
-                total = add(total, log1p(excess) + (top - bottom))
+                term = log1p(excess) + (top - bottom)
                 # How surely a zero is one that did not drop out.
                 certain = (v if t < zero else one) / (one + v)
                 certain = one if positive else certain
@@ -216,9 +220,15 @@ def _tile_of_genes(
                 if d_mean is not None:
                     out[_TILE + i] = certain * (th * ratio * inverse - log_ratio)
                     out[2 * _TILE + i] = (one if pi < zero else u) * inverse_u - certain
-        if d_mean is not None:
+        if d_mean is None:
+            total = add(total, term)
+        else:
             out[i] = slope
-            total_slope = add(total_slope, slope)
+            out[3 * _TILE + i] = term
+    if d_mean is not None:
+        for i in range(n):
+            total = add(total, out[3 * _TILE + i])
+            total_slope = add(total_slope, out[i])
     return total, total_slope
 
 
@@ -302,7 +312,7 @@ def rows(
     scattered = np.zeros(n_genes if indptr.size else 0, mean.dtype)
     share = np.empty(n_genes, mean.dtype)
     slope = np.empty(n_genes, mean.dtype)
-    buffer = np.empty(3 * _TILE, mean.dtype)
+    buffer = np.empty(4 * _TILE, mean.dtype)
     along_l, along_b, along_s = theta_strides
     shared = along_l == 0 and along_s == 0
 
@@ -365,23 +375,27 @@ def rows(
 
             for j in range(n):
                 mean_nz[j] = means[index[j]]
-            sparse = 0.0
             for j in range(n):
                 k, mu = count[j], mean_nz[j] * scale
                 factor = one if log_library is None else mu
                 if theta is None:
-                    sparse = add(sparse, float(k * log(mu)))
+                    terms[j] = float(k * log(mu))
                     added = k if log_library is not None else k / mu
                 else:
                     th = theta_nz[j]
                     inverse = one / (mu + (th + eps))
-                    sparse = add(sparse, float(k * log((mu + eps) * inverse)))
+                    terms[j] = float(k * log((mu + eps) * inverse))
                     added = k * (th * inverse * (factor / (mu + eps)))
                 if d_mean is not None:
-                    row_slope = add(row_slope, added)
                     mean_nz[j] = added
                     if theta is not None:
                         d_theta_nz[j] = real(slopes[j]) - k * inverse
+            sparse = 0.0
+            for j in range(n):
+                sparse = add(sparse, terms[j])
+            if d_mean is not None:
+                for j in range(n):
+                    row_slope = add(row_slope, mean_nz[j])
             value[row] = real(own + dense + sparse)
 
             if d_mean is not None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
@@ -190,3 +191,29 @@ def test_bfloat16_autocast_is_finite(name):
     assert value.isfinite().all()
     for gradient in weighted_gradients(value, inputs):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_bits_do_not_depend_on_where_tensors_lie_in_memory(with_dropout):
+    """Sums were once taken in another order where two arrays happened to be neighbors."""
+    generator = torch.Generator().manual_seed(0)
+    n_cells, n_genes, n_hidden = 22, 20, 12
+    x = torch.poisson(torch.full((n_cells, n_genes), 1.5), generator=generator)
+    hidden = torch.randn(1, n_cells, 1, n_hidden, generator=generator).requires_grad_()
+    weights = torch.randn(2, n_genes, n_hidden, generator=generator)
+    biases = torch.randn(2, n_genes, generator=generator)
+    theta = torch.rand(n_genes, generator=generator).requires_grad_()
+    dropout = (weights[1], biases[1]) if with_dropout else ()
+
+    def compute():
+        arguments = (weights[0], biases[0], torch.tensor(3.0), theta, *dropout)
+        value = head_log_prob(x, hidden, *arguments)
+        return value, *torch.autograd.grad(value.sum(), (hidden, theta))
+
+    expected = compute()
+    random = np.random.default_rng(0)
+    for _ in range(1500):
+        holes = [np.ones(random.integers(4, 300), np.float32) for _ in range(60)]
+        del holes[:: random.integers(2, 5)]
+        for got, wanted in zip(compute(), expected, strict=True):
+            assert torch.equal(got, wanted)
