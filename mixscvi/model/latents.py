@@ -224,6 +224,16 @@ class LatentsMixin:
         Returns
         -------
         Distribution with event shape `(D,)`.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> model.get_aggregated_posterior().sample((3,)).shape
+        torch.Size([3, 10])
         """
         if indices is not None and len(indices) == 0:
             indices = None

@@ -29,7 +29,17 @@ __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
 @dataclass(frozen=True)
 class CountLikelihood:
-    """p(x | z) of every draw: the decoder's last hidden units, and what is made of them."""
+    """p(x | z) of every draw: the decoder's last hidden units, and what is made of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scvi.nn import DecoderSCVI
+    >>> decoder, hidden = DecoderSCVI(3, 20, n_hidden=8), torch.zeros(2, 6, 4, 8)  # (L, B, S, H)
+    >>> px = CountLikelihood(decoder, "zinb", hidden, torch.zeros(2, 6, 4, 1), torch.ones(20))
+    >>> px.log_prob(torch.zeros(6, 20)).shape
+    torch.Size([2, 6, 4])
+    """
 
     decoder: DecoderSCVI
     gene_likelihood: str
@@ -144,6 +154,18 @@ def decode(
         Batch to decode all cells as, instead of their own.
     fused
         See :class:`CountLikelihood`.
+
+    Returns
+    -------
+    The likelihood of every draw.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = VAE(20, n_latent=3).eval()
+    >>> px = decode(module, torch.zeros(2, 6, 4, 3), torch.zeros(6, 1), torch.zeros(6, 1))
+    >>> px.log_prob(torch.zeros(6, 20)).shape  # (L, B, S)
+    torch.Size([2, 6, 4])
     """
     lead = z.shape[:-1]
 

@@ -65,6 +65,15 @@ class MixtureEncoder(nn.Module):
         Number of categories of each covariate; those with one category are left out.
     latent_distribution
         ``"ln"`` maps draws to the simplex, ``"normal"`` leaves them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mixscvi.mixture import SeparateEncoder
+    >>> core = SeparateEncoder(4, n_in=20, n_latent=2, n_covariates=3)
+    >>> encoder = MixtureEncoder(core, n_cat_list=[3], latent_distribution="normal")
+    >>> encoder(torch.zeros(6, 20), torch.zeros(6, 1))
+    MixturePosterior(batch_shape=(6,), n_components=4, n_latent=2)
     """
 
     def __init__(

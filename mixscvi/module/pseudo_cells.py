@@ -31,6 +31,12 @@ class PseudoCells(nn.Module):
         Number of categories of each covariate that the encoder sees.
     non_negative
         Whether expression is constrained to be non-negative.
+
+    Examples
+    --------
+    >>> cells = PseudoCells(5, n_genes=20, n_dense=21, n_cat_list=[3], non_negative=True)
+    >>> [part.shape for part in cells()]
+    [torch.Size([5, 21]), torch.Size([5, 3])]
     """
 
     _SHARPNESS = 10.0

@@ -24,6 +24,15 @@ class ScviVAE(ImportanceSampling, VAE):
 
     It is identical to that of :class:`scvi.model.SCVI`, bit for bit. Its posterior is a mixture of
     one component.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = ScviVAE(20, n_latent=3).eval()
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> module.posterior(tensors)
+    MixturePosterior(batch_shape=(6,), n_components=1, n_latent=3)
     """
 
     mixture = MixtureOptions(n_components=1, likelihood="reference")

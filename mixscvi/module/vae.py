@@ -56,9 +56,24 @@ class MixVAE(ImportanceSampling, VAE):
     mixture
         Posterior, prior and objective.
 
+    Raises
+    ------
+    ValueError
+        If the prior is not one over `D` dimensions.
+
     Notes
     -----
     Draws are `(L, B, S, D)` in the loss and decoded as `L * B * S` rows in one call.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = MixVAE(20, n_latent=3, mixture=MixtureOptions(n_components=4))
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> inference, generative, losses = module(tensors)
+    >>> inference["z"].shape, losses.loss.shape  # (L, B, S, D)
+    (torch.Size([1, 6, 4, 3]), torch.Size([]))
     """
 
     def __init__(self, *args: Any, mixture: MixtureOptions = _DEFAULT, **kwargs: Any) -> None:
