@@ -1,6 +1,6 @@
-"""The mixture cookbook on binary images, on the same core as the counts.
+"""Mixture posteriors in VAEs of binary images, on the same core as the counts.
 
-| room | holds |
+| module | holds |
 | --- | --- |
 | datasets | images of MNIST, FashionMNIST or arrays, and their minibatches |
 | files | the idx files of MNIST and FashionMNIST |

@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         Command,
         args=arguments,
         prog="mixscvi-images",
-        description="The mixture cookbook on binary images.",
+        description="Mixture posteriors in VAEs of binary images.",
     )
     if isinstance(command, Sweep):
         given = sys.argv[1:] if arguments is None else arguments

@@ -52,7 +52,7 @@ class Budget:
     draws: int = 5000
     """Importance samples per test image, of all components together."""
     pixelcnn_training: TrainingConfig | None = None
-    """TrainingConfig of models with a PixelCNN, whose steps cost more; the same when ``None``."""
+    """Training of models with a PixelCNN, whose steps cost more; the same when ``None``."""
 
 
 BUDGETS: dict[str, Budget] = {

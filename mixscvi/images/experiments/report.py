@@ -56,7 +56,7 @@ def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 # Columns that a table averages: their headings and digits.
 _MEANS = {
-    "nll_iw_miselbo": ("NLL (papers' form)", 2),
+    "nll_iw_miselbo": ("NLL (IW-MISELBO)", 2),
     "elbo": ("-ELBO", 2),
     "jsd": ("JSD", 2),
     "ess": ("ESS", 1),

@@ -149,7 +149,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """The device named, or that which Lightning chooses by itself: an accelerator if there is one.
+    """The given device; by default an accelerator if there is one.
 
     Examples
     --------

@@ -226,7 +226,7 @@ class ConditionalEncoder(nn.Module):
                 upper.split(n_at_once // width), noise.split(n_at_once // width), strict=True
             )
         ]
-        # ModelConfig side by side along S, then along L.
+        # Parts side by side along S, then along L.
         z, log_det, log_prob = (
             torch.cat([torch.cat(parts, 2) for parts in column])
             for column in zip(*(zip(*row, strict=True) for row in rows), strict=True)

@@ -107,7 +107,7 @@ def test_the_table_is_that_of_the_rows(tmp_path, swept):
     assert written == {name: str(value) for name, value in row.items()}
     assert {"nll", "nll_iw_miselbo", "miselbo", "device", "seconds"} < written.keys()
     text = (tmp_path / "table-v0.2.md").read_text()
-    assert "NLL (papers' form)" in text and text.endswith("\n`mixscvi-images sweep`\n")
+    assert "NLL (IW-MISELBO)" in text and text.endswith("\n`mixscvi-images sweep`\n")
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
