@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_a_sweep_is_told_the_device(monkeypatch, swept):
         monkeypatch.setattr(sweep_module, name, recorded)
     assert swept(device="cpu")["device"] == "cpu"
     assert asked == [("train", "cpu"), ("evaluate", "cpu")]
+
+
+@pytest.mark.parametrize(("device", "evaluated_anew"), [("cpu", False), ("cuda", True)])
+def test_a_sweep_evaluates_anew_what_was_evaluated_elsewhere(
+    tmp_path, swept, device, evaluated_anew
+):
+    """The draws depend on the device."""
+    first = swept(device="cpu")
+    path = tmp_path / "runs" / "vanilla-A2-seed0" / "evaluation.json"
+    elsewhere = json.loads(path.read_text()) | {"device": device, "nll": 7.0}
+    path.write_text(json.dumps(elsewhere))
+    assert swept(device="cpu")["nll"] == (first["nll"] if evaluated_anew else 7.0)
 
 
 @pytest.mark.parametrize(
