@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +32,7 @@ from mixscvi.mixture import (
     specialization,
 )
 from mixscvi.system import write_beside
+from mixscvi.tables import csv_text
 
 __all__ = ["evaluate", "image_statistics"]
 
@@ -261,9 +261,12 @@ def evaluate(
             "device": device.type,
         }
     )
-    columns = {name: values for name, values in images.items() if values.dim() == 1}
-    table = pd.DataFrame(columns).to_csv(index_label="image", na_rep="nan", lineterminator="\n")
-    write_beside(folder / "evaluation.csv", table)
+    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
+    rows = [
+        {"image": image, **dict(zip(columns, row, strict=True))}
+        for image, row in enumerate(zip(*columns.values(), strict=True))
+    ]
+    write_beside(folder / "evaluation.csv", csv_text(rows))
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result

@@ -21,7 +21,7 @@ from mixscvi.images.experiments.runs import (
 )
 from mixscvi.images.networks.configs import PRESETS
 from mixscvi.system import write_beside
-from mixscvi.tables import markdown_table, mean_and_spread
+from mixscvi.tables import csv_text, markdown_table, mean_and_spread
 
 __all__ = [
     "curves",
@@ -163,7 +163,7 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     axis.set_ylim(table["validation_bound"].quantile(0.1), None)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(with_ending(path, ".csv"), table.to_csv(index=False, lineterminator="\n"))
+    write_beside(with_ending(path, ".csv"), csv_text(table.to_dict("records")))
     write_beside(
         with_ending(path, ".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
     )
