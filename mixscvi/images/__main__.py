@@ -22,6 +22,14 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 
 @dataclass(kw_only=True)
+class Device:
+    """Where the model runs."""
+
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
+
+
+@dataclass(kw_only=True)
 class Data:
     """Where the images come from."""
 
@@ -41,7 +49,7 @@ def _training_changes(
 
 
 @dataclass
-class Train(Data):
+class Train(Data, Device):
     """Train a model: validation bound, early stopping, checkpoints, a CSV log."""
 
     output: Path
@@ -71,8 +79,6 @@ class Train(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
     resume: bool = False
     """Continue an interrupted run."""
 
@@ -113,7 +119,7 @@ class Train(Data):
 
 
 @dataclass
-class Evaluate(Data):
+class Evaluate(Data, Device):
     """Test NLL with standard errors, and diagnostics."""
 
     run_folder: Run
@@ -121,8 +127,6 @@ class Evaluate(Data):
     draws: int | None = None
     """Importance samples per image, of all components together."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Evaluate."""
@@ -141,7 +145,7 @@ class Evaluate(Data):
 
 
 @dataclass
-class Probe(Data):
+class Probe(Data, Device):
     """Linear classification of the labels from the latents."""
 
     run_folder: Run
@@ -149,8 +153,6 @@ class Probe(Data):
     against: Path | None = None
     """Folder of a run with one component, whose posterior samples are the comparison."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Probe."""
@@ -168,7 +170,7 @@ class Probe(Data):
 
 
 @dataclass
-class Sample:
+class Sample(Device):
     """Draw images from the model, pixel by pixel with a PixelCNN."""
 
     run_folder: Run
@@ -176,8 +178,6 @@ class Sample:
     images: int = 64
     """How many."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Sample."""
@@ -187,7 +187,7 @@ class Sample:
 
 
 @dataclass
-class Reconstruct(Data):
+class Reconstruct(Data, Device):
     """Test images and, below, their reconstructions, one row for each component."""
 
     run_folder: Run
@@ -195,8 +195,6 @@ class Reconstruct(Data):
     images: int = 8
     """How many."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Reconstruct."""
@@ -214,7 +212,7 @@ class Reconstruct(Data):
 
 
 @dataclass
-class Sweep(Data):
+class Sweep(Data, Device):
     """Train and evaluate presets x components x seeds; continues where it stopped."""
 
     output: Path
@@ -236,9 +234,6 @@ class Sweep(Data):
     """Epochs of the KL's warm-up, instead of the budget's."""
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
-
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     command: tyro.conf.Suppress[str | None] = None
 

@@ -1,16 +1,20 @@
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from idx_files import write_idx_files
-from mixscvi.images.__main__ import main
+from mixscvi.images.__main__ import Command, main
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -143,3 +147,14 @@ def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)
     assert not (tmp_path / "x").exists()
+
+
+RECORDED = ("images_sweep_mnist", "images_sweep_fashion_mnist", "images_vanilla_paper")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_commands_are_still_commands(name):
+    text = (Path(__file__).parents[2] / "benchmarks" / "results" / f"{name}.md").read_text()
+    (command,) = re.findall("^`mixscvi-images (.+)`$", text, re.MULTILINE)
+    parsed = tyro.cli(Command, args=shlex.split(command))
+    assert parsed.results == Path("benchmarks/results") / name
