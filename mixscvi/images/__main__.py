@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -16,6 +16,9 @@ from mixscvi.images.experiments.configs import BudgetName, RunConfig
 from mixscvi.images.networks.configs import PRESETS, Preset
 from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
+
+if TYPE_CHECKING:
+    from mixscvi.images.networks.vae import ImageVAE
 
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
 Run = Annotated[Path, tyro.conf.Positional]
@@ -100,20 +103,21 @@ class Train(Data, Device):
 
     def run(self) -> None:
         """Train."""
-        from mixscvi.images.experiments.runs import build, parameter_counts, run_data
+        from mixscvi.images.experiments.runs import parameter_counts
         from mixscvi.images.experiments.training import train
 
-        config = self.config()
-        data = run_data(config, data_folder=self.data_folder)
-        counts = parameter_counts(build(config, data.image_shape))
-        print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
+        def show_parameters(model: ImageVAE) -> None:
+            counts = ", ".join(f"{name} {n:,}" for name, n in parameter_counts(model).items())
+            print("parameters:", counts, flush=True)
+
         train(
-            config,
+            self.config(),
             self.output,
-            data=data,
+            data_folder=self.data_folder,
             resume=self.resume,
             device=self.device,
             progress=sys.stdout.isatty(),
+            on_start=show_parameters,
         )
         _show(json.loads((self.output / "summary.json").read_text()))
 

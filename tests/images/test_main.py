@@ -15,6 +15,7 @@ import tyro
 
 from idx_files import write_idx_files
 from mixscvi.images.__main__ import Command, main
+from mixscvi.images.experiments import runs
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -52,6 +53,20 @@ def test_every_command(tmp_path, folder, capsys):
     main(["curves", run, one, "--output", str(tmp_path / "run" / "curves")])
     for name in ("probe.json", "samples.png", "reconstructions.png", "curves.png", "curves.csv"):
         assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_training_makes_its_model_once(tmp_path, folder, monkeypatch, capsys):
+    """And once more when the best weights are read."""
+    made, original = [], runs.ImageVAE.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(1)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(runs.ImageVAE, "__init__", counted)
+    main(["train", "--output", str(tmp_path / "run"), *SMOKE, "--data-folder", str(folder)])
+    assert capsys.readouterr().out.startswith("parameters: encoder ")
+    assert len(made) == 2
 
 
 def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
