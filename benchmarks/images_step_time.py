@@ -2,18 +2,17 @@
 
 The loop is what one writes first: an encoder of its own for every component, the density of
 every draw under every component one by one, the decoder once per component, gates as two layers,
-masked convolutions as whole kernels times a mask. It
-has the same weights and the same noise, and its loss is checked to be the same. Both take one
-step: loss, gradients, Adam, which is torch's default in the loop unless ``--fused-loop`` is given,
-and the fused one, as `mixscvi.images` trains with, in the other. The C library keeps freed memory
-for both, as the command line has it do.
+masked convolutions as whole kernels times a mask. It has the same weights and the same noise, and
+its loss is checked to be the same. Both take one step: loss, gradients, Adam. In the loop, Adam is
+torch's default unless ``--fused-loop`` is given; in the other it is the fused one that
+`mixscvi.images` trains with. The C library keeps freed memory for both, as in the command line.
 
-With an amortized encoder, the loop runs the shared network once per component, with its code.
+With a shifted encoder, the loop runs the shared network once per component, with its code.
 
 A VampPrior makes two loops: one that encodes the pseudo-inputs once per step, and one that does so
 whenever it evaluates log p(z), so once per component. Both are in the CSV, under `loop`.
 
-Images are real, for what a step costs depends on how many pixels are on. Run
+Images are real, because the cost of a step depends on how many pixels are on. Run
 ``python benchmarks/images_step_time.py``; it writes ``results/images_step_time.csv`` beside itself.
 """
 
@@ -132,8 +131,8 @@ class _Encoder(nn.Module):
         return self.heads(self.trunk(x))
 
 
-class _CodedEncoder(nn.Module):
-    """A component of an encoder that all share: its code is added before the last gate."""
+class _ShiftedEncoder(nn.Module):
+    """A component of a shared encoder: its code is added before the last gate."""
 
     def __init__(self, shared: _Encoder, code: Tensor) -> None:
         super().__init__()
@@ -203,7 +202,7 @@ class _Loop(nn.Module):
             encoders = [_Encoder(model.encoder, a) for a in components]
         else:
             shared = _Encoder(model.encoder, 0)
-            encoders = [_CodedEncoder(shared, code) for code in model.encoder.heads.codes]
+            encoders = [_ShiftedEncoder(shared, code) for code in model.encoder.heads.codes]
         self.encoders = nn.ModuleList(encoders)
         self.lower_encoders = None
         if model.lower_encoder is not None:

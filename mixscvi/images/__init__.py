@@ -1,6 +1,6 @@
-"""The mixture cookbook on binary images, on the same core as the counts.
+"""Mixture posteriors in VAEs of binary images, on the same core as the counts.
 
-| room | holds |
+| module | holds |
 | --- | --- |
 | datasets | images of MNIST, FashionMNIST or arrays, and their minibatches |
 | files | the idx files of MNIST and FashionMNIST |
@@ -14,13 +14,19 @@ Examples
 MixtureConfig(n_components=4, n_sampled=None, estimator='all_to_all', component_encoder='separate')
 """
 
-from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.experiments.configs import BUDGETS, Budget, RunConfig, TrainingConfig
-from mixscvi.images.experiments.evaluation import evaluate
-from mixscvi.images.experiments.runs import build, load_run
-from mixscvi.images.experiments.training import train
-from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
-from mixscvi.images.networks.vae import ImageVAE
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixscvi.images.datasets import ImageData, load
+    from mixscvi.images.experiments.configs import BUDGETS, Budget, RunConfig, TrainingConfig
+    from mixscvi.images.experiments.evaluation import evaluate
+    from mixscvi.images.experiments.runs import build, load_run
+    from mixscvi.images.experiments.training import train
+    from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
+    from mixscvi.images.networks.vae import ImageVAE
 
 __all__ = [
     "BUDGETS",
@@ -39,3 +45,25 @@ __all__ = [
     "load_run",
     "train",
 ]
+
+_MODULES = {
+    "datasets": ("ImageData", "load"),
+    "experiments.configs": ("BUDGETS", "Budget", "RunConfig", "TrainingConfig"),
+    "experiments.evaluation": ("evaluate",),
+    "experiments.runs": ("build", "load_run"),
+    "experiments.training": ("train",),
+    "networks.configs": ("PRESETS", "MixtureConfig", "ModelConfig", "Sizes"),
+    "networks.vae": ("ImageVAE",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a name needs when it is first used: training takes seconds to import."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"mixscvi.images.{module}"), name)
+    raise AttributeError(f"module 'mixscvi.images' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

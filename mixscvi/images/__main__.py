@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,8 +17,19 @@ from mixscvi.images.networks.configs import PRESETS, Preset
 from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
 
+if TYPE_CHECKING:
+    from mixscvi.images.networks.vae import ImageVAE
+
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
 Run = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(kw_only=True)
+class Device:
+    """Where the model runs."""
+
+    device: str | None = None
+    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +52,7 @@ def _training_changes(
 
 
 @dataclass
-class Train(Data):
+class Train(Data, Device):
     """Train a model: validation bound, early stopping, checkpoints, a CSV log."""
 
     output: Path
@@ -71,8 +82,6 @@ class Train(Data):
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
     resume: bool = False
     """Continue an interrupted run."""
 
@@ -94,26 +103,27 @@ class Train(Data):
 
     def run(self) -> None:
         """Train."""
-        from mixscvi.images.experiments.runs import build, parameter_counts, run_data
+        from mixscvi.images.experiments.runs import parameter_counts
         from mixscvi.images.experiments.training import train
 
-        config = self.config()
-        data = run_data(config, data_folder=self.data_folder)
-        counts = parameter_counts(build(config, data.image_shape))
-        print("parameters:", ", ".join(f"{name} {n:,}" for name, n in counts.items()), flush=True)
+        def show_parameters(model: ImageVAE) -> None:
+            counts = ", ".join(f"{name} {n:,}" for name, n in parameter_counts(model).items())
+            print("parameters:", counts, flush=True)
+
         train(
-            config,
+            self.config(),
             self.output,
-            data=data,
+            data_folder=self.data_folder,
             resume=self.resume,
             device=self.device,
             progress=sys.stdout.isatty(),
+            on_start=show_parameters,
         )
         _show(json.loads((self.output / "summary.json").read_text()))
 
 
 @dataclass
-class Evaluate(Data):
+class Evaluate(Data, Device):
     """Test NLL with standard errors, and diagnostics."""
 
     run_folder: Run
@@ -121,8 +131,6 @@ class Evaluate(Data):
     draws: int | None = None
     """Importance samples per image, of all components together."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Evaluate."""
@@ -141,7 +149,7 @@ class Evaluate(Data):
 
 
 @dataclass
-class Probe(Data):
+class Probe(Data, Device):
     """Linear classification of the labels from the latents."""
 
     run_folder: Run
@@ -149,8 +157,6 @@ class Probe(Data):
     against: Path | None = None
     """Folder of a run with one component, whose posterior samples are the comparison."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Probe."""
@@ -168,7 +174,7 @@ class Probe(Data):
 
 
 @dataclass
-class Sample:
+class Sample(Device):
     """Draw images from the model, pixel by pixel with a PixelCNN."""
 
     run_folder: Run
@@ -176,8 +182,6 @@ class Sample:
     images: int = 64
     """How many."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Sample."""
@@ -187,7 +191,7 @@ class Sample:
 
 
 @dataclass
-class Reconstruct(Data):
+class Reconstruct(Data, Device):
     """Test images and, below, their reconstructions, one row for each component."""
 
     run_folder: Run
@@ -195,8 +199,6 @@ class Reconstruct(Data):
     images: int = 8
     """How many."""
     seed: int = 0
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     def run(self) -> None:
         """Reconstruct."""
@@ -214,7 +216,7 @@ class Reconstruct(Data):
 
 
 @dataclass
-class Sweep(Data):
+class Sweep(Data, Device):
     """Train and evaluate presets x components x seeds; continues where it stopped."""
 
     output: Path
@@ -236,9 +238,6 @@ class Sweep(Data):
     """Epochs of the KL's warm-up, instead of the budget's."""
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
-
-    device: str | None = None
-    """Where the model runs: cpu, cuda, mps; on the accelerator, if there is one, when not given."""
 
     command: tyro.conf.Suppress[str | None] = None
 
@@ -304,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         Command,
         args=arguments,
         prog="mixscvi-images",
-        description="The mixture cookbook on binary images.",
+        description="Mixture posteriors in VAEs of binary images.",
     )
     if isinstance(command, Sweep):
         given = sys.argv[1:] if arguments is None else arguments

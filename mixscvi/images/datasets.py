@@ -143,6 +143,12 @@ class ImageData:
             Sizes of these parts, which are taken from the end.
         name
             Name of the data in tables.
+
+        Raises
+        ------
+        ValueError
+            If the images are not gray levels of that shape, the labels are not as many, or there
+            are too few images for the three parts.
         """
         levels = _gray_levels(images, "images")
         n_train = len(levels) - n_validation - n_test
@@ -191,11 +197,25 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         Folder of the four idx files, plain or gzipped, or its parent. When ``None``, they are
         downloaded once into pooch's cache and their MD5 is checked.
 
+    Returns
+    -------
+    The images, with labels unless they are from a ``.npy`` file.
+
     Raises
     ------
     FileNotFoundError, ValueError, OSError
         If a file is missing, truncated, of the other data set or cannot be downloaded; the message
         names it and says how to get it.
+
+    Examples
+    --------
+    >>> import numpy as np, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "mine.npy")
+    ...     np.save(path, np.random.default_rng(0).random((60, 5, 7)))
+    ...     data = load(str(path))
+    >>> data.name, len(data.train), len(data.validation), len(data.test)
+    ('mine', 40, 10, 10)
     """
     if name.endswith(".npy"):
         try:

@@ -121,20 +121,10 @@ class AmortizedEncoder(Encoder):
 
     Parameters
     ----------
-    n_components
-        Number of components, `A`.
-    n_in
-        Input features.
-    n_latent
-        Latent dimensions, `D`.
-    n_hidden
-        Width of the hidden layers.
+    n_components, n_in, n_latent, n_hidden, var_activation, var_eps, **mlp_kwargs
+        As in :class:`SeparateEncoder`.
     n_modes, code_scale
         See :class:`~mixscvi.mixture.heads.CodedHeads`.
-    var_activation, var_eps
-        See :class:`~mixscvi.mixture.heads.GaussianHeads`.
-    **mlp_kwargs
-        Passed to :class:`~mixscvi.mixture.mlp.StackedMLP`.
 
     Examples
     --------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows import MAF
 from zuko.transforms import ComposedTransform
 
 __all__ = ["InverseAutoregressiveFlow"]
@@ -32,6 +31,11 @@ class InverseAutoregressiveFlow(nn.Module):
     hidden_features
         Widths of each step's hidden layers.
 
+    Raises
+    ------
+    ValueError
+        If there is no step.
+
     Examples
     --------
     >>> import torch
@@ -50,15 +54,9 @@ class InverseAutoregressiveFlow(nn.Module):
         super().__init__()
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}")
-        forward_order = torch.arange(n_latent)
-        self.steps = nn.ModuleList(
-            MaskedAutoregressiveTransform(
-                n_latent,
-                order=forward_order.flip(0) if step % 2 else forward_order,
-                hidden_features=hidden_features,
-            )
-            for step in range(n_steps)
-        )
+        flow = MAF(n_latent, transforms=n_steps, hidden_features=hidden_features)
+        # The steps alone: the flow's base is not ours, and saved models know them by this name.
+        self.steps = flow.transform.transforms
 
     @property
     def transform(self) -> ComposedTransform:

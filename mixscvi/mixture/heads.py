@@ -18,16 +18,21 @@ a code again whenever a step draws one component alone, so networks with batch n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixscvi.mixture.layers import StackedLinear, rows
 from mixscvi.mixture.posterior import MixturePosterior
 
 __all__ = ["CodedHeads", "GaussianHeads", "Heads", "ShiftedHeads"]
+
+# Shifted pre-activations that are held at once: 64 MiB in single precision.
+_ELEMENTS_AT_ONCE = 2**24
 
 
 class Heads(nn.Module):
@@ -113,24 +118,22 @@ class ShiftedHeads(GaussianHeads):
 
     .. math:: h_a = g(t + c_a), \qquad \mu_a, \sigma_a = \mathrm{heads}(h_a)
 
-    with the trunk's pre-activations t, a code c_a for each component and an activation g.
+    with the trunk's pre-activations t, a code c_a for each component and an activation g. Past a
+    fixed number of pre-activations, components are taken in parts, which are computed again in the
+    backward pass.
 
     Parameters
     ----------
-    n_components
-        Number of components, `A`.
     n_in
         Pre-activations that the trunk returns, and length of a code.
     n_hidden
         Hidden units that the activation makes of them: half as many if it is a gate.
-    n_latent
-        Latent dimensions, `D`.
     activation
         g; with a linear one, components would differ by constants alone.
     code_scale
         Standard deviation of the codes at initialization.
-    var_activation, var_eps
-        See :class:`GaussianHeads`.
+    n_components, n_latent, var_activation, var_eps
+        As in :class:`GaussianHeads`.
 
     Examples
     --------
@@ -177,7 +180,24 @@ class ShiftedHeads(GaussianHeads):
         components
             The `S` components, `(S,)`; all `A` when ``None``.
         """
-        return super().forward(hidden + rows(self.codes, components))
+        codes = rows(self.codes, components)
+        n_at_once = max(1, _ELEMENTS_AT_ONCE // max(1, len(hidden) * codes.shape[1]))
+        if len(codes) <= n_at_once:
+            return self._shifted(hidden, codes)
+        inputs = itertools.repeat(hidden) if hidden.shape[1] == 1 else hidden.split(n_at_once, 1)
+        parts = [
+            checkpoint(self._loc_and_scale, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(inputs, codes.split(n_at_once), strict=False)
+        ]
+        loc, scale = (torch.cat(values, 1) for values in zip(*parts, strict=True))
+        return MixturePosterior(loc, scale)
+
+    def _shifted(self, hidden: Tensor, codes: Tensor) -> MixturePosterior:
+        return super().forward(hidden + codes)
+
+    def _loc_and_scale(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        part = self._shifted(hidden, codes)
+        return part.component_loc, part.component_scale
 
 
 class CodedHeads(Heads):
@@ -192,18 +212,12 @@ class CodedHeads(Heads):
 
     Parameters
     ----------
-    n_components
-        Number of Gaussians, `A`.
-    n_hidden
-        Hidden units.
-    n_latent
-        Latent dimensions, `D`.
     n_modes
         Length of a code, `R`.
     code_scale
         Standard deviation, at initialization, of what the codes add to a base of one.
-    var_activation, var_eps
-        See :class:`GaussianHeads`.
+    n_components, n_hidden, n_latent, var_activation, var_eps
+        As in :class:`GaussianHeads`.
 
     Examples
     --------

@@ -81,6 +81,11 @@ class StackedMLP(nn.Module):
     bias
         Whether the linear maps have one.
 
+    Raises
+    ------
+    ValueError
+        If there is no hidden layer.
+
     Examples
     --------
     >>> import torch

@@ -1,4 +1,4 @@
-"""Products with what is mostly zero, at the cost of what is not."""
+"""Matrix products that skip zeros."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["mostly_zero", "product_by_nonzeros"]
 
-# About where a CPU takes as long for the one product as for the other: finding the non-zeros takes
+# About where both products take a CPU equally long: finding the non-zeros takes
 # time, and adding rows waits for memory, which a dense product does not. A training step of four
 # dense image encoders takes 6 % (small) to 11 % (the papers' sizes) less time than without.
 _LEAST_COLUMNS = 512
@@ -68,11 +68,11 @@ class _ProductByNonzeros(torch.autograd.Function):
 
 
 def mostly_zero(x: Tensor, table: Tensor) -> bool:
-    """Whether :func:`product_by_nonzeros` is the product to take.
+    """Whether :func:`product_by_nonzeros` is the faster product.
 
-    It is for a constant `x` in a CPU's memory, a table of many columns, and few non-zeros. Where
-    the choice cannot depend on the numbers, as in compiled functions, under vmap over `x` and with
-    fake tensors, and where autocast would choose the type, the dense product is taken.
+    It is for a constant `x` on the CPU with few non-zeros, and a table of many columns. Where the
+    choice cannot depend on the values, as in compiled functions, under vmap over `x` and with fake
+    tensors, and where autocast would choose the type, the dense product is used.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def mostly_zero(x: Tensor, table: Tensor) -> bool:
         return False
     try:
         n_nonzero = int(x.count_nonzero())
-    except RuntimeError:  # raised by tensors whose numbers are not to be had
+    except RuntimeError:  # raised by tensors without values (fake tensors, vmap)
         return False
     return n_nonzero <= _MOST_NONZERO * x.numel()
 

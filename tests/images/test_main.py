@@ -1,16 +1,21 @@
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from idx_files import write_idx_files
-from mixscvi.images.__main__ import main
+from mixscvi.images.__main__ import Command, main
+from mixscvi.images.experiments import runs
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -48,6 +53,20 @@ def test_every_command(tmp_path, folder, capsys):
     main(["curves", run, one, "--output", str(tmp_path / "run" / "curves")])
     for name in ("probe.json", "samples.png", "reconstructions.png", "curves.png", "curves.csv"):
         assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_training_makes_its_model_once(tmp_path, folder, monkeypatch, capsys):
+    """And once more when the best weights are read."""
+    made, original = [], runs.ImageVAE.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(1)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(runs.ImageVAE, "__init__", counted)
+    main(["train", "--output", str(tmp_path / "run"), *SMOKE, "--data-folder", str(folder)])
+    assert capsys.readouterr().out.startswith("parameters: encoder ")
+    assert len(made) == 2
 
 
 def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
@@ -143,3 +162,14 @@ def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)
     assert not (tmp_path / "x").exists()
+
+
+RECORDED = ("images_sweep_mnist", "images_sweep_fashion_mnist", "images_vanilla_paper")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_commands_are_still_commands(name):
+    text = (Path(__file__).parents[2] / "benchmarks" / "results" / f"{name}.md").read_text()
+    (command,) = re.findall("^`mixscvi-images (.+)`$", text, re.MULTILINE)
+    parsed = tyro.cli(Command, args=shlex.split(command))
+    assert parsed.results == Path("benchmarks/results") / name

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch.distributions import TransformedDistribution
+from zuko.flows import MaskedAutoregressiveTransform
 
 from mixscvi.mixture import InverseAutoregressiveFlow
 
@@ -115,6 +116,23 @@ def test_state_dict_round_trip(normal):
     assert not torch.allclose(other(z0)[0], flow(z0)[0])
     other.load_state_dict(flow.state_dict())
     assert torch.equal(other(z0)[0], flow(z0)[0])
+
+
+@pytest.mark.parametrize(("n_latent", "n_steps"), SIZES)
+def test_weights_and_names_are_those_of_saved_models(n_latent, n_steps):
+    """Runs were recorded with steps that were made one by one."""
+    torch.manual_seed(0)
+    state = InverseAutoregressiveFlow(n_latent, n_steps, hidden_features=(7, 5)).state_dict()
+    torch.manual_seed(0)
+    expected = {}
+    for step in range(n_steps):
+        order = torch.arange(n_latent)
+        made = MaskedAutoregressiveTransform(
+            n_latent, order=order.flip(0) if step % 2 else order, hidden_features=(7, 5)
+        )
+        expected |= {f"steps.{step}.{name}": value for name, value in made.state_dict().items()}
+    assert [*state] == [*expected]
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_hidden_features():

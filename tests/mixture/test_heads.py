@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mixscvi.mixture import CodedHeads, Encoder, GaussianHeads, ShiftedHeads, StackedMLP
+from mixscvi.mixture import heads as heads_file
+from tensor_sizes import LargestTensor
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -116,6 +118,34 @@ def test_shifted_heads_of_an_input_for_each_component(normal):
     for a in range(4):
         alone = heads(t[:, a : a + 1], torch.tensor([a]))
         assert_close(together.component_loc[:, a], alone.component_loc[:, 0])
+
+
+@pytest.mark.parametrize("n_inputs", [1, 5])
+@pytest.mark.parametrize("components", [None, [3, 0, 4, 6, 2]])
+def test_components_in_parts_are_those_at_once(normal, monkeypatch, n_inputs, components):
+    """Values and gradients, of one input for all and of one for each."""
+    heads = ShiftedHeads(7 if components else 5, 10, 5, 3, activation=gate).double()
+    t = normal(7, n_inputs, 10).requires_grad_()
+    index = None if components is None else torch.tensor(components)
+
+    def results(n_components: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(heads_file, "_ELEMENTS_AT_ONCE", 7 * 10 * n_components)
+        values = parameters_of(heads(t, index))
+        assert all(value.shape == (7, 5, 3) for value in values)
+        loss = sum(value.sin().sum() for value in values)
+        return [*values, *torch.autograd.grad(loss, (t, *heads.parameters()))]
+
+    whole = results(5)
+    for n_components in (4, 2, 0):
+        assert_close(results(n_components), whole)
+
+
+def test_memory_is_bounded_however_many_components():
+    heads = ShiftedHeads(400, 600, 300, 2, activation=gate)
+    t = torch.zeros(100, 1, 600, requires_grad=True)
+    with LargestTensor() as record:
+        heads(t).component_loc.sum().backward()
+    assert record.numel <= heads_file._ELEMENTS_AT_ONCE < 100 * 400 * 600
 
 
 def test_the_weights_of_a_seed_are_those_that_runs_were_recorded_with():

@@ -24,7 +24,18 @@ BudgetName = Literal["paper", "small", "smoke"]
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained."""
+    """How a model is trained.
+
+    Raises
+    ------
+    ValueError
+        If a number is smaller than it can be.
+
+    Examples
+    --------
+    >>> TrainingConfig(max_epochs=60).warmup_epochs
+    100
+    """
 
     batch_size: int = 100
     learning_rate: float = 5e-4
@@ -52,7 +63,7 @@ class Budget:
     draws: int = 5000
     """Importance samples per test image, of all components together."""
     pixelcnn_training: TrainingConfig | None = None
-    """TrainingConfig of models with a PixelCNN, whose steps cost more; the same when ``None``."""
+    """Training of models with a PixelCNN, whose steps cost more; the same when ``None``."""
 
 
 BUDGETS: dict[str, Budget] = {
@@ -183,6 +194,11 @@ class RunConfig:
         ------
         ValueError
             If there is no such preset or budget, or the fields contradict each other.
+
+        Examples
+        --------
+        >>> RunConfig.from_preset("flow", budget="small", training={"max_epochs": 5}).draws
+        500
         """
         for name, value, known in (("preset", preset, PRESETS), ("budget", budget, BUDGETS)):
             if value not in known:

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
@@ -33,6 +33,7 @@ from mixscvi.mixture import (
     specialization,
 )
 from mixscvi.system import write_beside
+from mixscvi.tables import csv_text
 
 __all__ = ["evaluate", "image_statistics"]
 
@@ -109,7 +110,12 @@ def _images_at_once(n_components: int, n_samples: int) -> int:
 
 
 def _evaluate_images(
-    model: ImageVAE, x: Tensor, n_samples: int, seeds: tuple[int, int], state: _State
+    model: ImageVAE,
+    prior: Distribution,
+    x: Tensor,
+    n_samples: int,
+    seeds: tuple[int, int],
+    state: _State,
 ) -> dict[str, Tensor]:
     """Statistics of a group of images; its draws come in blocks, each with a seed of its own."""
     n_components = model.mixture.n_components
@@ -119,13 +125,14 @@ def _evaluate_images(
     if len(x) * n_components > _ROWS:
         parts = torch.arange(n_components).split(max(1, _ROWS // len(x)))
     blocks = [(start, part) for start in range(0, n_samples, size) for part in parts]
-    prior = model.prior_distribution()
+    encoded = model.encode(x)
     for block in range(len(state.blocks), len(blocks)):
         start, part = blocks[block]
         generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
         draws = model.importance_draws(
             x,
             min(size, n_samples - start),
+            encoded=encoded,
             prior=prior,
             components=part,
             generator=generator,
@@ -145,7 +152,7 @@ def _evaluate_images(
             for values in zip(*state.blocks, strict=True)
         )
     )
-    loc, _ = model.component_parameters(x)
+    loc, _ = model.component_parameters(encoded)
     return image_statistics(merged, computed_in=loc.dtype) | {"mean": loc.mean(1).cpu()}
 
 
@@ -240,9 +247,10 @@ def evaluate(
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.split(images_at_once)
+        prior = model.prior_distribution()
         for group in range(len(state.done), len(groups)):
             statistics = _evaluate_images(
-                model, groups[group].to(device), n_samples, (seed, group), state
+                model, prior, groups[group].to(device), n_samples, (seed, group), state
             )
             state.done.append(statistics)
             state.blocks = []
@@ -261,9 +269,12 @@ def evaluate(
             "device": device.type,
         }
     )
-    columns = {name: values for name, values in images.items() if values.dim() == 1}
-    table = pd.DataFrame(columns).to_csv(index_label="image", na_rep="nan", lineterminator="\n")
-    write_beside(folder / "evaluation.csv", table)
+    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
+    rows = [
+        {"image": image, **dict(zip(columns, row, strict=True))}
+        for image, row in enumerate(zip(*columns.values(), strict=True))
+    ]
+    write_beside(folder / "evaluation.csv", csv_text(rows))
     write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result

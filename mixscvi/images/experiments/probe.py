@@ -25,7 +25,7 @@ def parameter_features(model: ImageVAE, images: Tensor) -> np.ndarray:
     """Means and variances of all components, `(n, 2 * A * n_levels * D)`."""
     rows = []
     for x in images.split(_BATCH):
-        loc, scale = model.component_parameters(x)
+        loc, scale = model.component_parameters(model.encode(x))
         rows.append(torch.cat((loc, scale.square()), -1).flatten(1).cpu().numpy())
     return np.concatenate(rows)
 

@@ -21,7 +21,7 @@ from mixscvi.images.experiments.runs import (
 )
 from mixscvi.images.networks.configs import PRESETS
 from mixscvi.system import write_beside
-from mixscvi.tables import markdown_table, mean_and_spread
+from mixscvi.tables import csv_text, markdown_table, mean_and_spread
 
 __all__ = [
     "curves",
@@ -56,7 +56,7 @@ def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 # Columns that a table averages: their headings and digits.
 _MEANS = {
-    "nll_iw_miselbo": ("NLL (papers' form)", 2),
+    "nll_iw_miselbo": ("NLL (IW-MISELBO)", 2),
     "elbo": ("-ELBO", 2),
     "jsd": ("JSD", 2),
     "ess": ("ESS", 1),
@@ -70,6 +70,25 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     The last column is the mean difference to one component at equal seeds, its standard deviation
     over seeds, and in how many of them it is negative.
+
+    Parameters
+    ----------
+    rows
+        One for each run, as :func:`~mixscvi.images.experiments.sweep.sweep` returns them; numbers
+        may be text.
+
+    Returns
+    -------
+    A Markdown table.
+
+    Examples
+    --------
+    >>> row = {"preset": "flow", "seed": 0} | dict.fromkeys(_MEANS, 1.0)
+    >>> rows = [row | {"components": 1, "nll": 90.0}, row | {"components": 4, "nll": 89.0}]
+    >>> for line in sweep_table(rows).splitlines()[2:]:
+    ...     print(line)
+    | flow | 1 | 1 | 90.00 | 1.00 | -1.00 | 1.00 | 1.0 | 1.00 | 1.0 |  |
+    | flow | 4 | 1 | 89.00 | 1.00 | -1.00 | 1.00 | 1.0 | 1.00 | 1.0 | -1.00, lower in 1 of 1 |
     """
     frame = _frame(rows)
     alone = frame[frame["components"] == 1].drop_duplicates(["preset", "seed"], keep="last")
@@ -129,6 +148,24 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     -------
     One row per run and epoch, with the bound on training images, in which the KL term is weighted
     as in that epoch, and the bound on validation images, in nats.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder holds no run.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = images.train(config, folder, data=data)
+    ...     table = curves([folder], Path(folder, "curves"))
+    >>> table["epoch"].tolist()
+    [0, 1]
     """
     from matplotlib.figure import Figure
 
@@ -163,7 +200,7 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     axis.set_ylim(table["validation_bound"].quantile(0.1), None)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(with_ending(path, ".csv"), table.to_csv(index=False, lineterminator="\n"))
+    write_beside(with_ending(path, ".csv"), csv_text(table.to_dict("records")))
     write_beside(
         with_ending(path, ".png"), lambda partial: figure.savefig(partial, dpi=150, format="png")
     )
@@ -197,9 +234,37 @@ def sample(
 ) -> Path:
     """Write a grid of images drawn from a run's model; a PixelCNN's are drawn pixel by pixel.
 
+    Parameters
+    ----------
+    folder
+        The run.
+    n_images
+        How many.
+    seed
+        Seed of the draws.
+    device
+        Where the model runs; on the accelerator, if there is one, when ``None``.
+
     Returns
     -------
-    The picture, ``samples.png`` in the run's folder.
+    Path of the picture, ``samples.png`` in the run's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished run.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = images.train(config, folder, data=data)
+    ...     sample(folder, n_images=8).name
+    'samples.png'
     """
     device = resolve_device(device)
     path = Path(folder) / "samples.png"
@@ -219,9 +284,41 @@ def reconstruct(
 ) -> Path:
     """Write test images and, below, their reconstructions, one row for each component.
 
+    Parameters
+    ----------
+    folder
+        The run.
+    n_images
+        How many, from the first.
+    data, data_folder
+        As in :func:`~mixscvi.images.experiments.evaluation.evaluate`.
+    seed
+        Seed of the draws.
+    device
+        Where the model runs; on the accelerator, if there is one, when ``None``.
+
     Returns
     -------
-    The picture, ``reconstructions.png`` in the run's folder.
+    Path of the picture, ``reconstructions.png`` in the run's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished run.
+    ValueError
+        If the images are not those of the run.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke", n_components=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = images.train(config, folder, data=data)
+    ...     reconstruct(folder, data=data).name
+    'reconstructions.png'
     """
     device = resolve_device(device)
     _, model = load_run(folder, device)

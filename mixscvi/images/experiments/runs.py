@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import RunConfig
@@ -129,7 +128,28 @@ def finished_run_data(
 
 
 def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
-    """Make the folder of a run, unless it holds another run; return whether it has a checkpoint."""
+    """Make the folder of a run, and write the configuration into it.
+
+    Parameters
+    ----------
+    config
+        The run.
+    folder
+        Where it is recorded.
+    resume
+        Whether the folder may hold the same run, unfinished.
+
+    Returns
+    -------
+    Whether the folder has a checkpoint to continue from.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a finished run, or an unfinished one and `resume` is off.
+    ValueError
+        If it holds an unfinished run of another configuration.
+    """
     saved = folder / "config.json"
     if (folder / "summary.json").exists():
         raise FileExistsError(
@@ -149,7 +169,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """The device named, or that which Lightning chooses by itself: an accelerator if there is one.
+    """The given device; by default an accelerator if there is one.
 
     Examples
     --------
@@ -158,6 +178,8 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
     """
     if device is not None:
         return torch.device(device)
+    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
     if MPSAccelerator.is_available():
         return torch.device("mps")
     return torch.device("cuda" if CUDAAccelerator.is_available() else "cpu")
@@ -175,7 +197,13 @@ def parameter_counts(model: ImageVAE) -> dict[str, int]:
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run, finished or not."""
+    """The configuration of a run, finished or not.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no run.
+    """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run (config.json is missing)")
@@ -183,7 +211,13 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """The summary of a finished run."""
+    """The summary of a finished run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished run.
+    """
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")

@@ -191,7 +191,7 @@ def run_once(
         train(config, folder, data=data, resume=True, device=device)
     elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
-    if not _is_evaluated(folder, config, data, draws):
+    if not _is_evaluated(folder, config, data, draws, device):
         evaluate(folder, data=data, draws=draws, device=device)
     if not cost_file.exists():
         # The time of a run that was continued in a second process is unknown.
@@ -223,8 +223,14 @@ def run_once(
     }
 
 
-def _is_evaluated(folder: Path, config: RunConfig, data: ImageData, draws: int | None) -> bool:
-    """Whether these weights were evaluated on these images, with as many draws, from seed 0."""
+def _is_evaluated(
+    folder: Path,
+    config: RunConfig,
+    data: ImageData,
+    draws: int | None,
+    device: torch.device | str | None,
+) -> bool:
+    """Whether these weights were evaluated so: images, number of draws, device, seed 0."""
     path = folder / "evaluation.json"
     if not path.exists():
         return False
@@ -234,6 +240,7 @@ def _is_evaluated(folder: Path, config: RunConfig, data: ImageData, draws: int |
         "seed": 0,
         "weights": weights_hash(load_run(folder)[1]),
         "images": run_data(config, data).fingerprint("test"),
+        "device": resolve_device(device).type,
     }
     return identity.items() <= result.items() and (
         0 <= result["draws"] - wanted < config.mixture.n_components

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def train(
     resume: bool = False,
     device: torch.device | str | None = None,
     progress: bool = False,
+    on_start: Callable[[ImageVAE], object] | None = None,
 ) -> ImageVAE:
     """Train a model and record the run.
 
@@ -225,6 +227,8 @@ def train(
         Where to train: cpu, cuda, mps; on the accelerator, if there is one, when ``None``.
     progress
         Whether to show a progress bar.
+    on_start
+        Called with the model before it is trained.
 
     Returns
     -------
@@ -263,6 +267,8 @@ def train(
             stacklevel=2,
         )
     model = build(config, data.image_shape)
+    if on_start is not None:
+        on_start(model)
     if config.model.prior == "vamp":
         generator = torch.Generator().manual_seed(config.seed)
         size = (config.sizes.n_prior_components,)

@@ -31,7 +31,18 @@ def check_at_least(config: Any, least: float, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is composed of."""
+    """What a model is composed of.
+
+    Raises
+    ------
+    ValueError
+        If a choice is not one of those listed, or the number of flow steps is negative.
+
+    Examples
+    --------
+    >>> ModelConfig(n_levels=2, prior="vamp") == PRESETS["hierarchical"]
+    True
+    """
 
     encoder: Literal["dense", "conv"] = "dense"
     n_flow_steps: int = 0
@@ -59,7 +70,21 @@ PRESETS: dict[str, ModelConfig] = {
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """The components of the posterior, and how a step samples them."""
+    """The components of the posterior, and how a step samples them.
+
+    Raises
+    ------
+    TypeError
+        If a number of components is not an integer.
+    ValueError
+        If a choice is not one of those listed, or the estimator cannot draw from `S` of `A`
+        components.
+
+    Examples
+    --------
+    >>> MixtureConfig(4).n_drawn, MixtureConfig(4, estimator="some_to_all").n_drawn
+    (4, 1)
+    """
 
     n_components: int = 1
     """`A`."""
@@ -81,7 +106,14 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the networks."""
+    """Sizes of the networks; by default those of the papers.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> replace(Sizes(), n_latent=16).hidden
+    (300, 300)
+    """
 
     n_latent: int = 40
     """Dimensions `D` of every level."""

@@ -131,8 +131,20 @@ class ConditionalEncoder(nn.Module):
     def _networks(self, components: Tensor | None) -> Tensor | None:
         return None if self.heads.share_trunk else components
 
-    def _from_image(self, x: Tensor, components: Tensor | None) -> Tensor:
-        """What the image adds to the pre-activations, `(B, S, 2 H)`; S = 1 if shared."""
+    def encode(self, x: Tensor, components: Tensor | None = None) -> Tensor:
+        """What images add to the pre-activations: once for all draws.
+
+        Parameters
+        ----------
+        x
+            Images, `(B, 1, height, width)`.
+        components
+            The `S` components to condition, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        `(B, S, 2 * n_hidden)`; S = 1 if components share one network.
+        """
         networks = self._networks(components)
         return self.from_image(gate(self.trunk(x, components=networks)), networks)
 
@@ -159,11 +171,11 @@ class ConditionalEncoder(nn.Module):
         The posterior with batch shape `(L, B, S)` and the components on the next axis: all `A`,
         or those asked for.
         """
-        return self._condition(self._from_image(x, components), upper, components)
+        return self._condition(self.encode(x, components), upper, components)
 
     def draw(
         self,
-        x: Tensor,
+        image: Tensor,
         upper: Tensor,
         drawn: Tensor,
         components: Tensor | None = None,
@@ -179,8 +191,8 @@ class ConditionalEncoder(nn.Module):
 
         Parameters
         ----------
-        x
-            Images, `(B, 1, height, width)`.
+        image
+            What :meth:`encode` returned for `B` images and these components.
         upper
             Draws of z2, `(L, B, S, D)`.
         drawn
@@ -190,14 +202,13 @@ class ConditionalEncoder(nn.Module):
         flow
             Maps draws `(..., D)` of the Gaussians to z1 and the log-determinants `(...)`.
         generator
-            Source of the noise, on the device of `x`; torch's default when ``None``.
+            Source of the noise, on the device of `upper`; torch's default when ``None``.
 
         Returns
         -------
         z1 `(L, B, S, D)`, the log-determinants `(L, B, S)`, and the log-densities of the draws
         ahead of the flow under every component, `(L, B, S, A)`.
         """
-        image = self._from_image(x, components)
         # All noise in one call: it does not depend on how the draws are divided.
         noise = torch.randn(
             upper.shape, dtype=upper.dtype, device=upper.device, generator=generator
@@ -226,20 +237,20 @@ class ConditionalEncoder(nn.Module):
                 upper.split(n_at_once // width), noise.split(n_at_once // width), strict=True
             )
         ]
-        # ModelConfig side by side along S, then along L.
+        # Parts side by side along S, then along L.
         z, log_det, log_prob = (
             torch.cat([torch.cat(parts, 2) for parts in column])
             for column in zip(*(zip(*row, strict=True) for row in rows), strict=True)
         )
         return z, log_det, log_prob
 
-    def own(self, x: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def own(self, image: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale of each component at a point of its own.
 
         Parameters
         ----------
-        x
-            Images, `(B, 1, height, width)`.
+        image
+            What :meth:`encode` returned for `B` images and all components.
         upper
             A point of z2 for each component, `(B, A, D)`.
 
@@ -257,7 +268,7 @@ class ConditionalEncoder(nn.Module):
                 return layer(h)
 
         latent = each(self.from_latent, gate(each(self.latent_trunk, upper)))
-        posterior = self.heads(latent + self._from_image(x, None))
+        posterior = self.heads(latent + image)
         return posterior.component_loc, posterior.component_scale
 
 

@@ -6,6 +6,7 @@ None of them uses statistics across images or pixels, so that p(x | z) is a norm
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
 
 __all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
 
-# Hidden units of a convolution that are held at once: 512 MiB in single precision, more than four
+# Hidden units of a layer that are held at once: 512 MiB in single precision, more than four
 # components need at the papers' sizes.
 _ELEMENTS_AT_ONCE = 2**27
 
@@ -50,7 +51,41 @@ def gated_mlp(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(n_in, n_out))
 
 
-class DenseTrunk(nn.Module):
+class _Trunk(nn.Module, ABC):
+    """`A` gated networks on one image, up to the last layer's pre-activations.
+
+    Past a fixed number of hidden units, images are taken in parts, whose hidden units are computed
+    again in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.n_hidden = 0  # of a component, gated
+        self.n_units = 0  # of a component's widest layer
+
+    def forward(
+        self, x: Tensor, covariates: None = None, components: Tensor | None = None
+    ) -> Tensor:
+        """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+        n_components = self.layers[0].n_components if components is None else len(components)
+        n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_components * self.n_units))
+        if len(x) <= n_at_once:
+            return self._forward(x, components)
+        parts = [
+            checkpoint(
+                self._forward, part, components, use_reentrant=False, preserve_rng_state=False
+            )
+            for part in x.split(n_at_once)
+        ]
+        return torch.cat(parts)
+
+    @abstractmethod
+    def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
+        """Map all images at once."""
+
+
+class DenseTrunk(_Trunk):
     """`A` gated perceptrons on one image, up to the last layer's pre-activations.
 
     Parameters
@@ -75,17 +110,13 @@ class DenseTrunk(nn.Module):
     ) -> None:
         super().__init__()
         widths = [image_shape[0] * image_shape[1], *hidden]
-        self.layers = nn.ModuleList()
         for n_in, n_out in zip(widths, hidden, strict=False):
             # In most images, few pixels are on.
             layer = StackedLinear if self.layers else StackedSparseLinear
             self.layers.append(layer(n_components, n_in, 2 * n_out))
-        self.n_hidden = hidden[-1]
+        self.n_hidden, self.n_units = hidden[-1], 2 * max(hidden)
 
-    def forward(
-        self, x: Tensor, covariates: None = None, components: Tensor | None = None
-    ) -> Tensor:
-        """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
+    def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
         h = self.layers[0](x.flatten(1), components)
         for layer in self.layers[1:]:
             h = layer(gate(h), components)
@@ -97,12 +128,10 @@ def _check_odd(kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
 
 
-class ConvTrunk(nn.Module):
+class ConvTrunk(_Trunk):
     """`A` gated convolutional networks on one image, up to the last pre-activations.
 
-    Each layer is one convolution, grouped by component from the second on. Past a fixed number of
-    hidden units, images are taken in parts, whose hidden units are computed again in the backward
-    pass.
+    Each layer is one convolution, grouped by component from the second on.
 
     Parameters
     ----------
@@ -128,8 +157,6 @@ class ConvTrunk(nn.Module):
         layers: tuple[tuple[int, int, int], ...],
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList()
-        self.n_units = 0  # of a component's widest layer
         n_in, (height, width) = 1, image_shape
         for channels, kernel_size, stride in layers:
             _check_odd(kernel_size)
@@ -147,22 +174,6 @@ class ConvTrunk(nn.Module):
             height, width = -(-height // stride), -(-width // stride)
             self.n_units = max(self.n_units, 2 * channels * height * width)
         self.n_hidden = n_in * height * width
-
-    def forward(
-        self, x: Tensor, covariates: None = None, components: Tensor | None = None
-    ) -> Tensor:
-        """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
-        n_components = self.layers[0].n_components if components is None else len(components)
-        n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_components * self.n_units))
-        if len(x) <= n_at_once:
-            return self._forward(x, components)
-        parts = [
-            checkpoint(
-                self._forward, part, components, use_reentrant=False, preserve_rng_state=False
-            )
-            for part in x.split(n_at_once)
-        ]
-        return torch.cat(parts)
 
     def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
         # Grouped convolutions are up to twice as fast with the channels last in memory.

@@ -20,10 +20,11 @@ from mixscvi.mixture import (
     Estimator,
     ImportanceDraws,
     InverseAutoregressiveFlow,
+    MixturePosterior,
     mixture_log_prob,
 )
 
-__all__ = ["ImageVAE", "LatentDraws", "count_parameters", "seeded"]
+__all__ = ["EncodedImages", "ImageVAE", "LatentDraws", "count_parameters", "seeded"]
 
 
 def _widened(width: int, factor: float) -> int:
@@ -41,6 +42,17 @@ def _trunk_maker(
         return functools.partial(DenseTrunk, image_shape=image_shape, hidden=hidden)
     layers = tuple((_widened(n, factor), size, stride) for n, size, stride in sizes.conv_layers)
     return functools.partial(ConvTrunk, image_shape=image_shape, layers=layers)
+
+
+class EncodedImages(NamedTuple):
+    """What the encoders make of `B` images, to draw from as often as needed."""
+
+    posterior: MixturePosterior
+    """Base components of the (upper) level, batch shape `(B,)`."""
+    lower: Tensor | None
+    """What the images add to the lower level's pre-activations, if there is one."""
+    components: Tensor | None
+    """The components that were encoded, in order; all `A` when ``None``."""
 
 
 class LatentDraws(NamedTuple):
@@ -175,34 +187,56 @@ class ImageVAE(nn.Module):
         generator
             Source of the noise, on the device of `x`; torch's own when ``None``.
         """
-        some = self.estimator is Estimator.SOME_TO_SOME
-        encoded, drawn = (components, None) if some else (None, components)
-        return self._draw(x, n_samples, encoded, drawn, prior, generator)
+        if self.estimator is Estimator.SOME_TO_SOME:
+            return self._draw(self.encode(x, components), n_samples, None, prior, generator)
+        return self._draw(self.encode(x), n_samples, components, prior, generator)
+
+    def encode(self, x: Tensor, components: Tensor | None = None) -> EncodedImages:
+        """Encode images `(B, 1, height, width)`, into these components or all.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
+        >>> model = ImageVAE((8, 8), ModelConfig(), MixtureConfig(4), Sizes(n_latent=3))
+        >>> x = torch.zeros(5, 1, 8, 8)
+        >>> encoded = model.encode(x)
+        >>> encoded.posterior
+        MixturePosterior(batch_shape=(5,), n_components=4, n_latent=3)
+        >>> model.importance_draws(x, 10, encoded=encoded).log_weights.shape
+        torch.Size([10, 5, 4])
+        """
+        if components is not None:
+            components = components.to(x.device)
+        lower = None if self.lower_encoder is None else self.lower_encoder.encode(x, components)
+        return EncodedImages(self.encoder(x, components=components), lower, components)
 
     def _draw(
         self,
-        x: Tensor,
+        encoded: EncodedImages,
         n_samples: int,
-        encoded: Tensor | None,
         drawn: Tensor | None,
         prior: Distribution | None,
         generator: torch.Generator | None,
     ) -> LatentDraws:
-        """Encode some components, and draw from some of those."""
-        encoded, drawn = (
-            None if components is None else components.to(x.device)
-            for components in (encoded, drawn)
-        )
-        posterior = self.encoder(x, components=encoded)
+        """Draw from all components that were encoded, or from some of them."""
+        posterior = encoded.posterior
+        device = posterior.component_loc.device
+        drawn = None if drawn is None else drawn.to(device)
         base = posterior.rsample_stratified(n_samples, drawn, generator)
         z, log_det = self._flow(0, base)
         cross = posterior.cross_log_prob(base) - log_det.unsqueeze(-1)
         log_prior = (prior or self.prior_distribution()).log_prob(z)
         if drawn is None:
-            drawn = torch.arange(posterior.n_components, device=x.device)
+            drawn = torch.arange(posterior.n_components, device=device)
         if self.lower_encoder is not None:
             lower, log_det, lower_cross = self.lower_encoder.draw(
-                x, z, drawn, encoded, flow=functools.partial(self._flow, 1), generator=generator
+                encoded.lower,
+                z,
+                drawn,
+                encoded.components,
+                flow=functools.partial(self._flow, 1),
+                generator=generator,
             )
             cross = cross + lower_cross - log_det.unsqueeze(-1)
             given_upper = self.lower_prior(z.flatten(0, 2)).log_prob(lower.flatten(0, 2))
@@ -239,6 +273,7 @@ class ImageVAE(nn.Module):
         x: Tensor,
         n_samples: int,
         *,
+        encoded: EncodedImages | None = None,
         prior: Distribution | None = None,
         components: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -246,25 +281,27 @@ class ImageVAE(nn.Module):
         """Log-densities of `L` draws from every component, for bounds and diagnostics.
 
         With `components`, draws come from these alone. The mixture in the denominator is always
-        that of all components.
+        that of all components. `encoded` is what :meth:`encode` returned for these images; they
+        are encoded here when ``None``.
         """
-        draws = self._draw(x, n_samples, None, components, prior, generator)
+        encoded = self.encode(x) if encoded is None else encoded
+        draws = self._draw(encoded, n_samples, components, prior, generator)
         return ImportanceDraws(
             self.decoder.log_prob(x, draws.z) + draws.log_prior,
             draws.own_log_prob,
             mixture_log_prob(draws.cross_log_prob),
         )
 
-    def component_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def component_parameters(self, encoded: EncodedImages) -> tuple[Tensor, Tensor]:
         """Means and scales of the base components of all levels, each `(B, A, n_levels * D)`.
 
         The lower level is conditioned on the upper one's mean.
         """
-        upper = self.encoder(x)
+        upper = encoded.posterior
         if self.lower_encoder is None:
             return upper.component_loc, upper.component_scale
         z, _ = self._flow(0, upper.component_loc)
-        loc, scale = self.lower_encoder.own(x, z)
+        loc, scale = self.lower_encoder.own(encoded.lower, z)
         return (
             torch.cat((upper.component_loc, loc), -1),
             torch.cat((upper.component_scale, scale), -1),

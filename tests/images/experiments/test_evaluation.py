@@ -216,6 +216,28 @@ def test_memory_is_bounded_however_many_components(tmp_path, data, preset, width
     assert record.numel <= 1000 * n_components * width
 
 
+@pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
+def test_images_are_encoded_once_however_many_draws(tmp_path, data, monkeypatch, component_encoder):
+    """Both levels of each group of images, and the prior's pseudo-images once."""
+    run(tmp_path, data, "composite", component_encoder=component_encoder)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    encoded = []
+
+    def load_counted(*args):
+        config, model = load_run(*args)
+        for name in ("encoder", "lower_encoder"):
+            trunk = getattr(model, name).trunk
+            trunk.register_forward_pre_hook(
+                lambda _, inputs, name=name: encoded.append((name, len(inputs[0])))
+            )
+        return config, model
+
+    monkeypatch.setattr(evaluation, "load_run", load_counted)
+    evaluate(tmp_path, data=data, draws=3000)
+    groups = [(name, n) for name in ("encoder", "lower_encoder") for n in (5, 5, 2)]
+    assert sorted(encoded) == sorted([("encoder", 4), *groups])
+
+
 def test_up_to_twenty_components_are_evaluated_as_ever():
     """Groups of 50 images: the draws of recorded evaluations depend on it."""
     at_once = evaluation._images_at_once

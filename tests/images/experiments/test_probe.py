@@ -34,7 +34,7 @@ def test_features(tmp_path, data, preset):
     n_latent = 3 * model.config.n_levels
     features = parameter_features(model, data.test[:20])
     assert features.shape == (20, 2 * 3 * n_latent)
-    loc, scale = model.component_parameters(data.test[4:5])
+    loc, scale = model.component_parameters(model.encode(data.test[4:5]))
     expected = np.stack((loc[0].detach().numpy(), scale[0].detach().numpy() ** 2), 1)
     expected = np.concatenate((expected[:, 0], expected[:, 1]), -1).reshape(-1)
     np.testing.assert_allclose(features[4], expected, rtol=1e-4)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +80,18 @@ def test_a_sweep_is_told_the_device(monkeypatch, swept):
     assert asked == [("train", "cpu"), ("evaluate", "cpu")]
 
 
+@pytest.mark.parametrize(("device", "evaluated_anew"), [("cpu", False), ("cuda", True)])
+def test_a_sweep_evaluates_anew_what_was_evaluated_elsewhere(
+    tmp_path, swept, device, evaluated_anew
+):
+    """The draws depend on the device."""
+    first = swept(device="cpu")
+    path = tmp_path / "runs" / "vanilla-A2-seed0" / "evaluation.json"
+    elsewhere = json.loads(path.read_text()) | {"device": device, "nll": 7.0}
+    path.write_text(json.dumps(elsewhere))
+    assert swept(device="cpu")["nll"] == (first["nll"] if evaluated_anew else 7.0)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
@@ -107,7 +120,7 @@ def test_the_table_is_that_of_the_rows(tmp_path, swept):
     assert written == {name: str(value) for name, value in row.items()}
     assert {"nll", "nll_iw_miselbo", "miselbo", "device", "seconds"} < written.keys()
     text = (tmp_path / "table-v0.2.md").read_text()
-    assert "NLL (papers' form)" in text and text.endswith("\n`mixscvi-images sweep`\n")
+    assert "NLL (IW-MISELBO)" in text and text.endswith("\n`mixscvi-images sweep`\n")
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

@@ -78,6 +78,6 @@ def test_contract(parts, mixture):
     with torch.no_grad():
         n_draws = model.importance_draws(x, 4)
         assert n_draws.log_weights.shape == (4, 3, 3)
-        loc, scale = model.component_parameters(x)
+        loc, scale = model.component_parameters(model.encode(x))
         assert loc.shape == scale.shape == (3, 3, parts.n_levels * 2)
         assert model.sample(2).shape == (2, 1, 6, 5)

@@ -88,7 +88,7 @@ def test_draws_of_the_lower_level_in_parts_are_those_at_once(monkeypatch):
     def results(n_draws: int) -> list[torch.Tensor]:
         monkeypatch.setattr(encoders, "_ELEMENTS_AT_ONCE", n_draws * 3 * 4 * 6)
         generator = torch.Generator().manual_seed(0)
-        results = encoder.draw(x, upper, drawn, flow=flow, generator=generator)
+        results = encoder.draw(encoder.encode(x), upper, drawn, flow=flow, generator=generator)
         assert [tuple(result.shape) for result in results] == [
             (4, 3, 5, 2),
             (4, 3, 5),
@@ -111,7 +111,7 @@ def test_the_lower_level_holds_a_bounded_number_of_hidden_units(component_encode
     x, upper, drawn = torch.zeros(5, 1, 4, 5), torch.zeros(1, 5, 200, 2), torch.arange(200)
     with LargestTensor() as record:
         _, _, log_prob = encoder.draw(
-            x, upper, drawn, flow=lambda base: (base, base.sum(-1)), generator=None
+            encoder.encode(x), upper, drawn, flow=lambda base: (base, base.sum(-1)), generator=None
         )
         log_prob.mean().backward()
     assert log_prob.shape == (1, 5, 200, 200)
@@ -123,7 +123,7 @@ def test_own_components_are_those_of_all(component_encoder):
     encoder, x = encoder_of("conditional", component_encoder), images()
     upper = torch.randn(3, 4, 2, dtype=torch.float64)
     everything = encoder(x, upper.unsqueeze(0))
-    loc, scale = encoder.own(x, upper)
+    loc, scale = encoder.own(encoder.encode(x), upper)
     for a in range(4):
         torch.testing.assert_close(loc[:, a], everything.component_loc[0, :, a, a])
         torch.testing.assert_close(scale[:, a], everything.component_scale[0, :, a, a])

@@ -67,17 +67,26 @@ def test_some_components_are_those_of_all(trunk):
     torch.testing.assert_close(trunk(x, components=components), trunk(x)[:, components])
 
 
-def test_images_in_parts_are_those_at_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("make_trunk", "n_units"),
+    [
+        (lambda: ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2))), 6 * 4 * 5),  # of twice 3 channels
+        (lambda: DenseTrunk(4, (4, 5), (26, 7)), 2 * 26),
+    ],
+    ids=["conv", "dense"],
+)
+def test_images_in_parts_are_those_at_once(monkeypatch, make_trunk, n_units):
     torch.manual_seed(0)
-    trunk = ConvTrunk(4, (4, 5), ((3, 3, 1), (2, 3, 2))).double()
-    x = torch.rand(7, 1, 4, 5, dtype=torch.float64).requires_grad_()
+    trunk = make_trunk().double()
+    assert trunk.n_units == n_units
+    x = torch.rand(60, 1, 4, 5, dtype=torch.float64).requires_grad_()
 
     def results() -> list[torch.Tensor]:
         y = trunk(x)
         return [y, *torch.autograd.grad(y.sin().sum(), (x, *trunk.parameters()))]
 
     whole = results()
-    bound = 2 * 4 * 6 * 4 * 5  # two images of four components with twice three channels
+    bound = 25 * 4 * n_units  # 25 images of four components, and more than the weights
     monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", bound)
     torch.testing.assert_close(results(), whole)
     with LargestTensor() as record:
