@@ -24,7 +24,7 @@ MODELS = {
     "A=1": {"n_components": 1},
     "A=4": {"n_components": 4},
 }
-METRICS = ["log_likelihood", "elbo", "pareto_k_below_0.7", "effective_sample_size", "ari", "nmi"]
+METRICS = ["log_likelihood", "miselbo", "pareto_k_below_0.7", "effective_sample_size", "ari", "nmi"]
 
 
 def run(adata, kwargs: dict, seed: int, epochs: int, draws: int, device: str) -> dict[str, float]:
@@ -56,7 +56,7 @@ def run(adata, kwargs: dict, seed: int, epochs: int, draws: int, device: str) ->
     labels, clusters = adata.obs["cell_type"], adata.obs["leiden"]
     return {
         "log_likelihood": cells["log_likelihood"].mean(),
-        "elbo": cells["miselbo"].mean(),
+        "miselbo": cells["miselbo"].mean(),
         "pareto_k_below_0.7": (cells["pareto_k"] < 0.7).mean(),
         "pareto_k_median": cells["pareto_k"].median(),
         "effective_sample_size": cells["effective_sample_size"].mean(),

@@ -92,7 +92,8 @@ class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
         Importance samples per component in training, `L`. More tighten the bound and flatten the
         gradient of the encoder; 1 is a good start.
     objective
-        ``"miselbo"``: the papers' form. ``"siwae"``: all draws inside the logarithm, tighter,
+        ``"miselbo"``: the average over components, importance-weighted where `n_samples` > 1
+        (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, tighter,
         with less pressure on each component to be good alone.
     likelihood
         ``"fused"``: log-likelihoods with their gradients in one go, several times as fast;

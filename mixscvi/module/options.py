@@ -47,7 +47,8 @@ class MixtureOptions:
     n_samples: int = 1
     """Importance samples per component in the training objective, `L`."""
     objective: Literal["miselbo", "siwae"] = "miselbo"
-    """``"miselbo"``: the papers' form. ``"siwae"``: all draws inside the logarithm."""
+    """``"miselbo"``: the average over components, importance-weighted where `n_samples` > 1
+    (IW-MISELBO). ``"siwae"``: all draws inside the logarithm."""
     likelihood: Literal["fused", "reference"] = "fused"
     """``"fused"``: log-likelihood and gradient in one go. ``"reference"``: scvi-tools' own
     distributions, and with the options of scVI its own code to the bit."""

@@ -28,7 +28,7 @@ from mixscvi.module.options import MixtureOptions
 
 __all__ = ["FORMS", "Encoded", "ImportanceSampling"]
 
-FORMS = {"siwae": siwae, "paper": importance_weighted_miselbo}
+FORMS = {"siwae": siwae, "iw_miselbo": importance_weighted_miselbo}
 _ELEMENTS_PER_DECODE = 2**22
 
 
@@ -173,7 +173,7 @@ class ImportanceSampling(Adaptation):
         n_mc_samples: int,
         return_mean: bool = False,
         n_mc_samples_per_pass: int | None = None,
-        form: Literal["siwae", "paper"] = "siwae",
+        form: Literal["siwae", "iw_miselbo"] = "siwae",
     ) -> Tensor | float:
         """Estimate log p(x) of a minibatch; see :meth:`mixscvi.MixSCVI.get_marginal_ll`."""
         n_samples = math.ceil(n_mc_samples / self.n_components)

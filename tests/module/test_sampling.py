@@ -145,8 +145,8 @@ def test_paper_form_is_at_most_siwae_and_both_have_their_formulas():
     torch.manual_seed(3)
     log_w = module.importance_draws(tensors, 20).log_weights
     torch.testing.assert_close(marginal("siwae"), log_w.exp().mean((0, -1)).log())
-    torch.testing.assert_close(marginal("paper"), log_w.exp().mean(0).log().mean(-1))
-    assert (marginal("paper") < marginal("siwae")).all()
+    torch.testing.assert_close(marginal("iw_miselbo"), log_w.exp().mean(0).log().mean(-1))
+    assert (marginal("iw_miselbo") < marginal("siwae")).all()
     torch.manual_seed(3)
     mean = module.marginal_ll(tensors, 60, return_mean=True)
     assert mean == pytest.approx(marginal("siwae").mean().item())
