@@ -7,11 +7,14 @@
 | training | the training plan |
 | latents | latent representations and mixtures |
 | evaluation | likelihoods and diagnostics |
+| adapted | exact posteriors |
+| conversion | models of scvi-tools as mixtures |
 | persistence | saving, minified data, queries |
 """
 
+from mixscvi.model.adapted import AdaptedPosterior
 from mixscvi.model.evaluation import ComponentDiagnostics
 from mixscvi.model.latents import LatentMixture
 from mixscvi.model.mixscvi import MixSCVI
 
-__all__ = ["ComponentDiagnostics", "LatentMixture", "MixSCVI"]
+__all__ = ["AdaptedPosterior", "ComponentDiagnostics", "LatentMixture", "MixSCVI"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from mixscvi.checks import check_choice, check_positive_int
 from mixscvi.mixture import (
     ImportanceDraws,
+    MixturePosterior,
     active_units,
     component_elbo,
     effective_sample_size,
     miselbo,
+    mixture_log_prob,
     pareto_k,
     siwae,
     siwae_standard_error,
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["ComponentDiagnostics", "EvaluationMixin"]
+
+_PROPOSALS = ("encoder", "adapted")
+_LEAST_FOR_K = 25  # draws
+_LARGEST_K = 0.7
+_SHARE_TO_WARN_OF = 0.1
 
 
 class ComponentDiagnostics(NamedTuple):
@@ -43,7 +51,7 @@ class ComponentDiagnostics(NamedTuple):
 class EvaluationMixin:
     """Methods of :class:`mixscvi.MixSCVI` that importance-sample its cells.
 
-    The model provides ``module``, ``adata`` and ``_minibatches``.
+    The model provides ``module``, ``adata``, ``_minibatches`` and ``_adaptations``.
     """
 
     def _importance_draws(
@@ -60,7 +68,6 @@ class EvaluationMixin:
         for tensors in self._minibatches(*minibatch_arguments):
             yield self.module.importance_draws(tensors, n_samples, n_mc_samples_per_pass)
 
-    @torch.inference_mode()
     @unsupported_if_adata_minified
     def get_marginal_ll(
         self,
@@ -74,77 +81,108 @@ class EvaluationMixin:
         n_mc_samples_per_pass: int | None = None,
         form: Literal["siwae", "paper"] = "siwae",
         return_std_error: bool = False,
-    ) -> float | Tensor | tuple[float, float] | tuple[Tensor, Tensor]:
-        r"""Importance-sampled log-likelihood of the cells, with the mixture as proposal.
+        *,
+        proposal: Literal["encoder", "adapted"] = "encoder",
+        adapt_kwargs: dict[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> np.float64 | Tensor | tuple[np.float64, np.float64] | tuple[Tensor, Tensor]:
+        r"""Importance-sampled log-likelihood of the cells, with a mixture as proposal.
 
-        Draws are stratified: as many from each component. Each cell is encoded once.
+        With ``proposal="encoder"`` the draws are the encoder's, as many from each component: fast,
+        and in effect a lower bound where the encoder does not cover the exact posterior, by an
+        amount that depends on the model. To compare models, use ``proposal="adapted"``: the
+        encoder's mixture is first adapted to each cell's exact posterior.
 
         Parameters
         ----------
         adata, indices, batch_size, dataloader, data_loader_kwargs
             As in :meth:`get_latent_mixture`.
         n_mc_samples
-            Draws per cell in all, rounded up to a multiple of `A`.
+            Draws per cell in all: from the encoder's components, rounded up to a multiple of `A`;
+            or afresh from the adapted proposal, at least 25.
         return_mean
             Whether to average over cells.
         n_mc_samples_per_pass
             Draws per cell that are decoded at once, which bounds the memory. By default as many
-            as make about four million values.
+            as make some four million values (eight, with the adapted proposal).
         form
-            ``"siwae"``: all draws inside the logarithm, consistent for log p(x).
-            ``"paper"``: the average over components of the logarithm, as in the papers' tables;
-            never larger, and below log p(x) for any number of draws if components specialize.
+            ``"siwae"``: all draws inside the logarithm, consistent for log p(x); its exponential
+            is unbiased. ``"paper"``: the average over components of the logarithm, as in the
+            papers' tables; never larger, and below log p(x) for any number of draws if components
+            specialize. With the encoder's proposal alone.
         return_std_error
             Whether to return the Monte-Carlo standard error as well; SIWAE form alone.
+        proposal
+            ``"encoder"`` or ``"adapted"``; see :meth:`get_posterior_diagnostics` for how far
+            either can be trusted.
+        adapt_kwargs, progress
+            As in :meth:`get_adapted_posterior`; with the adapted proposal alone.
 
         Returns
         -------
-        Log-likelihood in nats: the mean, or `(n,)` for ``return_mean=False``; with its standard
-        error if asked for.
+        Log-likelihood in nats: the mean as a NumPy scalar, as scvi-tools returns it, or a tensor
+        `(n,)` for ``return_mean=False``; with its standard error, likewise, if asked for.
 
         Raises
         ------
         RuntimeError
-            If the model is not trained.
+            If the model is not trained, or with the adapted proposal in torch's inference mode.
         ValueError
-            If `form` is unknown, a standard error is asked for with ``form="paper"`` or with
-            fewer than two draws per component, or the data are bad.
+            If `form` or `proposal` is unknown or they do not go together, a standard error is
+            asked for with ``form="paper"`` or with fewer than two draws per component, or the
+            data are bad.
+
+        Warns
+        -----
+        UserWarning
+            If the encoder's proposal, with 25 draws or more, has a k-hat above 0.7 in more than a
+            tenth of the cells.
 
         Examples
         --------
         >>> import mixscvi
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
-        >>> model.get_marginal_ll(indices=[0, 1, 2], n_mc_samples=20, return_mean=False).shape
+        >>> cells = {"indices": [0, 1, 2], "return_mean": False}
+        >>> model.get_marginal_ll(**cells, n_mc_samples=20).shape
+        torch.Size([3])
+        >>> model.get_marginal_ll(**cells, proposal="adapted", progress=False).shape
         torch.Size([3])
         """
         check_choice("form", form, tuple(FORMS))
+        check_choice("proposal", proposal, _PROPOSALS)
         if return_std_error and form != "siwae":
             raise ValueError(f"a standard error is available with form='siwae', got form={form!r}")
-        values, errors = [], []
-        for draws in self._importance_draws(
-            n_mc_samples,
-            n_mc_samples_per_pass,
-            adata,
-            indices,
-            batch_size,
-            dataloader,
-            data_loader_kwargs,
-        ):
-            values.append(FORMS[form](draws.log_weights).cpu())
-            if return_std_error:
-                errors.append(siwae_standard_error(draws.log_weights).cpu())
+        minibatches = (adata, indices, batch_size, dataloader, data_loader_kwargs)
+        values, errors, tail_indices = [], [], []
+        if proposal == "adapted":
+            if form != "siwae":
+                raise ValueError(f"form={form!r} is the encoder's: got proposal='adapted'")
+            for _, adapted in self._adaptations(
+                n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
+            ):
+                values.append(adapted.log_likelihood.to(adapted.draws.dtype).cpu())
+                errors.append(adapted.standard_error.to(adapted.draws.dtype).cpu())
+        else:
+            self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
+            for draws in self._importance_draws(n_mc_samples, n_mc_samples_per_pass, *minibatches):
+                log_weights = draws.log_weights
+                values.append(FORMS[form](log_weights).cpu())
+                if return_std_error:
+                    errors.append(siwae_standard_error(log_weights).cpu())
+                if len(log_weights) * log_weights.shape[-1] >= _LEAST_FOR_K:
+                    tail_indices.append(pareto_k(_by_cell(log_weights)).cpu())
+            _warn_of_tails(tail_indices)
         log_likelihood = torch.cat(values)
         if not return_std_error:
-            return log_likelihood.mean().item() if return_mean else log_likelihood
+            return _mean(log_likelihood) if return_mean else log_likelihood
         error = torch.cat(errors)
         if not return_mean:
             return log_likelihood, error
-        return log_likelihood.mean().item(), error.square().sum().sqrt().item() / len(error)
+        return _mean(log_likelihood), np.sqrt(_mean(error.square()) / len(error))
 
-    @torch.inference_mode()
     @unsupported_if_adata_minified
     def get_posterior_diagnostics(
         self,
@@ -154,6 +192,10 @@ class EvaluationMixin:
         batch_size: int | None = None,
         n_mc_samples_per_pass: int | None = None,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
+        *,
+        proposal: Literal["encoder", "adapted"] = "encoder",
+        adapt_kwargs: dict[str, Any] | None = None,
+        progress: bool | None = None,
     ) -> pd.DataFrame:
         """How well each cell's posterior is covered, cell by cell.
 
@@ -161,58 +203,107 @@ class EvaluationMixin:
         ----------
         adata, indices, batch_size, dataloader
             As in :meth:`get_latent_mixture`.
-        n_mc_samples, n_mc_samples_per_pass
+        n_mc_samples, n_mc_samples_per_pass, proposal, adapt_kwargs, progress
             As in :meth:`get_marginal_ll`; at least 25 draws.
 
         Returns
         -------
         Table indexed by cell (by number with a `dataloader`):
 
-        - ``jensen_shannon_divergence``: between the components, in nats; from 0 (they coincide)
-          to log A (they are disjoint);
+        - ``jensen_shannon_divergence``: between the encoder's components, in nats; from 0 (they
+          coincide) to log A (they are disjoint);
         - ``effective_sample_size``: how many of the draws carry the weight;
         - ``pareto_k``: under 0.7, the likelihood and all importance-weighted results of the cell
           can be trusted;
         - ``log_likelihood``: SIWAE, in nats;
+
+        and with the encoder's proposal
+
         - ``miselbo``: the average log-weight, in nats: what training maximizes with the default
-          objective.
+          objective;
+
+        with the adapted one
+
+        - ``standard_error``: of the log-likelihood, in nats;
+        - ``n_evaluations``: decoder evaluations spent on the cell; one with its gradient counts
+          as three.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained, or with the adapted proposal in torch's inference mode.
+        ValueError
+            If `proposal` is unknown, there are fewer than 25 draws, or the data are bad.
 
         Examples
         --------
         >>> import mixscvi
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
         >>> model.get_posterior_diagnostics(indices=[0, 1, 2], n_mc_samples=100).shape
         (3, 5)
+        >>> adapted = model.get_posterior_diagnostics(
+        ...     indices=[0, 1, 2], proposal="adapted", progress=False
+        ... )
+        >>> bool((adapted["pareto_k"] < 0.7).all())
+        True
         """
-        if check_positive_int("n_mc_samples", n_mc_samples) < 25:
-            raise ValueError(f"n_mc_samples must be at least 25 for k-hat, got {n_mc_samples}")
-        tables = []
-        for draws in self._importance_draws(
-            n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, dataloader, None
-        ):
-            log_weights = draws.log_weights
-            per_cell = log_weights.movedim(1, 0).flatten(1)
-            columns = {
-                "jensen_shannon_divergence": specialization(draws.log_own, draws.log_mixture).mean(
-                    -1
-                ),
-                "effective_sample_size": effective_sample_size(per_cell),
-                "pareto_k": pareto_k(per_cell),
-                "log_likelihood": siwae(log_weights),
-                "miselbo": miselbo(log_weights),
-            }
-            tables.append(
-                pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+        check_choice("proposal", proposal, _PROPOSALS)
+        if check_positive_int("n_mc_samples", n_mc_samples) < _LEAST_FOR_K:
+            raise ValueError(
+                f"n_mc_samples must be at least {_LEAST_FOR_K} for k-hat, got {n_mc_samples}"
             )
-        if dataloader is not None:
-            return pd.concat(tables, ignore_index=True)
-        obs_names = (self.adata if adata is None else adata).obs_names
-        table = pd.concat(tables, ignore_index=True)
-        table.index = obs_names if indices is None else obs_names[indices]
+        minibatches = (adata, indices, batch_size, dataloader)
+        tables: list[dict[str, Tensor]] = []
+        if proposal == "adapted":
+            for tensors, adapted in self._adaptations(
+                n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
+            ):
+                columns = {
+                    "jensen_shannon_divergence": _divergence(
+                        self.module.posterior(tensors), n_mc_samples
+                    ),
+                    "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
+                    "pareto_k": adapted.pareto_k,
+                    "log_likelihood": adapted.log_likelihood,
+                    "standard_error": adapted.standard_error,
+                    "n_evaluations": adapted.n_evaluations,
+                }
+                tables.append(columns)
+        else:
+            self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
+            for draws in self._importance_draws(
+                n_mc_samples, n_mc_samples_per_pass, *minibatches, None
+            ):
+                per_cell = _by_cell(draws.log_weights)
+                columns = {
+                    "jensen_shannon_divergence": specialization(
+                        draws.log_own, draws.log_mixture
+                    ).mean(-1),
+                    "effective_sample_size": effective_sample_size(per_cell),
+                    "pareto_k": pareto_k(per_cell),
+                    "log_likelihood": siwae(draws.log_weights),
+                    "miselbo": miselbo(draws.log_weights),
+                }
+                tables.append(columns)
+        table = pd.DataFrame(
+            {
+                name: torch.cat([columns[name].cpu() for columns in tables]).numpy()
+                for name in tables[0]
+            }
+        )
+        if dataloader is None:
+            obs_names = (self.adata if adata is None else adata).obs_names
+            table.index = obs_names if indices is None else obs_names[indices]
         return table
+
+    @staticmethod
+    def _check_unused(**arguments: Any) -> None:
+        for name, value in arguments.items():
+            if value is not None:
+                raise ValueError(f"{name} is for proposal='adapted', got {name}={value!r}")
 
     @torch.inference_mode()
     @unsupported_if_adata_minified
@@ -289,3 +380,38 @@ class EvaluationMixin:
         """
         means = self.get_latent_representation(adata, indices, batch_size=batch_size)
         return active_units(torch.from_numpy(means), threshold).numpy()
+
+
+def _by_cell(log_weights: Tensor) -> Tensor:
+    """Log-weights `(L, B, A)` as `(B, L * A)`."""
+    return log_weights.movedim(1, 0).flatten(1)
+
+
+def _mean(values: Tensor) -> np.float64:
+    """Mean over cells, of the type that scvi-tools returns."""
+    return np.float64(values.double().mean().item())
+
+
+@torch.inference_mode()
+def _divergence(posterior: MixturePosterior, n_draws: int) -> Tensor:
+    """Jensen-Shannon divergence of each cell's components, `(B,)`, from `n_draws` draws in all."""
+    draws = posterior.rsample_stratified(-(-n_draws // posterior.n_components))
+    cross = posterior.cross_log_prob(draws)
+    own = cross.diagonal(dim1=-2, dim2=-1)
+    return specialization(own, mixture_log_prob(cross)).mean(-1)
+
+
+def _warn_of_tails(tail_indices: list[Tensor]) -> None:
+    """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
+    if not tail_indices:
+        return
+    # The negation counts NaN.
+    share = (~(torch.cat(tail_indices) <= _LARGEST_K)).double().mean().item()
+    if share > _SHARE_TO_WARN_OF:
+        warnings.warn(
+            f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
+            f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
+            'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
+            UserWarning,
+            stacklevel=4,
+        )

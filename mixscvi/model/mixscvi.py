@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mixscvi.checks import check_genes
 from mixscvi.mixture import Prior
+from mixscvi.model.adapted import AdaptedMixin
+from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.latents import LatentsMixin
@@ -41,7 +43,7 @@ def _once_trained(method: Callable) -> Callable:
     return checked
 
 
-class MixSCVI(LatentsMixin, EvaluationMixin, PersistenceMixin, SCVI):
+class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, PersistenceMixin, SCVI):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is

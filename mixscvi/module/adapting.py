@@ -34,16 +34,23 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 class Adaptation:
-    """Adaptive importance sampling for a module with :class:`ImportanceSampling`."""
+    """Adaptive importance sampling for a module with :class:`ImportanceSampling`.
+
+    Draws are those of the encoder's space: ahead of the flow, where there is one, and with the log
+    library size as last dimension, where it is modeled. `D` counts that dimension.
+    """
 
     @auto_move_data
     def adapt(
-        self, tensors: dict[str, Tensor], generator: torch.Generator | None = None, **options: Any
+        self,
+        tensors: dict[str, Tensor],
+        generator: torch.Generator | None = None,
+        draws_per_pass: int | None = None,
+        **options: Any,
     ) -> Adapted:
         """Adapt the encoder's posteriors of a minibatch to the exact ones.
 
-        The draws are those of the encoder's space: ahead of the flow, where there is one, and with
-        the log library size as last dimension, where it is modeled.
+        The cells are encoded once, the prior is built once, and no parameter takes a gradient.
 
         Parameters
         ----------
@@ -51,8 +58,16 @@ class Adaptation:
             A minibatch, with counts.
         generator
             Source of randomness, on the module's device.
+        draws_per_pass
+            Draws per cell that are decoded at once; by default, as many as make about eight
+            million decoded values. As cells leave, those that remain get more.
         **options
             Passed to :func:`mixscvi.mixture.adapt`.
+
+        Raises
+        ------
+        RuntimeError
+            In torch's inference mode, which forbids gradients.
         """
         with _frozen(self), torch.no_grad():
             inputs = self._get_inference_input(tensors, full_forward_pass=True)
@@ -66,11 +81,17 @@ class Adaptation:
                 posterior = MixturePosterior(
                     *(torch.cat(pair, -1) for pair in zip(of_latents, of_library, strict=True))
                 )
-            x = tensors[REGISTRY_KEYS.X_KEY]
-            rows = max(len(x), _ELEMENTS_AT_ONCE // x.shape[1])
-            log_joint = self._log_joint(tensors, library)
-            options = {"rows_per_call": rows, **options}
-            return adapt(log_joint, posterior, generator=generator, **options)
+            n_cells, n_genes = tensors[REGISTRY_KEYS.X_KEY].shape
+            rows = _ELEMENTS_AT_ONCE // n_genes
+            if draws_per_pass is not None:
+                rows = draws_per_pass * n_cells
+            return adapt(
+                self._log_joint(tensors, library),
+                posterior,
+                generator=generator,
+                rows_per_call=max(rows, 1),
+                **options,
+            )
 
     def _log_joint(
         self, tensors: dict[str, Tensor], observed_library: Tensor
@@ -79,22 +100,35 @@ class Adaptation:
         prior = self.prior_distribution()
         n_latent, n_cells = self.n_latent, len(observed_library)
         fused = self.mixture.likelihood == "fused"
+        x = tensors[REGISTRY_KEYS.X_KEY]
+        covariates = self._get_generative_input(tensors, {"z": None, "library": None})
+        prior_of_library = None
+        if not self.use_observed_lib_size:
+            means, variances = self._compute_local_library_params(tensors[REGISTRY_KEYS.BATCH_KEY])
+            prior_of_library = (means, variances.sqrt())
 
         def log_joint(draws: Tensor, cells: Tensor) -> Tensor:
-            if len(cells) == n_cells:
-                some, library = tensors, observed_library
-            else:
-                some = {name: values[cells] for name, values in tensors.items()}
-                library = observed_library[cells]
+            def of_cells(values: Tensor | None) -> Tensor | None:
+                # A loader may leave labels out, or empty.
+                left_out = values is None or len(values) != n_cells
+                return values if left_out or len(cells) == n_cells else values[cells]
+
             z, log_det = self.push_forward(draws[..., :n_latent])
             log_prob = prior.log_prob(z) + log_det
-            if draws.shape[-1] > n_latent:
+            if prior_of_library is None:
+                library = of_cells(observed_library)
+            else:
                 library = draws[..., n_latent:]
-                means, variances = self._compute_local_library_params(some[REGISTRY_KEYS.BATCH_KEY])
-                of_library = Normal(means, variances.sqrt(), validate_args=False)
-                log_prob = log_prob + of_library.log_prob(library).sum(-1)
-            drawn = {"z": self.z_encoder.z_transformation(z), "library": library}
-            px = decode(self, **self._get_generative_input(some, drawn), fused=fused)
-            return log_prob + px.log_prob(some[REGISTRY_KEYS.X_KEY])
+                p_library = Normal(*map(of_cells, prior_of_library), validate_args=False)
+                log_prob = log_prob + p_library.log_prob(library).squeeze(-1)
+            given = {name: of_cells(values) for name, values in covariates.items()}
+            given |= {"z": self.z_encoder.z_transformation(z), "library": library}
+            return log_prob + decode(self, **given, fused=fused).log_prob(of_cells(x))
 
         return log_joint
+
+    @torch.no_grad()
+    def adapted_latents(self, draws: Tensor) -> Tensor:
+        """z of draws of an adapted proposal, `(..., D)`, and the log library size as it is."""
+        z, _ = self.push_forward(draws[..., : self.n_latent])
+        return torch.cat((z, draws[..., self.n_latent :]), -1)

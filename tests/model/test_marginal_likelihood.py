@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from fitting import BATCH, LEARN, fit, seeded
 from mixscvi import MixSCVI
+from mixscvi.model import evaluation
 
 QUADRATURES = {
     "one component": {"n_components": 1},
@@ -125,6 +128,20 @@ def test_marginal_ll_is_the_integral(kwargs, make_adata):
     assert error.max() < 0.1
     np.testing.assert_array_less(abs(got.numpy() - expected), 5 * error.numpy() + 2e-3)
 
+    table = seeded(model.get_posterior_diagnostics, indices=np.arange(24), n_mc_samples=3000)
+    hard = [int(name.removeprefix("cell")) for name in table["pareto_k"].nlargest(3).index]
+    got, error = seeded(
+        model.get_marginal_ll,
+        indices=cells + hard,
+        n_mc_samples=3000,
+        return_mean=False,
+        return_std_error=True,
+        proposal="adapted",
+    )
+    expected = np.append(expected, [quadrature(model, cell) for cell in hard])
+    assert error.max() < 0.1
+    np.testing.assert_array_less(abs(got.numpy() - expected), 5 * error.numpy() + 2e-3)
+
 
 def test_marginal_ll_of_one_component_is_scvis(make_adata):
     model = fit(MixSCVI, make_adata(), BATCH, n_components=1, train_kwargs=LEARN)
@@ -186,6 +203,14 @@ def test_marginal_ll_forms_and_passes(make_adata):
     assert (abs(whole - parts) < 7 * math.sqrt(2) * error + 1e-3).all()
     with pytest.raises(ValueError, match="form"):
         model.get_marginal_ll(form="iwae")
+    with pytest.raises(ValueError, match="proposal must be one of 'encoder', 'adapted'"):
+        model.get_marginal_ll(proposal="exact")
+    with pytest.raises(ValueError, match="form='paper' is the encoder's"):
+        model.get_marginal_ll(form="paper", proposal="adapted")
+    with pytest.raises(ValueError, match="progress is for proposal='adapted'"):
+        model.get_marginal_ll(progress=True)
+    with pytest.raises(ValueError, match="adapt_kwargs is for proposal='adapted'"):
+        model.get_marginal_ll(adapt_kwargs={})
     with pytest.raises(ValueError, match="form='siwae'"):
         model.get_marginal_ll(form="paper", return_std_error=True)
     with pytest.raises(ValueError, match="n_mc_samples"):
@@ -194,3 +219,87 @@ def test_marginal_ll_forms_and_passes(make_adata):
         model.get_marginal_ll(n_mc_samples_per_pass=0)
     with pytest.raises(ValueError, match="two draws per component"):
         model.get_marginal_ll(n_mc_samples=3, return_std_error=True)
+
+
+@pytest.mark.parametrize("proposal", ["encoder", "adapted"])
+def test_marginal_ll_has_the_types_of_scvi_tools(proposal, make_adata):
+    adata = make_adata()
+    theirs = fit(scvi.model.SCVI, adata)
+    model = fit(MixSCVI, adata, n_components=2)
+    kwargs = {"indices": [1, 2, 3], "n_mc_samples": 40}
+    for return_mean in (True, False):
+        expected = theirs.get_marginal_ll(**kwargs, return_mean=return_mean)
+        got = model.get_marginal_ll(
+            **kwargs, return_mean=return_mean, return_std_error=True, proposal=proposal
+        )
+        for value in got:
+            assert type(value) is type(expected)
+            assert value.shape == expected.shape
+            assert value.dtype == expected.dtype
+    mean, error = seeded(model.get_marginal_ll, **kwargs, return_std_error=True, proposal=proposal)
+    values, errors = seeded(
+        model.get_marginal_ll,
+        **kwargs,
+        return_std_error=True,
+        proposal=proposal,
+        return_mean=False,
+    )
+    assert mean == pytest.approx(values.mean().item())
+    assert error == pytest.approx(errors.norm().item() / 3)
+
+
+def test_exponential_of_the_adapted_estimate_is_unbiased(make_adata):
+    """Few draws from a coarse proposal: the logarithm is biased, its exponential is not."""
+    model = fit(MixSCVI, make_adata(), n_components=2, n_latent=2, train_kwargs=LEARN)
+    cell = [0] * 400  # as many independent adaptations of one cell
+    (estimates, _) = seeded(
+        model.get_marginal_ll,
+        indices=cell,
+        n_mc_samples=25,
+        return_mean=False,
+        return_std_error=True,
+        proposal="adapted",
+        adapt_kwargs={"n_draws": 30, "max_generations": 1},
+    )
+    ratio = (estimates.double() - quadrature(model, 0)).exp()
+    error = ratio.std() / math.sqrt(len(ratio))
+    assert error < 0.1
+    assert abs(ratio.mean() - 1) < 4 * error
+
+
+def test_an_untrustworthy_proposal_is_told_once(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2, train_kwargs=LEARN)
+    with torch.no_grad():  # an encoder that is sure of itself, and wrong
+        model.module.z_encoder.encoder.heads.mean.bias += 3.0
+    for form in ("siwae", "paper"):
+        with pytest.warns(UserWarning, match="no good proposal for") as caught:
+            model.get_marginal_ll(form=form, n_mc_samples=100, batch_size=20)
+        assert len(caught) == 1
+        assert "lower bound" in str(caught[0].message)
+        assert 'proposal="adapted"' in str(caught[0].message)
+        assert caught[0].filename == __file__
+    table = model.get_posterior_diagnostics(n_mc_samples=100)
+    untrusted = (table["pareto_k"] > 0.7).mean()
+    told = float(re.search(r"for (\d+)%", str(caught[0].message))[1])
+    assert told == pytest.approx(100 * untrusted, abs=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.get_marginal_ll(n_mc_samples=24)
+        model.get_marginal_ll(n_mc_samples=100, proposal="adapted", indices=[0, 1])
+
+
+def test_a_tenth_of_the_cells_may_be_untrustworthy(make_adata, monkeypatch):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    share = {}
+
+    def tail_index(log_weights):
+        return torch.where(torch.arange(len(log_weights)) < share["n"], 0.8, 0.1)
+
+    monkeypatch.setattr(evaluation, "pareto_k", tail_index)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share["n"] = 2
+        model.get_marginal_ll(n_mc_samples=30, indices=np.arange(20))
+        share["n"] = 3
+        with pytest.raises(UserWarning, match="for 15% of the cells"):
+            model.get_marginal_ll(n_mc_samples=30, indices=np.arange(20))

@@ -1,0 +1,217 @@
+"""Exact posteriors of the cells, by adaptive importance sampling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from scvi import settings
+from scvi.utils import unsupported_if_adata_minified
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mixscvi.checks import check_positive_int
+from mixscvi.mixture import Adapted
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["AdaptedMixin", "AdaptedPosterior"]
+
+_FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
+
+
+class AdaptedPosterior(NamedTuple):
+    """Weighted mixtures of Student's t distributions that match the exact posteriors of `n` cells.
+
+    They are over the encoder's space: ahead of the flow, where there is one, and with the log
+    library size as last dimension, where it is modeled, which `D` counts.
+    """
+
+    weights: np.ndarray
+    """Weights of the components, `(n, K)`."""
+    loc: np.ndarray
+    """Centers of the components, `(n, K, D)`."""
+    scale_tril: np.ndarray
+    """Lower triangular factors of the scale matrices, `(n, K, D, D)`; a component's covariance is
+    its scale matrix times ``dof / (dof - 2)``."""
+    dof: int
+    """Degrees of freedom of all components."""
+    pareto_k: np.ndarray
+    """Tail index of the importance weights, `(n,)`: under 0.7, all of this can be trusted."""
+    log_likelihood: np.ndarray
+    """log p(x) in nats, `(n,)`."""
+    standard_error: np.ndarray
+    """Monte-Carlo standard error of ``log_likelihood`` in nats, `(n,)`."""
+    n_evaluations: np.ndarray
+    """Decoder evaluations spent, `(n,)`; one with its gradient counts as three."""
+    draws: np.ndarray | None
+    """Draws from the exact posteriors, behind the flow and ahead of the map to the simplex of
+    ``latent_distribution="ln"``, `(n_draws, n, D)`."""
+
+
+class AdaptedMixin:
+    """Methods of :class:`mixscvi.MixSCVI` that adapt the encoder's posteriors to the exact ones.
+
+    The model provides ``module``, ``adata`` and ``_minibatches``.
+    """
+
+    def _adaptations(
+        self,
+        n_mc_samples: int,
+        n_mc_samples_per_pass: int | None,
+        adapt_kwargs: dict[str, Any] | None,
+        progress: bool | None,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+        data_loader_kwargs: dict | None = None,
+    ) -> Iterator[tuple[dict[str, Tensor], Adapted]]:
+        """Each minibatch in turn, with the adapted proposals of its cells."""
+        if check_positive_int("n_mc_samples", n_mc_samples) < 25:
+            raise ValueError(f"n_mc_samples must be at least 25 for k-hat, got {n_mc_samples}")
+        if n_mc_samples_per_pass is not None:
+            check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
+        for name in _FIXED:
+            if name in (adapt_kwargs or {}):
+                raise ValueError(
+                    f"adapt_kwargs must not hold {name!r}: n_mc_samples is the number of final "
+                    "draws, n_mc_samples_per_pass bounds the memory, scvi.settings.seed seeds"
+                )
+        minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
+        n_cells = None
+        if dataloader is None:
+            obs_names = (self.adata if adata is None else adata).obs_names
+            n_cells = len(obs_names if indices is None else obs_names[indices])
+        if progress is None:
+            progress = settings.verbosity <= logging.INFO
+        with tqdm(
+            total=n_cells, desc="Adapting posteriors", unit="cell", disable=not progress
+        ) as bar:
+            for tensors in minibatches:
+                adapted = self.module.adapt(
+                    tensors,
+                    draws_per_pass=n_mc_samples_per_pass,
+                    n_final=n_mc_samples,
+                    **(adapt_kwargs or {}),
+                )
+                yield tensors, adapted
+                bar.update(len(adapted.pareto_k))
+
+    @unsupported_if_adata_minified
+    def get_adapted_posterior(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_mc_samples: int = 1_000,
+        batch_size: int | None = None,
+        n_mc_samples_per_pass: int | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+        *,
+        n_draws: int | None = None,
+        adapt_kwargs: dict[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> AdaptedPosterior:
+        r"""The exact posterior of each cell, as a mixture of Student's t distributions.
+
+        The encoder's mixture is adapted to p(z | x) by :func:`mixscvi.mixture.adapt`, with the
+        trained decoder and prior, and cell by cell: what the encoder has not learned about a cell
+        does not matter. Maps and clusters are usually better served by
+        :meth:`get_latent_representation`, which the encoder smooths.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader
+            As in :meth:`get_latent_mixture`.
+        n_mc_samples
+            Fresh draws per cell from its adapted proposal, at least 25: they give the
+            log-likelihood, its standard error, k-hat and `draws`.
+        n_mc_samples_per_pass
+            Draws per cell that are decoded at once, which bounds the memory. By default as many
+            as make about eight million values.
+        n_draws
+            Draws from the exact posterior to return: the fresh draws, resampled with replacement
+            in proportion to their importance weights. Ask for fewer than `n_mc_samples`: a cell
+            has no more distinct ones, and about its effective sample size count. None by default.
+        adapt_kwargs
+            Passed to :func:`mixscvi.mixture.adapt`: ``n_draws`` and ``max_generations`` are the
+            budget, ``k_threshold`` says when to stop.
+        progress
+            Whether to show a progress bar; by default unless ``scvi.settings.verbosity`` is above
+            ``logging.INFO``.
+
+        Returns
+        -------
+        Named arrays by cell. The mixtures live ahead of the flow, where there is one, and have
+        the log library size as last dimension, where it is modeled; `draws` are behind the flow.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained, or in torch's inference mode, which forbids gradients.
+        ValueError
+            If an argument is out of range, the data are bad, or their counts were replaced by
+            minification.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> posterior = model.get_adapted_posterior(
+        ...     indices=[0, 1, 2], n_mc_samples=100, n_draws=20, progress=False
+        ... )
+        >>> posterior.loc.shape, posterior.scale_tril.shape, posterior.draws.shape
+        ((3, 3, 4), (3, 3, 4, 4), (20, 3, 4))
+        """
+        if n_draws is not None:
+            check_positive_int("n_draws", n_draws)
+        parts, draws, dof = [], [], None
+        for _, adapted in self._adaptations(
+            n_mc_samples,
+            n_mc_samples_per_pass,
+            adapt_kwargs,
+            progress,
+            adata,
+            indices,
+            batch_size,
+            dataloader,
+        ):
+            proposal, dof = adapted.proposal, adapted.proposal.dof
+            of_minibatch = (
+                proposal.weights,
+                proposal.loc,
+                proposal.scale_tril,
+                adapted.pareto_k,
+                adapted.log_likelihood,
+                adapted.standard_error,
+                adapted.n_evaluations,
+            )
+            parts.append([part.cpu().numpy() for part in of_minibatch])
+            if n_draws is not None:
+                draws.append(self.module.adapted_latents(resample(adapted, n_draws)).cpu().numpy())
+        weights, loc, scale_tril, *rest = map(np.concatenate, zip(*parts, strict=True))
+        return AdaptedPosterior(
+            weights, loc, scale_tril, dof, *rest, np.concatenate(draws, 1) if draws else None
+        )
+
+
+def resample(adapted: Adapted, n_draws: int) -> Tensor:
+    """Draws `(n_draws, B, D)` with replacement, in proportion to their importance weights.
+
+    Parameters
+    ----------
+    adapted
+        Has the draws and log-weights of `B` cells.
+    n_draws
+        Draws per cell.
+    """
+    weights = adapted.log_weights.softmax(0).mT  # (B, N)
+    chosen = torch.multinomial(weights, n_draws, replacement=True).mT
+    return adapted.draws.gather(0, chosen.unsqueeze(-1).expand(-1, -1, adapted.draws.shape[-1]))
