@@ -1,0 +1,154 @@
+"""Mixture population Monte Carlo with a memory: weights of all draws so far, and the update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixscvi.mixture.diagnostics import effective_sample_size, pareto_k
+from mixscvi.mixture.score_matching import cholesky
+from mixscvi.mixture.student_mixture import StudentMixture
+
+__all__ = ["Memory", "maximization_step", "tail_index"]
+
+_LEAST_WEIGHT = 0.02  # of a component, so that none is lost
+_LEAST_POWER = 2.0**-30
+_ELEMENTS_AT_ONCE = 2**21
+
+
+class Memory:
+    """All draws of the cells that still adapt, weighted against all proposals they came from.
+
+    Parameters
+    ----------
+    start
+        The first proposal, of `n` cells.
+    draws
+        Draws of it, `(N, n, D)`.
+    log_joint
+        Their log p(x, z), `(N, n)`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> q = StudentMixture(torch.ones(1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1, 1), None)
+    >>> draws = q.sample((50,), torch.Generator().manual_seed(0))
+    >>> memory = Memory(q, draws, q.log_prob(draws))
+    >>> memory.flattened_weights(least_ess=40).sum(0)
+    tensor([1.])
+    """
+
+    def __init__(self, start: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
+        self.proposals = [(len(draws), start)]
+        self.draws, self.log_joint = draws, log_joint
+        # log sum_t N_t q_t(z) of every draw: over all draws' number, the mixture they came from
+        self.log_counts = start.log_prob(draws) + math.log(len(draws))
+
+    def add(self, proposal: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
+        """Add a generation: draws of a proposal and their log p(x, z)."""
+        self.proposals.append((len(draws), proposal))
+        by_newest = proposal.log_prob(self.draws) + math.log(len(draws))
+        older = torch.logaddexp(self.log_counts, by_newest)
+        newest = torch.full_like(log_joint, -torch.inf)
+        for n, past in self.proposals:
+            newest = torch.logaddexp(newest, past.log_prob(draws) + math.log(n))
+        self.draws = torch.cat((self.draws, draws))
+        self.log_joint = torch.cat((self.log_joint, log_joint))
+        self.log_counts = torch.cat((older, newest))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all cells but these."""
+        self.draws = self.draws[:, rows]
+        self.log_joint, self.log_counts = self.log_joint[:, rows], self.log_counts[:, rows]
+        self.proposals = [(n, proposal.select(rows)) for n, proposal in self.proposals]
+
+    def flattened_weights(self, least_ess: float) -> Tensor:
+        """Weights to the largest power <= 1 that makes enough draws count, normalized, `(N, n)`.
+
+        Enough is an effective sample size of `least_ess`, or of half the draws with a density
+        above zero where that is less.
+        """
+        log_weights = (self.log_joint - self.log_counts).mT
+        n_possible = (~log_weights.isneginf()).sum(-1)
+        least = (0.5 * n_possible).clamp_max(least_ess)
+
+        def enough(power: Tensor) -> Tensor:
+            return effective_sample_size(power.unsqueeze(-1) * log_weights) >= least
+
+        high = torch.ones_like(log_weights[:, 0])
+        low = torch.where(enough(high), high, _LEAST_POWER)
+        for _ in range(15):  # of powers on the scale of their logarithms
+            middle = (low * high).sqrt()
+            above = enough(middle)
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return (low.unsqueeze(-1) * log_weights).softmax(-1).mT
+
+    def newest_tail_index(self) -> Tensor:
+        """k-hat of the newest generation, alone and together with the start's draws, `(n,)`.
+
+        The start's draws find what the adapted proposal may have left behind.
+        """
+        n, proposal = self.proposals[-1]
+        n_start, first = self.proposals[0]
+        log_joint = self.log_joint[-n:]
+        alone = tail_index(log_joint - proposal.log_prob(self.draws[-n:]))
+        draws = torch.cat((self.draws[:n_start], self.draws[-n:]))
+        log_joint = torch.cat((self.log_joint[:n_start], log_joint))
+        share = n / (n + n_start)
+        both = torch.logaddexp(
+            proposal.log_prob(draws) + math.log(share),
+            first.log_prob(draws) + math.log(1 - share),
+        )
+        return torch.maximum(alone, tail_index(log_joint - both))
+
+
+def tail_index(log_weights: Tensor) -> Tensor:
+    """k-hat of log-weights `(N, n)`, infinite where all weights are zero."""
+    rows = log_weights.mT
+    empty = rows.isneginf().all(-1)
+    return torch.where(empty, torch.inf, pareto_k(torch.where(empty[:, None], 0.0, rows)))
+
+
+def maximization_step(proposal: StudentMixture, draws: Tensor, weights: Tensor) -> StudentMixture:
+    r"""One step of weighted expectation-maximization.
+
+    A component's scale matrix is averaged with its last one, which counts as many draws as a
+    covariance has parameters, :math:`D (D + 1) / 2`: few effective draws change it little.
+
+    Parameters
+    ----------
+    proposal
+        Mixtures of `n` cells.
+    draws
+        All draws in memory, `(N, n, D)`.
+    weights
+        Their normalized weights, `(N, n)`.
+    """
+    n_latent = draws.shape[-1]
+    z = draws.to(proposal.loc)
+    log_prob = proposal.component_log_prob(z)
+    share = log_prob.softmax(-1) * weights.unsqueeze(-1)  # (N, n, K)
+    alpha = share.sum(0)
+    tiny = torch.finfo(alpha.dtype).tiny
+    n_effective = alpha.square() / share.square().sum(0).clamp_min(tiny)
+    share = share / alpha.clamp_min(tiny)
+    loc = torch.einsum("nbk,nbd->bkd", share, z)
+    loc = torch.where(n_effective.unsqueeze(-1) < 1, proposal.loc, loc)
+    scatter = torch.zeros_like(proposal.scale_tril)
+    per_pass = max(1, _ELEMENTS_AT_ONCE // proposal.loc.numel())
+    for some, part in zip(z.split(per_pass), share.split(per_pass), strict=True):
+        deviation = some.unsqueeze(2) - loc  # (N, n, K, D)
+        weighted = (part.unsqueeze(-1) * deviation).permute(1, 2, 3, 0)
+        scatter += weighted @ deviation.permute(1, 2, 0, 3)
+    prior = n_latent * (n_latent + 1) / 2
+    kept = (prior / (n_effective + prior))[..., None, None]
+    last = proposal.scale_tril @ proposal.scale_tril.mT
+    alpha = alpha.clamp_min(_LEAST_WEIGHT)
+    return StudentMixture(
+        alpha / alpha.sum(-1, keepdim=True),
+        loc,
+        cholesky(kept * last + (1 - kept) * scatter),
+        proposal.dof,
+    )
