@@ -85,14 +85,21 @@ class StandardNormal(Prior):
 class _GaussianMixture(MixtureSameFamily):
     """torch's mixture, whose density at many points takes bounded memory."""
 
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.loc, self.scale = loc, scale
+        super().__init__(
+            Categorical(logits=logits, validate_args=False),
+            Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False),
+            validate_args=False,
+        )
+
     def log_prob(self, x: Tensor) -> Tensor:
         log_weights = self.mixture_distribution.logits
 
         def score(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
             return (diagonal_normal_log_prob(z, loc, scale) + log_weights).logsumexp(-1)
 
-        normal = self.component_distribution.base_dist
-        return in_bounded_memory(score, x.unsqueeze(-2), normal.loc, normal.scale)
+        return in_bounded_memory(score, x.unsqueeze(-2), self.loc, self.scale)
 
 
 class GaussianMixture(Prior):
@@ -123,12 +130,7 @@ class GaussianMixture(Prior):
 
     def forward(self, encoder: nn.Module | None) -> Distribution:
         """Build p(z); `encoder` is not used."""
-        normal = Normal(self.loc, self.log_scale.exp(), validate_args=False)
-        return _GaussianMixture(
-            Categorical(logits=self.logits, validate_args=False),
-            Independent(normal, 1, validate_args=False),
-            validate_args=False,
-        )
+        return _GaussianMixture(self.logits, self.loc, self.log_scale.exp())
 
 
 class VampPrior(Prior):

@@ -79,7 +79,7 @@ class EvaluationMixin:
         dataloader: Iterator[dict[str, Tensor]] | None = None,
         data_loader_kwargs: dict | None = None,
         n_mc_samples_per_pass: int | None = None,
-        form: Literal["siwae", "paper"] = "siwae",
+        form: Literal["siwae", "iw_miselbo"] = "siwae",
         return_std_error: bool = False,
         *,
         proposal: Literal["encoder", "adapted"] = "encoder",
@@ -107,7 +107,7 @@ class EvaluationMixin:
             as make some four million values (eight, with the adapted proposal).
         form
             ``"siwae"``: all draws inside the logarithm, consistent for log p(x); its exponential
-            is unbiased. ``"paper"``: the average over components of the logarithm, as in the
+            is unbiased. ``"iw_miselbo"``: the average over components of the logarithm, as in the
             papers' tables; never larger, and below log p(x) for any number of draws if components
             specialize. With the encoder's proposal alone.
         return_std_error
@@ -129,7 +129,7 @@ class EvaluationMixin:
             If the model is not trained, or with the adapted proposal in torch's inference mode.
         ValueError
             If `form` or `proposal` is unknown or they do not go together, a standard error is
-            asked for with ``form="paper"`` or with fewer than two draws per component, or the
+            asked for with ``form="iw_miselbo"`` or with fewer than two draws per component, or the
             data are bad.
 
         Warns
