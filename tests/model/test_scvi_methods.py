@@ -11,6 +11,7 @@ from scvi import REGISTRY_KEYS
 
 from fitting import LEARN, WORKING, fit, seeded
 from mixscvi import MixSCVI
+from mixscvi.mixture import MixturePosterior
 
 
 @pytest.fixture(params=WORKING.values(), ids=WORKING, scope="module")
@@ -74,7 +75,9 @@ def test_importance_weights_follow_the_model(trained):
         )
         prior = module.prior_distribution().log_prob(z)
         base, log_det = (z, 0.0) if module.flow is None else module.flow.inverse(z)
-        log_q = inference["qz"].joint().log_prob(base.unsqueeze(-2))
+        qz = inference["qz"]
+        posterior = MixturePosterior(qz.component_loc, qz.component_scale)
+        log_q = posterior.log_prob(base.unsqueeze(-2))
         log_q = log_q - torch.as_tensor(log_det)[..., None]
         px = generative["px"]
         per_anchor = []

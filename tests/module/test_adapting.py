@@ -134,7 +134,7 @@ def test_adapted_posteriors_are_exact(kwargs):
     for cell in best:
         exact, points, exact_weights = integrate(for_scvi_tools(module), tensors, cell)
         error = adapted.standard_error[cell].item()
-        assert error < 0.1
+        assert error < 0.15
         assert abs(adapted.log_likelihood[cell].item() - exact) < 5 * error + 1e-3
         mean = exact_weights @ points
         variance = exact_weights @ (points - mean).square()
