@@ -103,7 +103,8 @@ def make(adata, cls: str, **kwargs: Any):
 
 
 def train(model, epochs: int) -> None:
-    """Train further."""
+    """Train further, as in a first training: scvi-tools leaves a trained module in eval mode."""
+    model.module.train()
     model.train(max_epochs=epochs, enable_progress_bar=False)
 
 
