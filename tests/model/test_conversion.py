@@ -75,7 +75,7 @@ def test_likelihoods_are_those_of_the_model(make_adata):
         mixture.get_marginal_ll, n_mc_samples=4000, return_mean=False, return_std_error=True
     )
     theirs = seeded(model.get_marginal_ll, n_mc_samples=4000, return_mean=False, seed=2)
-    covered = (mixture.get_posterior_diagnostics()["pareto_k"] < 0.5).to_numpy()
+    covered = (mixture.get_posterior_diagnostics()["pareto_k"] < 0.5).to_numpy(copy=True)
     assert covered.sum() > 5
     assert (abs(encoder - theirs) < 6 * 2**0.5 * error + 1e-2)[covered].all()
     table = mixture.get_posterior_diagnostics(proposal="adapted")

@@ -58,6 +58,7 @@ def test_adam_is_fused(make_adata):
     assert optimizer.defaults["fused"]
 
 
+@pytest.mark.filterwarnings("ignore:Extra tracked metrics")  # scvi-tools 1.5 says so of its own
 def test_autotune_payload_is_kept(make_adata):
     model = fit(MixSCVI, make_adata(), n_components=2, extra_payload_autotune=True)
     assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
