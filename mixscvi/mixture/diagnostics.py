@@ -148,8 +148,9 @@ def pareto_k(log_weights: Tensor, *, computed_in: torch.dtype | None = None) -> 
 
     A generalized Pareto distribution is fitted to the largest
     :math:`\min(N / 5, 3 \sqrt N)` weights by the estimator of Zhang & Stephens (2009), with the
-    weakly informative prior of Vehtari et al. (2024, JMLR 25:72). Below 0.7 the estimates built on
-    the weights can be trusted; above it, the proposal misses a part of the posterior.
+    weakly informative prior of Vehtari et al. (2024, JMLR 25:72). Above 0.7 the proposal misses a
+    part of the posterior; below it the estimates built on the weights are reliable, unless there is
+    a mode that no draw met, of which the weights say nothing.
 
     Parameters
     ----------

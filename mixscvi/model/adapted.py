@@ -41,7 +41,8 @@ class AdaptedPosterior(NamedTuple):
     dof: int
     """Degrees of freedom of all components."""
     pareto_k: np.ndarray
-    """Tail index of the importance weights, `(n,)`: under 0.7, all of this can be trusted."""
+    """Tail index of the importance weights, `(n,)`: above 0.7, do not trust the
+    rest. Below it, a mode that no draw met can still be missing."""
     log_likelihood: np.ndarray
     """log p(x) in nats, `(n,)`."""
     standard_error: np.ndarray

@@ -213,8 +213,8 @@ class EvaluationMixin:
         - ``jensen_shannon_divergence``: between the encoder's components, in nats; from 0 (they
           coincide) to log A (they are disjoint);
         - ``effective_sample_size``: how many of the draws carry the weight;
-        - ``pareto_k``: under 0.7, the likelihood and all importance-weighted results of the cell
-          can be trusted;
+        - ``pareto_k``: above 0.7, trust neither the likelihood nor other importance-weighted
+          results of the cell; below it, a mode that no draw met can still be missing;
         - ``log_likelihood``: SIWAE, in nats;
 
         and with the encoder's proposal
