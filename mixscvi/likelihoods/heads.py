@@ -210,16 +210,22 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scale_weight, zi_weight, theta, *gradients = ctx.saved_tensors
         d_scale, d_theta, d_zi, d_log_library = gradients
-        by_theta, by_library = ctx.needs_input_grad[-2:]
+        _, _, *by_layers, by_theta, by_library = ctx.needs_input_grad
         weights = grad.reshape(-1)
         weighted = hidden.flatten(0, -2) * weights.unsqueeze(-1)
         d_hidden, layers = torch.zeros_like(weighted), []
-        for d_logits, weight in ((d_scale, scale_weight), (d_zi, zi_weight)):
+        for d_logits, weight, by_weight, by_bias in (
+            (d_scale, scale_weight, *by_layers[:2]),
+            (d_zi, zi_weight, *by_layers[2:]),
+        ):
             if d_logits is None:
                 layers += [None, None]
                 continue
             flat = d_logits.flatten(0, -2)
-            layers += [flat.t() @ weighted, weights @ flat]
+            layers += [
+                flat.t() @ weighted if by_weight else None,
+                weights @ flat if by_bias else None,
+            ]
             d_hidden.addmm_(flat, weight)
         return (
             None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptedMixin", "AdaptedPosterior"]
 
+LEAST_FOR_K = 25  # draws
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
 
 
@@ -73,8 +74,7 @@ class AdaptedMixin:
         data_loader_kwargs: dict | None = None,
     ) -> Iterator[tuple[dict[str, Tensor], Adapted]]:
         """Each minibatch in turn, with the adapted proposals of its cells."""
-        if check_positive_int("n_mc_samples", n_mc_samples) < 25:
-            raise ValueError(f"n_mc_samples must be at least 25 for k-hat, got {n_mc_samples}")
+        check_enough_for_k(n_mc_samples)
         if n_mc_samples_per_pass is not None:
             check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
         for name in _FIXED:
@@ -200,6 +200,14 @@ class AdaptedMixin:
         weights, loc, scale_tril, *rest = map(np.concatenate, zip(*parts, strict=True))
         return AdaptedPosterior(
             weights, loc, scale_tril, dof, *rest, np.concatenate(draws, 1) if draws else None
+        )
+
+
+def check_enough_for_k(n_mc_samples: int) -> None:
+    """Raise if there are too few draws per cell for k-hat."""
+    if check_positive_int("n_mc_samples", n_mc_samples) < LEAST_FOR_K:
+        raise ValueError(
+            f"n_mc_samples must be at least {LEAST_FOR_K} for k-hat, got {n_mc_samples}"
         )
 
 

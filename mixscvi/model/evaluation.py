@@ -15,17 +15,16 @@ from torch import Tensor
 from mixscvi.checks import check_choice, check_positive_int
 from mixscvi.mixture import (
     ImportanceDraws,
-    MixturePosterior,
     active_units,
     component_elbo,
     effective_sample_size,
     miselbo,
-    mixture_log_prob,
     pareto_k,
     siwae,
     siwae_standard_error,
     specialization,
 )
+from mixscvi.model.adapted import LEAST_FOR_K, check_enough_for_k
 from mixscvi.module import FORMS
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["ComponentDiagnostics", "EvaluationMixin"]
 
 _PROPOSALS = ("encoder", "adapted")
-_LEAST_FOR_K = 25  # draws
 _LARGEST_K = 0.7
 _SHARE_TO_WARN_OF = 0.1
 
@@ -172,7 +170,7 @@ class EvaluationMixin:
                 values.append(FORMS[form](log_weights).cpu())
                 if return_std_error:
                     errors.append(siwae_standard_error(log_weights).cpu())
-                if len(log_weights) * log_weights.shape[-1] >= _LEAST_FOR_K:
+                if len(log_weights) * log_weights.shape[-1] >= LEAST_FOR_K:
                     tail_indices.append(pareto_k(_by_cell(log_weights)).cpu())
             _warn_of_tails(tail_indices)
         log_likelihood = torch.cat(values)
@@ -251,10 +249,7 @@ class EvaluationMixin:
         ['jensen_shannon_divergence', 'effective_sample_size', 'pareto_k']
         """
         check_choice("proposal", proposal, _PROPOSALS)
-        if check_positive_int("n_mc_samples", n_mc_samples) < _LEAST_FOR_K:
-            raise ValueError(
-                f"n_mc_samples must be at least {_LEAST_FOR_K} for k-hat, got {n_mc_samples}"
-            )
+        check_enough_for_k(n_mc_samples)
         minibatches = (adata, indices, batch_size, dataloader)
         tables: list[dict[str, Tensor]] = []
         if proposal == "adapted":
@@ -262,9 +257,9 @@ class EvaluationMixin:
                 n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
             ):
                 columns = {
-                    "jensen_shannon_divergence": _divergence(
-                        self.module.posterior(tensors), n_mc_samples
-                    ),
+                    "jensen_shannon_divergence": self.module.posterior(
+                        tensors
+                    ).jensen_shannon_divergence(-(-n_mc_samples // self.module.n_components)),
                     "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
                     "pareto_k": adapted.pareto_k,
                     "log_likelihood": adapted.log_likelihood,
@@ -390,15 +385,6 @@ def _by_cell(log_weights: Tensor) -> Tensor:
 def _mean(values: Tensor) -> np.float64:
     """Mean over cells, of the type that scvi-tools returns."""
     return np.float64(values.double().mean().item())
-
-
-@torch.inference_mode()
-def _divergence(posterior: MixturePosterior, n_draws: int) -> Tensor:
-    """Jensen-Shannon divergence of each cell's components, `(B,)`, from `n_draws` draws in all."""
-    draws = posterior.rsample_stratified(-(-n_draws // posterior.n_components))
-    cross = posterior.cross_log_prob(draws)
-    own = cross.diagonal(dim1=-2, dim2=-1)
-    return specialization(own, mixture_log_prob(cross)).mean(-1)
 
 
 def _warn_of_tails(tail_indices: list[Tensor]) -> None:
