@@ -8,6 +8,7 @@
 | latents | latent representations and mixtures |
 | evaluation | likelihoods and diagnostics |
 | adapted | exact posteriors |
+| expression | expression under the encoder's or the exact posteriors |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving, minified data, queries |
 """

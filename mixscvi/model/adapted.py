@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["AdaptedMixin", "AdaptedPosterior"]
 
 LEAST_FOR_K = 25  # draws
+LARGEST_K = 0.7
+SHARE_TO_WARN_OF = 0.1
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
 
 
@@ -208,6 +211,25 @@ def check_enough_for_k(n_mc_samples: int) -> None:
     if check_positive_int("n_mc_samples", n_mc_samples) < LEAST_FOR_K:
         raise ValueError(
             f"n_mc_samples must be at least {LEAST_FOR_K} for k-hat, got {n_mc_samples}"
+        )
+
+
+def share_untrusted(pareto_k: Sequence[Tensor]) -> float:
+    """Share of cells whose k-hat is above 0.7, or NaN."""
+    return (~(torch.cat(list(pareto_k)) <= LARGEST_K)).double().mean().item()
+
+
+def warn_of_adapted_tails(pareto_k: Sequence[Tensor], *, stacklevel: int) -> None:
+    """Warn if the adapted proposals cannot be trusted in more than a tenth of the cells."""
+    share = share_untrusted(pareto_k)
+    if share > SHARE_TO_WARN_OF:
+        warnings.warn(
+            f"for {share:.0%} of the cells the adapted proposal is no good one either (k-hat above "
+            f"{LARGEST_K}): what is made of them is approximate. Larger `n_draws` and "
+            "`max_generations` in adapt_kwargs may help; "
+            'get_posterior_diagnostics(proposal="adapted") names the cells.',
+            UserWarning,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -24,7 +24,14 @@ from mixscvi.mixture import (
     siwae_standard_error,
     specialization,
 )
-from mixscvi.model.adapted import LEAST_FOR_K, check_enough_for_k
+from mixscvi.model.adapted import (
+    LARGEST_K,
+    LEAST_FOR_K,
+    SHARE_TO_WARN_OF,
+    check_enough_for_k,
+    share_untrusted,
+    warn_of_adapted_tails,
+)
 from mixscvi.module import FORMS
 
 if TYPE_CHECKING:
@@ -33,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["ComponentDiagnostics", "EvaluationMixin"]
 
 _PROPOSALS = ("encoder", "adapted")
-_LARGEST_K = 0.7
-_SHARE_TO_WARN_OF = 0.1
 
 
 class ComponentDiagnostics(NamedTuple):
@@ -133,8 +138,8 @@ class EvaluationMixin:
         Warns
         -----
         UserWarning
-            If the encoder's proposal, with 25 draws or more, has a k-hat above 0.7 in more than a
-            tenth of the cells.
+            If the proposal has a k-hat above 0.7 in more than a tenth of the cells (the encoder's
+            with 25 draws or more).
 
         Examples
         --------
@@ -163,6 +168,8 @@ class EvaluationMixin:
             ):
                 values.append(adapted.log_likelihood.to(adapted.draws.dtype).cpu())
                 errors.append(adapted.standard_error.to(adapted.draws.dtype).cpu())
+                tail_indices.append(adapted.pareto_k.cpu())
+            warn_of_adapted_tails(tail_indices, stacklevel=3)
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
             for draws in self._importance_draws(n_mc_samples, n_mc_samples_per_pass, *minibatches):
@@ -391,12 +398,11 @@ def _warn_of_tails(tail_indices: list[Tensor]) -> None:
     """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
     if not tail_indices:
         return
-    # The negation counts NaN.
-    share = (~(torch.cat(tail_indices) <= _LARGEST_K)).double().mean().item()
-    if share > _SHARE_TO_WARN_OF:
+    share = share_untrusted(tail_indices)
+    if share > SHARE_TO_WARN_OF:
         warnings.warn(
             f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
-            f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
+            f"above {LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
             'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
             UserWarning,
             stacklevel=4,

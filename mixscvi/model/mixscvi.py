@@ -19,6 +19,7 @@ from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
+from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.training import LeanTrainingPlan
@@ -43,7 +44,15 @@ def _once_trained(method: Callable) -> Callable:
     return checked
 
 
-class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, PersistenceMixin, SCVI):
+class MixSCVI(
+    LatentsMixin,
+    EvaluationMixin,
+    ExpressionMixin,
+    AdaptedMixin,
+    ConversionMixin,
+    PersistenceMixin,
+    SCVI,
+):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is
@@ -135,7 +144,6 @@ class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, Pers
 
     get_elbo = _once_trained(SCVI.get_elbo)
     get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
-    get_normalized_expression = _once_trained(SCVI.get_normalized_expression)
     posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
     get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
 
