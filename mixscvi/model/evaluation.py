@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,12 +24,10 @@ from mixscvi.mixture import (
     specialization,
 )
 from mixscvi.model.adapted import (
-    LARGEST_K,
     LEAST_FOR_K,
-    SHARE_TO_WARN_OF,
     check_enough_for_k,
-    share_untrusted,
     warn_of_adapted_tails,
+    warn_of_encoder_tails,
 )
 from mixscvi.module import FORMS
 
@@ -179,7 +176,7 @@ class EvaluationMixin:
                     errors.append(siwae_standard_error(log_weights).cpu())
                 if len(log_weights) * log_weights.shape[-1] >= LEAST_FOR_K:
                     tail_indices.append(pareto_k(_by_cell(log_weights)).cpu())
-            _warn_of_tails(tail_indices)
+            warn_of_encoder_tails(tail_indices, stacklevel=3)
         log_likelihood = torch.cat(values)
         if not return_std_error:
             return _mean(log_likelihood) if return_mean else log_likelihood
@@ -392,18 +389,3 @@ def _by_cell(log_weights: Tensor) -> Tensor:
 def _mean(values: Tensor) -> np.float64:
     """Mean over cells, of the type that scvi-tools returns."""
     return np.float64(values.double().mean().item())
-
-
-def _warn_of_tails(tail_indices: list[Tensor]) -> None:
-    """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
-    if not tail_indices:
-        return
-    share = share_untrusted(tail_indices)
-    if share > SHARE_TO_WARN_OF:
-        warnings.warn(
-            f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
-            f"above {LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
-            'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
-            UserWarning,
-            stacklevel=4,
-        )

@@ -242,6 +242,7 @@ class ExpressionMixin:
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
         if given.arguments.get("weights") != "adapted":
             return super().differential_expression(*args, **kwargs)
+        self._check_counts(given.arguments.get("adata"))
         draws = _DrawsOfCells()
         given.arguments["importance_weighting_kwargs"] = {
             **({"progress": False} if given.arguments.get("silent") else {}),

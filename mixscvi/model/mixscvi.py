@@ -16,6 +16,7 @@ from torch import Tensor
 from mixscvi.checks import check_genes
 from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
+from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
@@ -49,6 +50,7 @@ class MixSCVI(
     EvaluationMixin,
     ExpressionMixin,
     AdaptedMixin,
+    ComponentsMixin,
     ConversionMixin,
     PersistenceMixin,
     SCVI,
@@ -104,8 +106,8 @@ class MixSCVI(
         gradient of the encoder; 1 is a good start.
     objective
         ``"miselbo"``: the average over components, importance-weighted where `n_samples` > 1
-        (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, tighter,
-        with less pressure on each component to be good alone.
+        (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, for one component alone (IWAE):
+        with several, each cell would be left to one of them and the others would die.
     likelihood
         ``"fused"``: log-likelihoods with their gradients in one go, several times as fast;
         parameters after a step agree with scvi-tools' to rounding. ``"reference"``: scvi-tools'

@@ -347,7 +347,7 @@ def test_inference_mode_and_interrupts(plain):
 
 
 def test_cells_that_cannot_be_trusted_are_told_of_once(plain, monkeypatch):
-    monkeypatch.setattr(adapted_module, "LARGEST_K", -100.0)
+    monkeypatch.setattr(adapted_module, "_LARGEST_K", -100.0)
     calls = {
         "draws": lambda: plain.get_normalized_expression(indices=CELLS, weights="adapted", **QUICK),
         "overall": lambda: plain.get_normalized_expression(
@@ -366,7 +366,7 @@ def test_cells_that_cannot_be_trusted_are_told_of_once(plain, monkeypatch):
 
 
 def test_progress_bars(plain, capsys):
-    options = {"n_mc_samples": 25, "adapt_kwargs": {"max_generations": 1}}
+    options = {name: value for name, value in QUICK.items() if name != "progress"}
     groups = {"idx1": [0], "idx2": [1], "n_samples_overall": 10, "weights": "adapted"}
     plain.get_normalized_expression(indices=CELLS, weights="adapted", **options)
     assert "3/3" in capsys.readouterr().err
