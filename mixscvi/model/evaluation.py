@@ -140,10 +140,11 @@ class EvaluationMixin:
 
         Examples
         --------
-        >>> import mixscvi
+        >>> import mixscvi, scvi
+        >>> scvi.settings.seed = 0
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=2)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
         >>> cells = {"indices": [0, 1, 2], "return_mean": False}
         >>> model.get_marginal_ll(**cells, n_mc_samples=20).shape

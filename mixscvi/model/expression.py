@@ -156,10 +156,11 @@ class ExpressionMixin:
 
         Examples
         --------
-        >>> import mixscvi
+        >>> import mixscvi, scvi
+        >>> scvi.settings.seed = 0
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=2)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
         >>> model.get_normalized_expression(
         ...     indices=[0, 1, 2], n_samples=25, weights="adapted", progress=False
@@ -227,13 +228,14 @@ class ExpressionMixin:
 
         Examples
         --------
-        >>> import mixscvi
+        >>> import mixscvi, scvi
+        >>> scvi.settings.seed = 0
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=2)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
         >>> table = model.differential_expression(
-        ...     idx1=[0, 1, 2], idx2=[3, 4, 5], mode="change", weights="adapted", silent=True
+        ...     idx1=[0, 1], idx2=[2, 3], mode="change", weights="adapted", silent=True
         ... )
         >>> len(table)
         765
