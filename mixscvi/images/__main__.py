@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mixscvi.images.experiments.configs import BudgetName, RunConfig
+from mixscvi.images.experiments.configs import BudgetName, Proposal, RunConfig
 from mixscvi.images.networks.configs import PRESETS, Preset
 from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 EstimatorName = Literal["all_to_all", "some_to_all", "some_to_some"]
 Run = Annotated[Path, tyro.conf.Positional]
-ProposalName = Literal["encoder", "adapted"]
 
 
 @dataclass(kw_only=True)
@@ -45,7 +44,7 @@ class Data:
 class Scoring:
     """How runs are evaluated."""
 
-    proposal: ProposalName = "encoder"
+    proposal: Proposal = "encoder"
     """What the draws come from: the encoder's mixture, or this adapted to each image's posterior,
     which costs more and gives likelihoods that can be trusted."""
     draws: int | None = None

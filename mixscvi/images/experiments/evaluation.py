@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
+from mixscvi.images.experiments.configs import Proposal, check_proposal
 from mixscvi.images.experiments.runs import (
+    evaluation_file,
     finished_run_data,
+    first_images,
     load_run,
     resolve_device,
     weights_hash,
@@ -36,17 +39,7 @@ from mixscvi.mixture import (
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 
-__all__ = [
-    "Proposal",
-    "check_proposal",
-    "evaluate",
-    "first_images",
-    "image_statistics",
-    "record",
-]
-
-Proposal = Literal["encoder", "adapted"]
-"""What importance samples are drawn from: the encoder's mixture, or this adapted to each image."""
+__all__ = ["evaluate", "image_statistics"]
 
 # Draws that the networks see at a time, of all images and components together.
 _ROWS = 1000
@@ -93,36 +86,6 @@ def image_statistics(
         "ess": effective_sample_size(rows),
         "k_hat": pareto_k(rows, computed_in=computed_in),
     }
-
-
-def check_proposal(proposal: Proposal) -> Proposal:
-    """The proposal, if it is one; raises a ValueError otherwise."""
-    if proposal not in get_args(Proposal):
-        raise ValueError(f"proposal must be one of {[*get_args(Proposal)]}, got {proposal!r}")
-    return proposal
-
-
-def record(folder: str | Path, proposal: Proposal, ending: str = ".json") -> Path:
-    """The file of a run's folder that holds its evaluation by a proposal."""
-    stem = {"encoder": "evaluation", "adapted": "evaluation_adapted"}[proposal]
-    return Path(folder) / f"{stem}{ending}"
-
-
-def first_images(data: ImageData, n: int | None) -> ImageData:
-    """The data with their first `n` test images; with all of them when ``None``.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer.
-    """
-    if n is None:
-        return data
-    if not 1 <= n <= len(data.test):
-        raise ValueError(
-            f"images must be between 1 and the run's {len(data.test)} test images, got {n}"
-        )
-    return data.subset(None, None, n)
 
 
 class _State:
@@ -213,7 +176,6 @@ def _adapted_statistics(
         prior=prior,
         generator=torch.Generator(x.device).manual_seed(epoch_seed(*seeds, "adapted")),
         n_final=n_draws,
-        rows_per_call=_ROWS,
     )
     statistics = {
         "siwae": adapted.log_likelihood,
@@ -243,10 +205,12 @@ def evaluate(
     Draws are streamed: the networks see 1000 at a time, however many components and draws there
     are, with the log-densities of each under all components. Three log-densities of every draw are
     kept for up to 50 images, or as few as keep them below 2**20 draws; beyond that, a single image
-    is evaluated at a time. An interrupted evaluation continues from the last block of draws, or
-    group of adapted images, that was saved, to the same result; it starts anew if anything that the
-    result depends on has changed. It writes ``evaluation.json`` and ``evaluation.csv`` (one row per
-    image) into the run's folder; with adapted proposals, ``evaluation_adapted.json`` and ``.csv``.
+    is evaluated at a time. An adaptation bounds its memory itself.
+
+    An interrupted evaluation continues from the last block of draws, or group of adapted images,
+    that was saved, to the same result; it starts anew if anything that the result depends on has
+    changed. It writes ``evaluation.json`` and ``evaluation.csv`` (one row per image) into the run's
+    folder; with adapted proposals, ``evaluation_adapted.json`` and ``.csv``.
 
     Parameters
     ----------
@@ -286,8 +250,8 @@ def evaluate(
 
     With adapted proposals, ``nll``, its standard errors, ``ess`` and k-hat are of draws from these;
     the rest describes the encoder's mixture, as do ``nll_encoder`` and ``k_hat_above_0.7_encoder``.
-    ``evaluations`` is the decoder's mean number per image until its NLL, one with its gradient
-    counted as three.
+    ``evaluations`` is how often the decoder was evaluated per image for ``nll``, on average; once
+    with its gradient counts as three times.
 
     Raises
     ------
@@ -310,8 +274,8 @@ def evaluate(
     ...     adapted = images.evaluate(folder, data=data, draws=50, proposal="adapted")
     >>> result["draws"], result["nll"] < -result["elbo"]  # 13 of each of four components
     (52, True)
-    >>> adapted["nll_encoder"] == result["nll"], adapted["k_hat_above_0.7"]
-    (True, 0.0)
+    >>> adapted["proposal"], adapted["nll_encoder"] == result["nll"]
+    ('adapted', True)
     """
     folder, proposal = Path(folder), check_proposal(proposal)
     device = resolve_device(device)
@@ -334,7 +298,7 @@ def evaluate(
         "dtype": str(next(model.parameters()).dtype),
         "torch": str(torch.__version__),
     }
-    state = _State(record(folder, proposal, ".partial.pt"), key)
+    state = _State(evaluation_file(folder, proposal, ".partial.pt"), key)
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.split(images_at_once)
@@ -372,8 +336,8 @@ def evaluate(
         {"image": image, **dict(zip(columns, row, strict=True))}
         for image, row in enumerate(zip(*columns.values(), strict=True))
     ]
-    write_beside(record(folder, proposal, ".csv"), csv_text(rows))
-    write_beside(record(folder, proposal), json.dumps(result, indent=2) + "\n")
+    write_beside(evaluation_file(folder, proposal, ".csv"), csv_text(rows))
+    write_beside(evaluation_file(folder, proposal), json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result
 

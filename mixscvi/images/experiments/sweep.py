@@ -13,14 +13,8 @@ from typing import Any
 import torch
 
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.experiments.configs import RunConfig
-from mixscvi.images.experiments.evaluation import (
-    Proposal,
-    check_proposal,
-    evaluate,
-    first_images,
-    record,
-)
+from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
+from mixscvi.images.experiments.evaluation import evaluate
 from mixscvi.images.experiments.report import (
     percent,
     sweep_figure,
@@ -29,6 +23,8 @@ from mixscvi.images.experiments.report import (
     with_ending,
 )
 from mixscvi.images.experiments.runs import (
+    evaluation_file,
+    first_images,
     load_run,
     read_config,
     read_summary,
@@ -239,7 +235,7 @@ def run_once(
             "torch": torch.__version__,
         }
         write_beside(cost_file, json.dumps(cost) + "\n")
-    result = json.loads(record(folder, proposal).read_text())
+    result = json.loads(evaluation_file(folder, proposal).read_text())
     names = _RESULTS + (_ADAPTED_RESULTS if proposal == "adapted" else ())
     summary = read_summary(folder)
     return {
@@ -268,7 +264,7 @@ def _is_evaluated(
     device: torch.device | str | None,
 ) -> bool:
     """Whether these weights were evaluated so: images, proposal, draws, device, seed 0."""
-    path = record(folder, proposal)
+    path = evaluation_file(folder, proposal)
     if not path.exists():
         return False
     # Earlier versions knew the encoder's proposal alone, and did not name it.

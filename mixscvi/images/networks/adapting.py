@@ -13,6 +13,8 @@ from mixscvi.mixture import Adapted, MixturePosterior, adapt
 
 __all__ = ["adapt_images"]
 
+_ELEMENTS_AT_ONCE = 2**23  # values in the decoder's widest layer
+
 
 def adapt_images(
     model: ImageVAE,
@@ -48,7 +50,8 @@ def adapt_images(
     generator
         Source of randomness, on the device of `x`; torch's own when ``None``.
     **options
-        Passed to :func:`mixscvi.mixture.adapt`.
+        Passed to :func:`mixscvi.mixture.adapt`. Unless ``rows_per_call`` is given, as many draws
+        are decoded at once as make about eight million values in the decoder's widest layer.
 
     Returns
     -------
@@ -79,4 +82,5 @@ def adapt_images(
         log_likelihood = model.decoder.log_prob(x[images], torch.cat(levels, -1))
         return (log_likelihood + log_prior + log_det).squeeze(2)
 
+    options.setdefault("rows_per_call", max(1, _ELEMENTS_AT_ONCE // model.decoder.n_values))
     return adapt(log_joint, MixturePosterior(loc, scale), generator=generator, **options)

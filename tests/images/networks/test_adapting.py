@@ -119,7 +119,7 @@ def test_the_start_is_the_encoders_mixture(monkeypatch):
     posterior = model.encoder(x)
     torch.testing.assert_close(start.component_loc, posterior.component_loc)
     torch.testing.assert_close(start.component_scale, posterior.component_scale)
-    assert options == {"generator": None, "n_final": 77}
+    assert options == {"generator": None, "n_final": 77, "rows_per_call": 2**23 // 16}
 
 
 @pytest.mark.parametrize("name", ["two levels", "two levels, flow"])
