@@ -66,15 +66,22 @@ def agreement(types: Sequence, clusters: Sequence) -> dict[str, float]:
 
 
 def paired_difference(values: pd.Series, baseline: pd.Series, digits: int) -> str:
-    """Mean of the differences in the seeds that both have, and its 95 % t-interval, as text."""
+    """Mean of the differences in the seeds that both have, and its 95 % t-interval, as text.
+
+    Of a single seed the mean alone; of none, nothing.
+    """
     from scipy import stats
 
     differences = (values - baseline).dropna()
-    if len(differences) < 2:
-        raise ValueError(f"two seeds or more make an interval, got {len(differences)}")
-    mean, error = differences.mean(), stats.sem(differences)
-    least, most = stats.t.interval(0.95, len(differences) - 1, mean, error)
-    return f"{mean:+.{digits}f} [{least:+.{digits}f}, {most:+.{digits}f}]"
+    if differences.empty:
+        return ""
+    mean = f"{differences.mean():+.{digits}f}"
+    if len(differences) == 1:
+        return mean
+    least, most = stats.t.interval(
+        0.95, len(differences) - 1, differences.mean(), stats.sem(differences)
+    )
+    return f"{mean} [{least:+.{digits}f}, {most:+.{digits}f}]"
 
 
 def machine() -> dict[str, Any]:

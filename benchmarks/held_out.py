@@ -99,7 +99,7 @@ def score(model: MixSCVI, seed: int, n_cells: int, draws: int) -> dict[str, floa
     held_out = np.sort(model.validation_indices)
     if n_cells < len(held_out):
         held_out = np.random.default_rng(seed).choice(held_out, n_cells, replace=False)
-    scores = {"n_cells": len(held_out)}
+    scores = {}
     for proposal in ("adapted", "encoder"):
         cells = model.get_posterior_diagnostics(
             indices=held_out,
@@ -128,7 +128,8 @@ def score(model: MixSCVI, seed: int, n_cells: int, draws: int) -> dict[str, floa
         ("leiden", adata.obs["leiden"]),
     ):
         scores |= {f"{name}_{key}": value for key, value in agreement(types, clusters).items()}
-    return {name: float(f"{value:.6g}") for name, value in scores.items()}
+    rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
+    return {"n_cells": len(held_out)} | rounded
 
 
 def score_missing(data: str, args: argparse.Namespace) -> None:
@@ -196,6 +197,8 @@ def table(runs: pd.DataFrame, columns: Sequence[Column]) -> str:
         baseline = of(runs, prior, BASELINE)
         for model in MODELS:
             own = of(runs, prior, model)
+            if own.empty:
+                continue
             row = {"prior": prior, "model": model, "seeds": len(own)}
             for heading, metric, digits, compared in columns:
                 row[heading] = f"{own[metric].mean():.{digits}f}"
@@ -238,9 +241,11 @@ def summary() -> str:
         if not path.exists():
             continue
         runs = pd.read_csv(path)
+        if runs.duplicated(["prior", "model", "seed"]).any():
+            raise SystemExit(f"{path} has several rows of one model: keep those of one setting")
         cells, genes, draws = (runs[name].max() for name in ("n_cells", "n_genes", "draws"))
         parts += [
-            f"\n## {data}: {cells:.0f} held-out cells, {genes} genes, {draws} draws\n\n",
+            f"\n## {data}: {cells} held-out cells, {genes} genes, {draws} draws\n\n",
             table(runs, LIKELIHOODS),
             "\nClusters of all cells' latent means against their annotated types:\n\n",
             table(runs, CLUSTERS),
