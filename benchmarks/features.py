@@ -85,7 +85,7 @@ def score_missing(args: argparse.Namespace) -> None:
 
     from mixscvi import MixSCVI
 
-    adata = read_counts(CORTEX, DATA[CORTEX])
+    adata = read_counts(CORTEX, DATA[CORTEX].n_genes)
     runs = {
         " ".join(map(str, (*trained, features))): (trained, features)
         for trained in of_benchmark([CORTEX], args.seeds, args.epochs)
