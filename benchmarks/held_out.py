@@ -113,6 +113,7 @@ def score(model: MixSCVI, seed: int, n_cells: int, draws: int) -> dict[str, floa
         cells = model.get_posterior_diagnostics(
             indices=held_out,
             n_mc_samples=draws,
+            batch_size=64,
             proposal=proposal,
             progress=False if proposal == "adapted" else None,
         )
