@@ -140,8 +140,11 @@ def summary() -> str:
                 }
                 for heading, (metric, digits) in metrics.items():
                     row[heading] = mean_and_spread(own[metric], digits)
-                    difference = paired_difference(own[metric], by_kind[baseline][metric], digits)
-                    row[f"{heading}: difference"] = "" if kind == baseline else difference
+                    row[f"{heading}: difference"] = (
+                        ""
+                        if kind == baseline
+                        else paired_difference(own[metric], by_kind[baseline][metric], digits)
+                    )
                 rows.append(row)
     return (
         "# Cell types of cortex from posterior features\n\n"

@@ -212,8 +212,11 @@ def table(runs: pd.DataFrame, columns: Sequence[Column]) -> str:
             for heading, metric, digits, compared in columns:
                 row[heading] = f"{own[metric].mean():.{digits}f}"
                 if compared:
-                    difference = paired_difference(own[metric], baseline[metric], digits)
-                    row[f"{heading} - {BASELINE}"] = "" if model == BASELINE else difference
+                    row[f"{heading} - {BASELINE}"] = (
+                        ""
+                        if model == BASELINE
+                        else paired_difference(own[metric], baseline[metric], digits)
+                    )
             rows.append(row)
     return markdown_table(rows)
 
