@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS, TUTORIALS = ROOT / "docs", sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("user_guide/*.md")]
-QUICKEST = ("1_counts_to_clusters", "4_your_own_vae")
+QUICKEST = ("2_how_sure_is_it", "4_your_own_vae")
 PUBLIC = ("mixscvi", "mixscvi.mixture", "mixscvi.images", "mixscvi.model") + (
     "mixscvi.likelihoods",
     "mixscvi.pl",

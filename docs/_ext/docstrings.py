@@ -39,7 +39,14 @@ ALIASES = {
 def _returns_as_prose(self: NumpyDocstring, section: str) -> list[str]:
     """Say what is returned in words: the annotation has the type."""
     lines = self._dedent(self._consume_to_next_section())
+    if lines[0] == ":":  # a hint to napoleon, from sphinx-autodoc-typehints
+        del lines[0]
     return [*self._format_block(":returns: ", lines), ""]
+
+
+def _attribute_in_words(self: NumpyDocstring) -> list[str]:
+    """Take what is said of an attribute as it is: a colon in it does not set off a type."""
+    return self._consume_to_end()
 
 
 def _skip_inherited(
@@ -53,7 +60,12 @@ def _skip_inherited(
 
 def _without_mixins(app: Sphinx, name: str, member: type, options: Any, bases: list) -> None:
     """Name the bases that mean something to users."""
-    bases[:] = [base for base in bases if not getattr(base, "__name__", "").endswith("Mixin")]
+    names = [getattr(base, "__name__", "") for base in bases]
+    bases[:] = [
+        base
+        for base, name in zip(bases, names, strict=True)
+        if base is not object and not name.endswith("Mixin")
+    ] or [object]
 
 
 def _in_full(app: Sphinx, doctree: document) -> None:
@@ -102,6 +114,7 @@ def _check_complete(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register."""
     NumpyDocstring._parse_returns_section = _returns_as_prose
+    NumpyDocstring._parse_attribute_docstring = _attribute_in_words
     app.connect("autodoc-skip-member", _skip_inherited)
     app.connect("autodoc-process-bases", _without_mixins)
     app.connect("doctree-read", _in_full)

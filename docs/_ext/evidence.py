@@ -162,8 +162,8 @@ def rest(known: Iterable[str]) -> str:
     for path in sorted(set(RESULTS.glob("*.csv")) - shown):
         own = summary_of(path.stem.partition("_")[0]) if has_summary(path) else None
         text = own() if own else averages(pd.read_csv(path))
-        parts.append(f"\n## {path.stem.replace('_', ' ')}\n\n{text}")
-    return "".join(parts) or "None so far.\n"
+        parts.append(f"### {path.stem.replace('_', ' ')}\n\n{as_markdown(text)}")
+    return "\n".join(parts) or "None so far.\n"
 
 
 def has_summary(path: Path) -> bool:
@@ -174,7 +174,7 @@ def has_summary(path: Path) -> bool:
 
 def as_markdown(text: str) -> str:
     """A summary as part of a page: its title goes, its headings sink by two levels."""
-    if "|" not in text:
+    if not re.search(r"^(\||#)", text, re.MULTILINE):
         return f"```text\n{text.rstrip()}\n```\n"
     lines = [line for line in text.splitlines() if not re.match(r"# ", line)]
     text = "\n".join(re.sub(r"^(##+) ", r"##\1 ", line) for line in lines).strip()
@@ -218,11 +218,10 @@ def write(app: Sphinx) -> None:
     sys.path.insert(0, str(BENCHMARKS))
     folder = Path(app.srcdir, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = {name: piece for name, (_, piece) in PIECES.items()}
-    known = [pattern for patterns, _ in PIECES.values() for pattern in patterns]
-    pieces["rest"] = lambda: rest(known)
-    for name, piece in pieces.items():
-        (folder / f"{name}.md").write_text(as_markdown(piece()), encoding="utf-8")
+    pieces = {name: as_markdown(piece()) for name, (_, piece) in PIECES.items()}
+    pieces["rest"] = rest(pattern for patterns, _ in PIECES.values() for pattern in patterns)
+    for name, text in pieces.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
     draw(folder)
 
 

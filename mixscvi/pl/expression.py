@@ -110,6 +110,7 @@ def volcano(
             ha="center",
         )
     axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set(
         xlabel="log2 fold change (posterior mean)",

@@ -139,8 +139,8 @@ def adaptation(
     axes[0].scatter(k[shown], gain[shown], s=12, color=COLORS[0], alpha=0.6, linewidth=0)
     axes[0].set(
         xlabel="Pareto k-hat of the encoder's proposal",
-        ylabel="log p(x), adapted minus encoder (nats)",
-        title=f"log p(x): {gain.mean():+.2f} nats per cell",
+        ylabel="gain in log p(x) (nats)",
+        title=f"log p(x), adapted: {gain.mean():+.2f} nats per cell",
     )
     _k_hats(axes[1], {"encoder": k, "adapted": after["pareto_k"]})
     return finish(axes, show=show, save=save)

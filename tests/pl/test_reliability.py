@@ -30,7 +30,7 @@ def test_adaptation_shows_the_gain_of_every_cell(diagnostics):
     after = diagnostics.assign(pareto_k=0.2, log_likelihood=diagnostics["log_likelihood"] + 2)
     gain_axes, k_axes = pl.adaptation(diagnostics, after)
     assert np.allclose(gain_axes.collections[0].get_offsets()[:, 1], 2)
-    assert gain_axes.get_title() == "log p(x): +2.00 nats per cell"
+    assert gain_axes.get_title() == "log p(x), adapted: +2.00 nats per cell"
     assert legend(k_axes) == ["encoder: 75% under 0.7", "adapted: 100% under 0.7"]
 
 
