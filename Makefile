@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy mixscvi/mixture
+	$(BIN)/mypy
 
 # The site, in docs/_build/html; a warning is an error. No network is needed.
 docs: $(INSTALLED_DOCS)

@@ -31,8 +31,8 @@ def axes_or_new(axes: Axes | None, *, size: tuple[float, float] = (5, 3.6)) -> A
 
 def finish(axes: AxesOrPair, *, show: bool, save: str | Path | None) -> AxesOrPair | None:
     """Save and show a figure as asked; return its axes unless it was shown."""
-    figure = (axes[0] if isinstance(axes, tuple) else axes).figure
-    if save is not None:
+    figure = (axes[0] if isinstance(axes, tuple) else axes).get_figure(root=True)
+    if save is not None and figure is not None:
         figure.savefig(save, dpi=150, bbox_inches="tight")
     if not show:
         return axes

@@ -23,7 +23,7 @@ def component_means(
     model: MixSCVI,
     *,
     groups: str | Sequence[str] | np.ndarray | pd.Series | None = None,
-    indices: np.ndarray | None = None,
+    indices: Sequence[int] | None = None,
     axes: Axes | None = None,
     show: bool = False,
     save: str | Path | None = None,

@@ -23,8 +23,8 @@ _LARGEST_K = 0.7
 def _pair() -> tuple[Axes, Axes]:
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    return tuple(axes)
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    return left, right
 
 
 def _k_hats(axes: Axes, by_name: Mapping[str, pd.Series]) -> None:
@@ -74,19 +74,19 @@ def reliability(
     >>> table = pd.DataFrame({"pareto_k": [0.3, 0.9], "effective_sample_size": [90.0, 12.0]})
     >>> k_axes, size_axes = mixscvi.pl.reliability({"A = 1": table, "A = 4": table})
     """
-    axes = _pair() if axes is None else tuple(axes)
-    _k_hats(axes[0], {name: table["pareto_k"] for name, table in diagnostics.items()})
+    of_k, of_size = _pair() if axes is None else axes
+    _k_hats(of_k, {name: table["pareto_k"] for name, table in diagnostics.items()})
     for place, (name, table) in enumerate(diagnostics.items()):
         color = COLORS[place % len(COLORS)]
-        axes[1].ecdf(table["effective_sample_size"], color=color, label=name)
-    axes[1].set(
+        of_size.ecdf(table["effective_sample_size"], color=color, label=name)
+    of_size.set(
         xlabel="effective sample size (draws)",
         ylabel="share of cells",
         xscale="log",
         title="how many draws count?",
     )
-    axes[1].legend(frameon=False, handlelength=1.8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    return finish(axes, show=show, save=save)
+    of_size.legend(frameon=False, handlelength=1.8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return finish((of_k, of_size), show=show, save=save)
 
 
 def adaptation(
@@ -130,20 +130,20 @@ def adaptation(
     """
     if not before.index.equals(after.index):
         raise ValueError("before and after must be tables of the same cells, in the same order")
-    axes = _pair() if axes is None else tuple(axes)
+    of_gain, of_k = _pair() if axes is None else axes
     gain = after["log_likelihood"] - before["log_likelihood"]
     k = before["pareto_k"]
     shown = np.isfinite(k)
-    axes[0].axhline(0, color="0.6", linewidth=1)
-    axes[0].axvline(_LARGEST_K, linestyle=":", color="black")
-    axes[0].scatter(k[shown], gain[shown], s=12, color=COLORS[0], alpha=0.6, linewidth=0)
-    axes[0].set(
+    of_gain.axhline(0, color="0.6", linewidth=1)
+    of_gain.axvline(_LARGEST_K, linestyle=":", color="black")
+    of_gain.scatter(k[shown], gain[shown], s=12, color=COLORS[0], alpha=0.6, linewidth=0)
+    of_gain.set(
         xlabel="Pareto k-hat of the encoder's proposal",
         ylabel="gain in log p(x) (nats)",
         title=f"log p(x), adapted: {gain.mean():+.2f} nats per cell",
     )
-    _k_hats(axes[1], {"encoder": k, "adapted": after["pareto_k"]})
-    return finish(axes, show=show, save=save)
+    _k_hats(of_k, {"encoder": k, "adapted": after["pareto_k"]})
+    return finish((of_gain, of_k), show=show, save=save)
 
 
 def calibration(
