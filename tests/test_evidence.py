@@ -59,6 +59,20 @@ def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch)
     ]
 
 
+def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch):
+    (tmp_path / "told.py").write_text("def summary():\n    return '# Told\\n\\n| a |\\n'\n")
+    (tmp_path / "asked.py").write_text("def summary(rows):\n    raise AssertionError\n")
+    for name in ("told_one", "told_two", "asked"):
+        (tmp_path / f"{name}.csv").write_text("model,score\na,1.5\n")
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "BENCHMARKS", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = evidence.rest([])
+    assert re.findall("### (.*)", text) == ["asked", "told"]
+    assert text.count("| a |") == 1
+    assert "| a | 1.500 |" in text
+
+
 def test_headings_of_a_summary_sink_below_the_page_s(evidence):
     assert evidence.as_markdown("# Title\n\nText.\n\n## data\n\n| a |\n") == (
         "Text.\n\n#### data\n\n| a |\n"

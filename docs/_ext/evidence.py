@@ -156,20 +156,25 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
 
 
 def rest(known: Iterable[str]) -> str:
-    """Averages of all tables that no piece shows."""
+    """All tables that no piece shows: a benchmark's own summary once, the others averaged."""
     shown = {path for pattern in known for path in RESULTS.glob(pattern)}
-    parts = []
+    texts = {}
     for path in sorted(set(RESULTS.glob("*.csv")) - shown):
-        own = summary_of(path.stem.partition("_")[0]) if has_summary(path) else None
-        text = own() if own else averages(pd.read_csv(path))
-        parts.append(f"### {path.stem.replace('_', ' ')}\n\n{as_markdown(text)}")
-    return "\n".join(parts) or "None so far.\n"
+        module = path.stem.partition("_")[0]
+        own = summarizes_itself(module)
+        name = module if own else path.stem
+        if name not in texts:
+            text = summary_of(module)() if own else averages(pd.read_csv(path))
+            texts[name] = f"### {name.replace('_', ' ')}\n\n{as_markdown(text)}"
+    return "\n".join(texts.values()) or "None so far.\n"
 
 
-def has_summary(path: Path) -> bool:
-    """Whether the benchmark that a table is named after has a summary of its own."""
-    module = BENCHMARKS / f"{path.stem.partition('_')[0]}.py"
-    return module.exists() and hasattr(importlib.import_module(module.stem), "summary")
+def summarizes_itself(module: str) -> bool:
+    """Whether a benchmark has a summary of all its results, which needs no argument."""
+    if not (BENCHMARKS / f"{module}.py").exists():
+        return False
+    summary = getattr(importlib.import_module(module), "summary", None)
+    return summary is not None and not inspect.signature(summary).parameters
 
 
 def as_markdown(text: str) -> str:
