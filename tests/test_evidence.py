@@ -60,7 +60,7 @@ def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch)
 
 
 def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch):
-    (tmp_path / "told.py").write_text("def summary():\n    return '# Told\\n\\n| a |\\n'\n")
+    (tmp_path / "told.py").write_text("def summary():\n    return '# Told\\n\\n| told |\\n'\n")
     (tmp_path / "asked.py").write_text("def summary(rows):\n    raise AssertionError\n")
     for name in ("told_one", "told_two", "asked"):
         (tmp_path / f"{name}.csv").write_text("model,score\na,1.5\n")
@@ -69,7 +69,7 @@ def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     text = evidence.rest([])
     assert re.findall("### (.*)", text) == ["asked", "told"]
-    assert text.count("| a |") == 1
+    assert text.count("| told |") == 1
     assert "| a | 1.500 |" in text
 
 
