@@ -70,7 +70,7 @@ class _Attached(torch.autograd.Function):
         log_library: Tensor | None,
     ) -> Tensor:
         value, gradients = computed
-        ctx.save_for_backward(theta, *gradients)
+        ctx.save_for_backward(theta, *gradients[:4])
         return value
 
     @staticmethod

@@ -14,7 +14,8 @@ and write the gradients over the logits.
 The objective's derivative `g` by the value of a row is a factor of all that comes from that row,
 so backward never scales the gradients `d`, of size `(R, G)`: with hidden units `h` `(R, H)` and
 weights `W` `(G, H)`, the gradient by `W` is :math:`d^T (g h)`, by the bias :math:`d^T g`, and by
-`h` it is :math:`g (d W)`.
+`h` it is :math:`g (d W)`. Where `g` is the same for all rows, as in a mean over them, biases and
+dispersions need no more than sums over rows, which the kernels take while a row is in the cache.
 
 For other activations of the scale than softmax use :func:`~mixscvi.likelihoods.zinb_log_prob`.
 """
@@ -100,12 +101,14 @@ def head_log_prob(
     theta: Tensor | None = None,
     zi_weight: Tensor | None = None,
     zi_bias: Tensor | None = None,
+    *,
+    equal_rows: bool = False,
 ) -> Tensor:
     """Log-likelihood from the last hidden units of a decoder.
 
-    With gradients, at most three tensors `(L, B, S, G)` are alive (two for a negative binomial);
-    without, rows are worked on in blocks, so that thousands of draws take no more memory than
-    some.
+    With gradients, at most three tensors `(L, B, S, G)` are alive (one less for a negative
+    binomial, and one less with `equal_rows`); without, rows are worked on in blocks, so that
+    thousands of draws take no more memory than some.
 
     Parameters
     ----------
@@ -123,6 +126,9 @@ def head_log_prob(
     zi_weight, zi_bias
         The linear layer whose outputs are the logits of dropping out; ``None`` for a negative
         binomial.
+    equal_rows
+        Whether the objective is to be a mean (or sum) over all values, which saves time and
+        memory. Gradients are right without, too, but those by `theta` are then computed anew.
 
     Returns
     -------
@@ -143,7 +149,7 @@ def head_log_prob(
     parameters = (hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library)
     if usable(x, *parameters) and not torch.is_autocast_enabled("cpu"):
         if needs_grad(*parameters):
-            value = _with_gradients(x, *parameters)
+            value = _with_gradients(x, *parameters, equal_rows=equal_rows)
         else:
             value = _in_blocks(x, *parameters)
         if value is not None:
@@ -162,28 +168,48 @@ def _with_gradients(
     zi_bias: Tensor | None,
     theta: Tensor | None,
     log_library: Tensor,
+    *,
+    equal_rows: bool,
 ) -> Tensor | None:
-    with torch.no_grad():
-        scale = hidden @ scale_weight.t()
-        zi = None if zi_weight is None else hidden @ zi_weight.t()
-        d_theta = None if theta is None else torch.empty_like(scale)
-        d_log_library = torch.empty(log_library.shape, dtype=log_library.dtype)
-        gradients = Gradients(scale, d_theta, zi, d_log_library)
-        value = evaluate(
-            x,
-            scale,
-            theta,
-            zi,
-            mean_bias=scale_bias,
-            zi_bias=zi_bias,
-            log_library=log_library,
-            gradients=gradients,
-        )
-    if value is None:
-        return None
-    return _Head.apply(
-        (value, gradients), hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library
+    parameters = (hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library)
+    summed = equal_rows and (theta is None or theta.dim() == 1)
+    computed = _value_and_gradients(x, *parameters, summed=summed)
+    return None if computed is None else _Head.apply((x, *computed), *parameters)
+
+
+@torch.no_grad()
+def _value_and_gradients(
+    x: Tensor | SparseCounts,
+    hidden: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    zi_weight: Tensor | None,
+    zi_bias: Tensor | None,
+    theta: Tensor | None,
+    log_library: Tensor,
+    *,
+    summed: bool,
+) -> tuple[Tensor, Gradients] | None:
+    scale = hidden @ scale_weight.t()
+    zi = None if zi_weight is None else hidden @ zi_weight.t()
+    gradients = Gradients(
+        mean=scale,
+        theta=None if theta is None or summed else torch.empty_like(scale),
+        zi=zi,
+        log_library=torch.empty(log_library.shape, dtype=log_library.dtype),
+        sums=scale.new_zeros(3, scale.shape[-1]) if summed else None,
     )
+    value = evaluate(
+        x,
+        scale,
+        theta,
+        zi,
+        mean_bias=scale_bias,
+        zi_bias=zi_bias,
+        log_library=log_library,
+        gradients=gradients,
+    )
+    return None if value is None else (value, gradients)
 
 
 class _Head(torch.autograd.Function):
@@ -191,48 +217,56 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        computed: tuple[Tensor, Gradients],
-        hidden: Tensor,
-        scale_weight: Tensor,
-        scale_bias: Tensor,
-        zi_weight: Tensor | None,
-        zi_bias: Tensor | None,
-        theta: Tensor | None,
-        log_library: Tensor,
+        ctx, computed: tuple[Tensor | SparseCounts, Tensor, Gradients], *parameters: Tensor | None
     ) -> Tensor:
-        value, gradients = computed
-        ctx.save_for_backward(hidden, scale_weight, zi_weight, theta, *gradients)
+        ctx.x, value, gradients = computed
+        ctx.save_for_backward(*parameters, *gradients)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, scale_weight, zi_weight, theta, *gradients = ctx.saved_tensors
-        d_scale, d_theta, d_zi, d_log_library = gradients
+        parameters, gradients = ctx.saved_tensors[:7], Gradients(*ctx.saved_tensors[7:])
+        hidden, scale_weight, _, zi_weight, _, theta, _ = parameters
         _, _, *by_layers, by_theta, by_library = ctx.needs_input_grad
         weights = grad.reshape(-1)
+        sums = gradients.sums
+        if sums is not None:
+            # Unless all rows count alike, their sums are of no use.
+            alike = len(weights) > 0 and bool((weights == weights[0]).all())
+            sums = weights[0] * sums if alike else None
         weighted = hidden.flatten(0, -2) * weights.unsqueeze(-1)
         d_hidden, layers = torch.zeros_like(weighted), []
-        for d_logits, weight, by_weight, by_bias in (
-            (d_scale, scale_weight, *by_layers[:2]),
-            (d_zi, zi_weight, *by_layers[2:]),
+        for i, d_logits, weight, by_weight, by_bias in (
+            (0, gradients.mean, scale_weight, *by_layers[:2]),
+            (2, gradients.zi, zi_weight, *by_layers[2:]),
         ):
             if d_logits is None:
                 layers += [None, None]
                 continue
             flat = d_logits.flatten(0, -2)
-            layers += [
-                flat.t() @ weighted if by_weight else None,
-                weights @ flat if by_bias else None,
-            ]
+            layers.append(flat.t() @ weighted if by_weight else None)
+            if by_bias:
+                layers.append(weights @ flat if sums is None else sums[i])
+            else:
+                layers.append(None)
             d_hidden.addmm_(flat, weight)
+        d_theta = None
+        if by_theta and sums is not None:
+            d_theta = sums[1]
+        elif by_theta:
+            if gradients.theta is None:  # rows count differently, against what was said
+                again = _value_and_gradients(ctx.x, *parameters, summed=False)
+                if again is None:
+                    raise RuntimeError("the compiled likelihoods failed between two passes")
+                gradients = again[1]
+            d_theta = eager.sum_to_dispersion(grad, gradients.theta, theta)
         return (
             None,
             d_hidden.mul_(weights.unsqueeze(-1)).view(hidden.shape),
             *layers,
-            eager.sum_to_dispersion(grad, d_theta, theta) if by_theta else None,
-            grad * d_log_library if by_library else None,
+            d_theta,
+            grad * gradients.log_library if by_library else None,
         )
 
 

@@ -238,6 +238,7 @@ def rows(
     last_cell,
     first_draw,
     last_draw,
+    task,
     n_cells,
     n_per_stratum,
     x,
@@ -257,6 +258,7 @@ def rows(
     d_theta,
     d_zi,
     d_log_library,
+    sums,
     sources=_SOURCES,
 ):
     """Log-likelihoods of some draws of some cells, and their gradients.
@@ -268,6 +270,8 @@ def rows(
     ----------
     first_cell, last_cell, first_draw, last_draw
         Cells and draws to work on; the last ones are left out.
+    task
+        Number of this call among those that share the work.
     x
         Counts `(B, G)`; ``None`` to take them from `indptr`, `indices` and `data` (CSR).
     indptr, indices, data
@@ -289,7 +293,10 @@ def rows(
         Written, `(R,)`.
     d_mean, d_theta, d_zi
         Written, `(R, G)`: gradients of the value of each row; all ``None`` to have none. `d_mean`
-        may be `mean` if that holds logits, and `d_zi` may be `zi`.
+        may be `mean` if that holds logits, and `d_zi` may be `zi`. `d_theta` may be ``None`` alone.
+    sums
+        Gradients by mean, theta and zi are added up over rows into ``sums[task]``, `(n, 3, G)`;
+        ``None`` not to.
     sources
         Not to be given.
     """
@@ -368,10 +375,17 @@ def rows(
                     for i in range(n_tile):
                         gene = np.uintp(start + i)
                         slope[gene] = buffer[i]
-                        if theta is not None:
+                        if d_theta is not None:
                             d_theta[row, gene] = buffer[_TILE + i]
                         if zi is not None:
                             d_zi[row, gene] = buffer[2 * _TILE + i]
+                    if sums is not None:
+                        for i in range(n_tile):
+                            gene = np.uintp(start + i)
+                            if theta is not None:
+                                sums[task, 1, gene] += buffer[_TILE + i]
+                            if zi is not None:
+                                sums[task, 2, gene] += buffer[2 * _TILE + i]
 
             for j in range(n):
                 mean_nz[j] = means[index[j]]
@@ -401,15 +415,22 @@ def rows(
             if d_mean is not None:
                 for j in range(n):
                     slope[index[j]] += mean_nz[j]
-                    if theta is not None:
+                    if d_theta is not None:
                         d_theta[row, index[j]] += d_theta_nz[j]
+                    if theta is not None and sums is not None:
+                        sums[task, 1, index[j]] += d_theta_nz[j]
                 if log_library is None:
                     for gene in range(n_genes):
                         d_mean[row, gene] = slope[gene]
                 else:
                     d_log_library[row] = row_slope
                     for gene in range(n_genes):
-                        d_mean[row, gene] = slope[gene] - share[gene] * (row_slope / total)
+                        slope[gene] -= share[gene] * (row_slope / total)
+                    for gene in range(n_genes):
+                        d_mean[row, gene] = slope[gene]
+                if sums is not None:
+                    for gene in range(n_genes):
+                        sums[task, 0, gene] += slope[gene]
 
         for j in range(n if scattered.size else 0):
             scattered[index[j]] = zero

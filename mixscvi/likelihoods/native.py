@@ -66,6 +66,9 @@ class Gradients(NamedTuple):
     theta: Tensor | None
     zi: Tensor | None
     log_library: Tensor | None
+    sums: Tensor | None = None
+    """Sums over all rows of the gradients by mean, theta and zi, `(3, G)`; not in memory as rows
+    where only they are asked for."""
 
 
 def usable(counts: Tensor | SparseCounts, *tensors: Tensor | None) -> bool:
@@ -168,7 +171,10 @@ def _run(call: Callable[..., None], tasks: list[tuple[int, ...]], n_threads: int
 
 
 def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tuple[int, ...]]:
-    """Blocks `(first cell, last cell, first draw, last draw)`: cells are split before draws."""
+    """Blocks of rows, numbered: `(first cell, last cell, first draw, last draw, number)`.
+
+    Cells are split before draws.
+    """
     n_tasks = min(
         _TASKS_PER_THREAD * n_threads, n_cells * n_draws * n_genes // _ELEMENTS_PER_TASK + 1
     )
@@ -179,7 +185,7 @@ def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tup
     cells = [n_cells * i // cell_blocks for i in range(cell_blocks + 1)]
     draws = [n_draws * i // draw_blocks for i in range(draw_blocks + 1)]
     return [
-        (*cells[i : i + 2], *draws[j : j + 2])
+        (*cells[i : i + 2], *draws[j : j + 2], i * draw_blocks + j)
         for i in range(cell_blocks)
         for j in range(draw_blocks)
     ]
@@ -218,6 +224,7 @@ def evaluate(
         `(L, B, S)`.
     gradients
         Contiguous tensors to write gradients to; may hold `mean` (if it holds logits) and `zi`.
+        With ``sums`` there need be no ``theta``.
     """
     kernels = _kernels()
     n_strata, n_cells, n_per_stratum, n_genes = mean.shape
@@ -241,7 +248,8 @@ def evaluate(
         empty = torch.empty(0, dtype=torch.int64)
         x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
     rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
-    written = (None,) * 4
+    tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads)
+    written, sums = (None,) * 4, None
     if gradients is not None:
         written = tuple(
             None if tensor is None else tensor.detach().view(-1, n_genes).numpy()
@@ -249,6 +257,8 @@ def evaluate(
         )
         d_library = gradients.log_library
         written += (None if d_library is None else d_library.view(-1).numpy(),)
+        if gradients.sums is not None:
+            sums = mean.new_zeros((len(tasks), *gradients.sums.shape)).detach()
 
     try:
         if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
@@ -261,14 +271,16 @@ def evaluate(
             *(mean_rows, _array(mean_bias)),
             None if log_library is None else _array(log_library).reshape(-1),
             *(theta_rows, theta_strides, zi_rows, _array(zi_bias), table),
-            *(value.view(-1).numpy(), *written),
+            *(value.view(-1).numpy(), *written, None if sums is None else sums.numpy()),
         )
         _run(
             lambda *task: kernels.rows(*task, *constant),
-            _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads),
+            tasks,
             n_threads,
         )
     except kernels.ERRORS as error:
         _give_up(error)
         return None
+    if sums is not None:
+        torch.sum(sums, 0, out=gradients.sums)
     return value

@@ -15,9 +15,11 @@
 | student_mixture | a weighted mixture of Student's t distributions |
 | adaptation | from a starting mixture to the exact posterior |
 | diagnostics | divergence, effective sample size, Pareto k-hat, active units |
+| death | components that are of no use |
 """
 
 from mixscvi.mixture.adaptation import Adapted, adapt
+from mixscvi.mixture.death import dead_components
 from mixscvi.mixture.diagnostics import (
     ImportanceDraws,
     active_units,
@@ -68,6 +70,7 @@ __all__ = [
     "active_units",
     "adapt",
     "component_elbo",
+    "dead_components",
     "effective_sample_size",
     "importance_weighted_miselbo",
     "jensen_shannon_divergence",

@@ -1,20 +1,22 @@
 r"""Adaptive importance sampling: from a starting mixture to the exact posterior, cell by cell.
 
-For each cell or image the target is p(x, z), known up to log p(x). Three stages:
+For each cell or image the target is p(x, z), known up to log p(x). Four stages:
 
 1. **Start.** A few draws of the starting mixture say where the posterior is: their moments, under
    weights flattened so that many draws count (Koblents & Míguez 2015).
 2. **Scores.** A Gaussian is fitted to the gradients of log p(x, z) at its own draws by batch and
    match (Cai et al., ICML 2024). Every draw gives `D` equations, so `2 D` draws do what importance
    weights need thousands for, and what lies far from the start is reached in a few steps.
-3. **Mixture population Monte Carlo with a memory.** The Gaussian and the starting components, as
-   Student's t distributions, are the first proposal. Each generation of draws is weighted against
+3. **Ascents.** The starting means, and draws if these are few, climb to modes of their own. The
+   first proposal has a Student's t at the Gaussian and a wider one at each of these modes.
+4. **Mixture population Monte Carlo with a memory.** Each generation of draws is weighted against
    the mixture of all past proposals (Cornuet et al. 2012; Owen & Zhou 2000), and one step of
    expectation-maximization under these weights lowers KL(posterior || proposal) (Cappé et al.
    2008). A cell leaves once the tail index of a generation's weights is low.
 
 The proposal is then frozen and drawn from afresh. Nothing before depends on these last draws, so
-the estimate of p(x) is unbiased; log p(x) is consistent.
+the estimate of p(x) is unbiased; log p(x) is consistent. A mode that neither the start's draws nor
+the ascents come near is missed, and no diagnostic of the weights can tell.
 """
 
 from __future__ import annotations
@@ -39,14 +41,16 @@ LogJoint = Callable[[Tensor, Tensor], Tensor]
 # Chosen by measurement on trained models of gene counts, D = 10 and 30.
 _N_START = 100
 _START_INFLATION = 1.2  # of the starting components' standard deviations
-_START_WEIGHT = 0.2  # of all starting components together, beside the fitted Gaussian
+_ASCENT_WEIGHT = 0.2  # of the modes found by ascents together, beside the fitted Gaussian
+_LEAST_ASCENTS = 4  # one finds a second mode much less often
 _SCORE_RATES = (1000.0, 100.0, 30.0, 10.0, 4.0)  # one per step; the lower, the longer the memory
 _N_ASCENT_STEPS = 4
 _COST_OF_SCORE = 3  # evaluations that a value with its gradient counts as
 _FIT_INFLATION = 1.1  # of the fitted Gaussian's variances
-_ASCENT_INFLATION = 1.5  # of the same about the modes that the starting components found
+_ASCENT_INFLATION = 2.5  # of the same about the modes that the starting components found
 _GROWTH = 1.25  # of the draws from one generation to the next
 _MARGIN_OF_K = 0.2  # k-hat of few draws is uncertain by about this much
+_MARGIN_AT_FIRST = 0.4  # before any generation has confirmed the fit
 
 
 class Adapted(NamedTuple):
@@ -96,24 +100,26 @@ def adapt(
     generator
         Source of randomness, on the device of `start`; torch's default generator when ``None``.
     n_draws
-        Draws per cell of the first generation; ``250 + 10 D`` when ``None``. Later generations,
-        which only the cells that need them see, are each a quarter larger.
+        Draws per cell of the first generation; ``250 + D**2`` when ``None``, since a covariance
+        has about half as many parameters as `D` squared. Later generations, which only the cells
+        that need them see, are each a quarter larger.
     max_generations
-        Most generations of a cell; it leaves after the second at the earliest.
+        Most generations of a cell; it leaves after the first whose draws have a low tail index.
     n_final
         Fresh draws per cell from the adapted proposal.
     k_threshold
         Tail index of the importance weights below which a proposal is trusted (Vehtari et al.
         2024).
     dof
-        Degrees of freedom of the proposals, an integer above 2; ``5 + D // 3`` when ``None``.
+        Degrees of freedom of the proposals, an integer above 2; ``4 + D // 4`` when ``None``.
     rows_per_call
         Most draws, counted over all cells, that `log_joint` is given at once (a single draw of
         every cell is the least).
 
     Returns
     -------
-    Named results of all `B` cells; those that were not ``converged`` are flagged, not dropped.
+    Named results of all `B` cells; those that were not ``converged`` are flagged, not dropped. The
+    proposals have ``1 + max(A, 4)`` components.
 
     Raises
     ------
@@ -156,7 +162,7 @@ def adapt(
             f"{tuple(start.component_loc.shape)}"
         )
     n_cells, n_start_components, n_latent = start.component_loc.shape
-    n_draws = 250 + 10 * n_latent if n_draws is None else n_draws
+    n_draws = 250 + n_latent**2 if n_draws is None else n_draws
     for name, value, least in (
         ("n_draws", n_draws, 25),
         ("max_generations", max_generations, 1),
@@ -167,7 +173,7 @@ def adapt(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("adapt needs gradients: call it outside torch.inference_mode")
-    dof = 5 + n_latent // 3 if dof is None else dof
+    dof = 4 + n_latent // 4 if dof is None else dof
     target = _Target(log_joint, start.component_loc, rows_per_call)
 
     everyone = torch.arange(n_cells, device=start.component_loc.device)
@@ -191,14 +197,20 @@ def adapt(
     covariance = 0.5 * (covariance + torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1)))
     center, covariance = _fit_scores(target, center, covariance, generator)
 
-    modes = _ascend(target, first.loc, covariance)
-    inflation = torch.full_like(scale[0, :1, 0], _FIT_INFLATION)
-    inflation = torch.cat((inflation, torch.full_like(scale[0, :, 0], _ASCENT_INFLATION)))
-    fitted_weight = torch.full_like(first.weights[:, :1], 1 - _START_WEIGHT)
+    modes = first.loc
+    if n_start_components < _LEAST_ASCENTS:
+        more = first.sample((_LEAST_ASCENTS - n_start_components,), generator)
+        modes = torch.cat((modes, more.transpose(0, 1)), 1)
+    modes = _ascend(target, modes, covariance)
+    n_modes = modes.shape[1]
+    inflation = torch.full_like(modes[:, :, 0], _ASCENT_INFLATION)
+    inflation = torch.cat((torch.full_like(inflation[:, :1], _FIT_INFLATION), inflation), 1)
+    shares = torch.full_like(inflation, _ASCENT_WEIGHT / n_modes)
+    shares[:, 0] = 1 - _ASCENT_WEIGHT
     proposal = StudentMixture(
-        torch.cat((fitted_weight, _START_WEIGHT * first.weights), 1),
+        shares,
         torch.cat((center.unsqueeze(1), modes), 1),
-        cholesky(inflation[:, None, None] * covariance.unsqueeze(1)),
+        cholesky(inflation[..., None, None] * covariance.unsqueeze(1)),
         dof,
     )
     weights, loc, scale_tril = (
@@ -216,10 +228,9 @@ def adapt(
         proposal = maximization_step(proposal, memory.draws, memory.flattened_weights(least_ess))
         weights[active], loc[active] = proposal.weights, proposal.loc
         scale_tril[active] = proposal.scale_tril
-        if generation == 0:
-            continue
+        margin = _MARGIN_AT_FIRST if generation == 0 else _MARGIN_OF_K
         # The negation keeps a cell whose k-hat is NaN.
-        (going_on,) = torch.where(~(k < k_threshold - _MARGIN_OF_K))
+        (going_on,) = torch.where(~(k < k_threshold - margin))
         if len(going_on) == 0:
             break
         if len(going_on) < len(active):
@@ -330,14 +341,14 @@ def _fit_scores(
     return loc, covariance
 
 
-def _ascend(target: _Target, loc: Tensor, covariance: Tensor) -> Tensor:
-    """Move starting means `(B, A, D)` uphill, each to a mode of its own.
+def _ascend(target: _Target, points: Tensor, covariance: Tensor) -> Tensor:
+    """Move points `(B, M, D)` uphill, each to a mode of its own.
 
-    The fitted covariance `(B, D, D)` turns a score into a step: a mean reaches the mode of a
+    The fitted covariance `(B, D, D)` turns a score into a step: it leads to the mode of a
     Gaussian of that covariance at once. A step that does not climb is taken back and halved.
     """
-    everyone = torch.arange(len(loc), device=loc.device)
-    best = loc.transpose(0, 1)  # (A, B, D)
+    everyone = torch.arange(len(points), device=points.device)
+    best = points.transpose(0, 1)  # (M, B, D)
     highest = torch.full_like(best[..., 0], -torch.inf)
     proposed, step = best, torch.zeros_like(best)
     for _ in range(_N_ASCENT_STEPS):
@@ -345,7 +356,7 @@ def _ascend(target: _Target, loc: Tensor, covariance: Tensor) -> Tensor:
         climbs = (values > highest).unsqueeze(-1)
         highest = torch.maximum(values, highest)
         best = torch.where(climbs, proposed, best)
-        newton = torch.einsum("bde,abe->abd", covariance, scores).nan_to_num(0.0, 0.0, 0.0)
+        newton = torch.einsum("bde,mbe->mbd", covariance, scores).nan_to_num(0.0, 0.0, 0.0)
         step = torch.where(climbs, newton, 0.5 * step)
         proposed = best + step
     return best.transpose(0, 1)

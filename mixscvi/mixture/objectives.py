@@ -207,6 +207,11 @@ def siwae(log_weights: Tensor) -> Tensor:
     Morningstar et al., arXiv 2003.01687. Consistent for log p(x); IWAE when ``S = 1``. For the
     same weights, MISELBO <= importance-weighted MISELBO <= SIWAE.
 
+    To train an encoder of several components it is unfit. The gradient by component `s` is weighted
+    by its share :math:`w_s / \sum_t w_t`, which early in training is one for the best component of
+    an x and zero for the others; losing them costs log S at most. So each x is left to one
+    component, and the others lie anywhere (see :func:`dead_components`).
+
     Parameters
     ----------
     log_weights

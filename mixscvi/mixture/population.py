@@ -115,7 +115,8 @@ def maximization_step(proposal: StudentMixture, draws: Tensor, weights: Tensor) 
     r"""One step of weighted expectation-maximization.
 
     A component's scale matrix is averaged with its last one, which counts as many draws as a
-    covariance has parameters, :math:`D (D + 1) / 2`: few effective draws change it little.
+    covariance has parameters, :math:`D (D + 1) / 2`: few effective draws change it little. It is
+    set to a covariance, so a component's own is wider by ``dof / (dof - 2)``, as suits a proposal.
 
     Parameters
     ----------

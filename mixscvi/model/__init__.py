@@ -7,7 +7,9 @@
 | training | the training plan |
 | latents | latent representations and mixtures |
 | evaluation | likelihoods and diagnostics |
+| components | whether all components are of use |
 | adapted | exact posteriors |
+| expression | expression under the encoder's or the exact posteriors |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving, minified data, queries |
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["AdaptedMixin", "AdaptedPosterior"]
 
 LEAST_FOR_K = 25  # draws
+_LARGEST_K = 0.7
+_SHARE_TO_WARN_OF = 0.1
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
 
 
@@ -209,6 +212,40 @@ def check_enough_for_k(n_mc_samples: int) -> None:
         raise ValueError(
             f"n_mc_samples must be at least {LEAST_FOR_K} for k-hat, got {n_mc_samples}"
         )
+
+
+def warn_of_encoder_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> None:
+    """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
+    share = _share_untrusted(pareto_k)
+    if share > _SHARE_TO_WARN_OF:
+        warnings.warn(
+            f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
+            f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
+            'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_of_adapted_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> None:
+    """Warn if the adapted proposals cannot be trusted in more than a tenth of the cells."""
+    share = _share_untrusted(pareto_k)
+    if share > _SHARE_TO_WARN_OF:
+        warnings.warn(
+            f"for {share:.0%} of the cells the adapted proposal is no good one either (k-hat above "
+            f"{_LARGEST_K}): what is made of them is approximate. Larger `n_draws` and "
+            "`max_generations` in adapt_kwargs may help; "
+            'get_posterior_diagnostics(proposal="adapted") names the cells.',
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _share_untrusted(pareto_k: Collection[Tensor]) -> float:
+    """Share of cells whose k-hat, where there is one, is above 0.7 or NaN."""
+    if not pareto_k:
+        return 0.0
+    return (~(torch.cat(list(pareto_k)) <= _LARGEST_K)).double().mean().item()
 
 
 def resample(adapted: Adapted, n_draws: int) -> Tensor:

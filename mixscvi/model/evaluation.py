@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,7 +23,12 @@ from mixscvi.mixture import (
     siwae_standard_error,
     specialization,
 )
-from mixscvi.model.adapted import LEAST_FOR_K, check_enough_for_k
+from mixscvi.model.adapted import (
+    LEAST_FOR_K,
+    check_enough_for_k,
+    warn_of_adapted_tails,
+    warn_of_encoder_tails,
+)
 from mixscvi.module import FORMS
 
 if TYPE_CHECKING:
@@ -33,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["ComponentDiagnostics", "EvaluationMixin"]
 
 _PROPOSALS = ("encoder", "adapted")
-_LARGEST_K = 0.7
-_SHARE_TO_WARN_OF = 0.1
 
 
 class ComponentDiagnostics(NamedTuple):
@@ -133,15 +135,16 @@ class EvaluationMixin:
         Warns
         -----
         UserWarning
-            If the encoder's proposal, with 25 draws or more, has a k-hat above 0.7 in more than a
-            tenth of the cells.
+            If the proposal has a k-hat above 0.7 in more than a tenth of the cells (the encoder's
+            with 25 draws or more).
 
         Examples
         --------
-        >>> import mixscvi
+        >>> import mixscvi, scvi
+        >>> scvi.settings.seed = 0
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
-        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=4)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16, n_latent=2)
         >>> model.train(max_epochs=1, enable_progress_bar=False)
         >>> cells = {"indices": [0, 1, 2], "return_mean": False}
         >>> model.get_marginal_ll(**cells, n_mc_samples=20).shape
@@ -163,6 +166,8 @@ class EvaluationMixin:
             ):
                 values.append(adapted.log_likelihood.to(adapted.draws.dtype).cpu())
                 errors.append(adapted.standard_error.to(adapted.draws.dtype).cpu())
+                tail_indices.append(adapted.pareto_k.cpu())
+            warn_of_adapted_tails(tail_indices, stacklevel=3)
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
             for draws in self._importance_draws(n_mc_samples, n_mc_samples_per_pass, *minibatches):
@@ -172,7 +177,7 @@ class EvaluationMixin:
                     errors.append(siwae_standard_error(log_weights).cpu())
                 if len(log_weights) * log_weights.shape[-1] >= LEAST_FOR_K:
                     tail_indices.append(pareto_k(_by_cell(log_weights)).cpu())
-            _warn_of_tails(tail_indices)
+            warn_of_encoder_tails(tail_indices, stacklevel=3)
         log_likelihood = torch.cat(values)
         if not return_std_error:
             return _mean(log_likelihood) if return_mean else log_likelihood
@@ -385,19 +390,3 @@ def _by_cell(log_weights: Tensor) -> Tensor:
 def _mean(values: Tensor) -> np.float64:
     """Mean over cells, of the type that scvi-tools returns."""
     return np.float64(values.double().mean().item())
-
-
-def _warn_of_tails(tail_indices: list[Tensor]) -> None:
-    """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
-    if not tail_indices:
-        return
-    # The negation counts NaN.
-    share = (~(torch.cat(tail_indices) <= _LARGEST_K)).double().mean().item()
-    if share > _SHARE_TO_WARN_OF:
-        warnings.warn(
-            f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
-            f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
-            'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
-            UserWarning,
-            stacklevel=4,
-        )

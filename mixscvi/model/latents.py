@@ -38,7 +38,7 @@ class LatentMixture(NamedTuple):
 class LatentsMixin:
     """Methods of :class:`mixscvi.MixSCVI` that give its latents.
 
-    The model provides ``module``, ``device`` and ``_minibatches``.
+    The model provides ``module``, ``device``, ``_minibatches`` and ``_warn_of_dead_components``.
     """
 
     @torch.inference_mode()
@@ -145,6 +145,11 @@ class LatentsMixin:
             If `representation` is unknown or is at odds with `give_mean` and `return_dist`, the
             genes are not those trained on, or the counts are bad.
 
+        Warns
+        -----
+        UserWarning
+            Once, if components were found dead after training, which spoil the mean.
+
         Examples
         --------
         >>> import mixscvi
@@ -156,6 +161,7 @@ class LatentsMixin:
         (700, 40)
         """
         check_choice("representation", representation, ("mean", "components", "parameters"))
+        self._warn_of_dead_components(stacklevel=3)
         if representation != "mean":
             if return_dist or not give_mean:
                 raise ValueError(

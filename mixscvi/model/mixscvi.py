@@ -16,9 +16,11 @@ from torch import Tensor
 from mixscvi.checks import check_genes
 from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
+from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
+from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.training import LeanTrainingPlan
@@ -43,7 +45,16 @@ def _once_trained(method: Callable) -> Callable:
     return checked
 
 
-class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, PersistenceMixin, SCVI):
+class MixSCVI(
+    LatentsMixin,
+    EvaluationMixin,
+    ExpressionMixin,
+    AdaptedMixin,
+    ComponentsMixin,
+    ConversionMixin,
+    PersistenceMixin,
+    SCVI,
+):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is
@@ -96,8 +107,8 @@ class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, Pers
         gradient of the encoder; 1 is a good start.
     objective
         ``"miselbo"``: the average over components, importance-weighted where `n_samples` > 1
-        (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, tighter,
-        with less pressure on each component to be good alone.
+        (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, for one component alone (IWAE):
+        with several, each cell would be left to one of them and the others would die.
     likelihood
         ``"fused"``: log-likelihoods with their gradients in one go, several times as fast;
         parameters after a step agree with scvi-tools' to rounding. ``"reference"``: scvi-tools'
@@ -136,7 +147,6 @@ class MixSCVI(LatentsMixin, EvaluationMixin, AdaptedMixin, ConversionMixin, Pers
 
     get_elbo = _once_trained(SCVI.get_elbo)
     get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
-    get_normalized_expression = _once_trained(SCVI.get_normalized_expression)
     posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
     get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
 

@@ -11,6 +11,7 @@ from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
 from scvi.module.base import auto_move_data
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from mixscvi.mixture import Adapted, MixturePosterior, adapt
 from mixscvi.module.decoding import decode
@@ -132,3 +133,31 @@ class Adaptation:
         """z of draws of an adapted proposal, `(..., D)`, and the log library size as it is."""
         z, _ = self.push_forward(draws[..., : self.n_latent])
         return torch.cat((z, draws[..., self.n_latent :]), -1)
+
+    @torch.inference_mode()
+    @auto_move_data
+    def likelihood_of_adapted(
+        self, tensors: dict[str, Tensor], draws: Tensor, transform_batch: int | None = None
+    ) -> Distribution:
+        """p(x | z) of draws of an adapted proposal, as a distribution of scvi-tools.
+
+        Parameters
+        ----------
+        tensors
+            The minibatch that the proposal was adapted to, or more of the same cells.
+        draws
+            `(B, D)` or `(n, B, D)`, in the encoder's space.
+        transform_batch
+            Code of the batch to decode all cells as, instead of their own.
+
+        Returns
+        -------
+        Distribution over `(B, G)` or `(n, B, G)`.
+        """
+        latents = self.adapted_latents(draws)
+        z, library = latents.split((self.n_latent, latents.shape[-1] - self.n_latent), -1)
+        if self.use_observed_lib_size:
+            library = tensors[REGISTRY_KEYS.X_KEY].sum(1, keepdim=True).log()
+        drawn = {"z": self.z_encoder.z_transformation(z), "library": library}
+        given = self._get_generative_input(tensors, drawn)
+        return decode(self, **given, transform_batch=transform_batch).distribution()

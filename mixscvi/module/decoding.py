@@ -55,13 +55,16 @@ class CountLikelihood:
     """Whether log-likelihoods are computed from the hidden units in one go, or by the
     distributions of scvi-tools."""
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, equal_rows: bool = False) -> Tensor:
         """log p(x | z), summed over genes.
 
         Parameters
         ----------
         x
             Counts, `(B, G)`.
+        equal_rows
+            Whether the loss is a mean over all values; see
+            :func:`~mixscvi.likelihoods.head_log_prob`.
 
         Returns
         -------
@@ -70,9 +73,9 @@ class CountLikelihood:
         if not self.fused:
             x = x.unsqueeze(1) if self.hidden.dim() == 4 else x
             return self.distribution().log_prob(x).sum(-1)
-        return self._fused_log_prob(x).view(self.hidden.shape[:-1])
+        return self._fused_log_prob(x, equal_rows).view(self.hidden.shape[:-1])
 
-    def _fused_log_prob(self, x: Tensor) -> Tensor:
+    def _fused_log_prob(self, x: Tensor, equal_rows: bool) -> Tensor:
         hidden, log_size = self._by_draw(self.hidden), self._by_draw(self.log_size)
         theta = self._by_draw(self.theta)
         scale, activation = self.decoder.px_scale_decoder
@@ -87,6 +90,7 @@ class CountLikelihood:
                 None if self.gene_likelihood == "poisson" else theta,
                 None if dropout is None else dropout.weight,
                 None if dropout is None else dropout.bias,
+                equal_rows=equal_rows,
             )
         rate = log_size.exp() * self.decoder.px_scale_decoder(hidden)
         if self.gene_likelihood == "zinb":

@@ -48,7 +48,7 @@ class MixtureOptions:
     """Importance samples per component in the training objective, `L`."""
     objective: Literal["miselbo", "siwae"] = "miselbo"
     """``"miselbo"``: the average over components, importance-weighted where `n_samples` > 1
-    (IW-MISELBO). ``"siwae"``: all draws inside the logarithm."""
+    (IW-MISELBO). ``"siwae"``: all draws inside the logarithm, for one component alone (IWAE)."""
     likelihood: Literal["fused", "reference"] = "fused"
     """``"fused"``: log-likelihood and gradient in one go. ``"reference"``: scvi-tools' own
     distributions, and with the options of scVI its own code to the bit."""
@@ -60,6 +60,12 @@ class MixtureOptions:
         check_choice("estimator", self.estimator, [str(name) for name in Estimator])
         check_choice("component_encoder", self.component_encoder, ("separate", "amortized"))
         check_choice("objective", self.objective, ("miselbo", "siwae"))
+        if self.objective == "siwae" and self.n_components > 1:
+            raise ValueError(
+                f"objective='siwae' is for one component, got n_components={self.n_components}: a "
+                "component that is of no use costs it next to nothing, so most die. Choose "
+                "objective='miselbo', with n_samples > 1 for a tighter bound"
+            )
         check_choice("likelihood", self.likelihood, ("fused", "reference"))
         if not isinstance(self.prior, Prior) and self.prior not in ("normal", "mog", "vamp"):
             raise ValueError(

@@ -76,7 +76,7 @@ class _LikelihoodOfCells:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-likelihood of each cell, `(B, 1)`."""
-        return self.likelihood.log_prob(x).unsqueeze(-1)
+        return self.likelihood.log_prob(x, equal_rows=True).unsqueeze(-1)
 
 
 @signed_as(VAE)

@@ -283,7 +283,11 @@ class MixVAE(ImportanceSampling, VAE):
                 "stratified=True"
             )
         bound = _OBJECTIVES[self.mixture.objective]
-        log_px = generative_outputs["px"].log_prob(tensors[REGISTRY_KEYS.X_KEY])
+        # With one sample of each component, MISELBO is a mean over draws.
+        equal_rows = self.mixture.objective == "miselbo" and self.mixture.n_samples == 1
+        log_px = generative_outputs["px"].log_prob(
+            tensors[REGISTRY_KEYS.X_KEY], equal_rows=equal_rows
+        )
         log_pz = self.prior_distribution().log_prob(inference_outputs["untransformed_z"])
         log_ratio = log_pz - inference_outputs["log_qz"]
         reconstruction_loss = -log_px.mean((0, -1))

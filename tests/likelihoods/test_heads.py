@@ -107,6 +107,22 @@ def test_single_precision_is_as_close_as_that_of_scvi(name, theta_shape):
     assert (errors(head_log_prob) <= 2 * errors(composed) + 1e-7).all()
 
 
+@pytest.mark.parametrize("equal", [True, False], ids=["equal weights", "other weights"])
+@pytest.mark.parametrize(("name", "theta_shape"), CASES)
+def test_gradients_hold_whether_or_not_rows_count_alike_as_said(name, theta_shape, equal):
+    x, inputs = draw_inputs(name, theta_shape)
+
+    def gradients(**options):
+        value = head_log_prob(x, **inputs, **options)
+        if equal:
+            return torch.autograd.grad(0.3 * value.sum(), list(inputs.values()))
+        return weighted_gradients(value, inputs)
+
+    for got, wanted in zip(gradients(equal_rows=True), gradients(), strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_gradients_pass_gradcheck(name):
     x, inputs = draw_inputs(name)

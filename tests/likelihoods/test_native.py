@@ -116,7 +116,8 @@ def test_an_error_in_a_thread_reaches_the_caller(openmp, monkeypatch):
 def test_tasks_cover_every_row_once(n_cells, n_draws, n_threads):
     covered = torch.zeros(n_cells, n_draws, dtype=torch.int)
     tasks = native._tasks(n_cells, n_draws, 2000, n_threads)
-    for first_cell, last_cell, first_draw, last_draw in tasks:
+    assert [number for *_, number in tasks] == list(range(len(tasks)))
+    for first_cell, last_cell, first_draw, last_draw, _ in tasks:
         covered[first_cell:last_cell, first_draw:last_draw] += 1
     assert (covered == 1).all()
     assert n_cells * n_draws < 1000 or len(tasks) >= n_threads

@@ -111,6 +111,7 @@ def quadrature(model, cell):
     return (log_joint.logsumexp(0) + log_volume).item()
 
 
+@pytest.mark.filterwarnings("ignore:for .* the adapted proposal is no good one")
 @pytest.mark.slow
 @pytest.mark.parametrize("kwargs", QUADRATURES.values(), ids=QUADRATURES)
 def test_marginal_ll_is_the_integral(kwargs, make_adata):
@@ -248,6 +249,7 @@ def test_marginal_ll_has_the_types_of_scvi_tools(proposal, make_adata):
     assert error == pytest.approx(errors.norm().item() / 3)
 
 
+@pytest.mark.filterwarnings("ignore:for .* the adapted proposal is no good one")
 def test_exponential_of_the_adapted_estimate_is_unbiased(make_adata):
     """Few draws from a coarse proposal: the logarithm is biased, its exponential is not."""
     model = fit(MixSCVI, make_adata(), n_components=2, n_latent=2, train_kwargs=LEARN)
@@ -303,3 +305,23 @@ def test_a_tenth_of_the_cells_may_be_untrustworthy(make_adata, monkeypatch):
         share["n"] = 3
         with pytest.raises(UserWarning, match="for 15% of the cells"):
             model.get_marginal_ll(n_mc_samples=30, indices=np.arange(20))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_components": 1}, {"proposal": "adapted"}])
+@pytest.mark.parametrize("return_mean", [True, False])
+def test_types_are_those_of_scvi(return_mean, kwargs, make_adata):
+    """Whatever the installed scvi-tools returns."""
+    adata, call = make_adata(), {"indices": [0, 5, 9, 2], "batch_size": 3, "n_mc_samples": 30}
+    model_kwargs = {name: value for name, value in kwargs.items() if name == "n_components"}
+    call_kwargs = {name: value for name, value in kwargs.items() if name != "n_components"}
+    theirs = fit(scvi.model.SCVI, adata).get_marginal_ll(**call, return_mean=return_mean)
+    model = fit(MixSCVI, adata, **model_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few draws
+        ours = model.get_marginal_ll(**call, **call_kwargs, return_mean=return_mean)
+    assert type(ours) is type(theirs)
+    assert np.shape(ours) == np.shape(theirs) == (() if return_mean else (4,))
+    assert ours.dtype == theirs.dtype
+    (tensors,) = model._make_data_loader(adata=adata, indices=[0, 5, 9, 2])
+    of_module = model.module.marginal_ll(tensors, 30, return_mean)
+    assert type(of_module) is (float if return_mean else torch.Tensor)

@@ -35,7 +35,7 @@ OPTIONS = {
     "flow, vamp": {"n_flow_steps": 1, "prior": "vamp", "n_prior_components": 5},
     "flow, modeled library": {"n_flow_steps": 1, "use_observed_lib_size": False},
     "2 samples": {"n_samples": 2},
-    "siwae": {"n_samples": 2, "objective": "siwae"},
+    "siwae": {"n_components": 1, "n_samples": 2, "objective": "siwae"},
     "one component, mog": {"n_components": 1, "prior": "mog"},
     "one component, flow": {"n_components": 1, "n_flow_steps": 2},
     "one component, 2 samples": {"n_components": 1, "n_samples": 2},

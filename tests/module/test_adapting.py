@@ -181,10 +181,10 @@ def test_passes_bound_the_memory(monkeypatch):
         return decode(module, z, *args, **kwargs)
 
     monkeypatch.setattr(adapting, "decode", counted)
-    whole = module.adapt(tensors, generator(), n_final=400, max_generations=2)
+    whole = module.adapt(tensors, generator(), n_final=400, max_generations=1)
     n_whole = len(rows)
     rows.clear()
-    parts = module.adapt(tensors, generator(), 10, n_final=400, max_generations=2)
+    parts = module.adapt(tensors, generator(), 10, n_final=400, max_generations=1)
     assert max(rows) <= 10 * len(tensors[REGISTRY_KEYS.X_KEY])
     assert len(rows) > 3 * n_whole
     torch.testing.assert_close(parts.log_weights, whole.log_weights)

@@ -52,3 +52,14 @@ def test_scvi_tools_finds_the_names_that_it_looks_for(module_cls):
     assert set(inspect.signature(VAE).parameters) <= set(inspect.signature(module_cls).parameters)
     module = module_cls(9, n_batch=2)
     assert "transform_batch" in inspect.signature(module.generative).parameters
+
+
+@pytest.mark.parametrize("estimator", ["all_to_all", "some_to_all", "some_to_some"])
+def test_siwae_is_for_one_component(estimator, make_adata):
+    assert MixtureOptions(n_components=1, objective="siwae", n_samples=4).objective == "siwae"
+    with pytest.raises(ValueError, match="Choose objective='miselbo'"):
+        MixtureOptions(n_components=2, objective="siwae", estimator=estimator)
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata)
+    with pytest.raises(ValueError, match="objective='siwae' is for one component"):
+        MixSCVI(adata, objective="siwae")

@@ -13,10 +13,9 @@ DEVICE_CASES = COMBINATIONS | {
         "dispersion": "gene-batch",
     },
     "poisson, embedding": {"gene_likelihood": "poisson", "batch_representation": "embedding"},
-    "normal, gene-label, siwae": {
+    "normal, gene-label, 2 samples": {
         "gene_likelihood": "normal",
         "dispersion": "gene-label",
-        "objective": "siwae",
         "n_samples": 2,
     },
     "gene-cell, ln": {"dispersion": "gene-cell", "latent_distribution": "ln"},

@@ -1,0 +1,125 @@
+"""Whether all components are of use, asked after training."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scvi.model import SCVI
+from torch import Tensor
+
+from mixscvi.mixture import dead_components
+from mixscvi.module.signatures import signed_as
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule
+
+__all__ = ["ComponentsMixin"]
+
+_N_CELLS = (32, 256)  # least and most
+_N_DRAWS = 5  # of each component
+_N_DRAWS_OF_ALL = 5_000
+_SHARE_TO_WARN_OF = 0.1
+
+
+class ComponentsMixin:
+    """What makes :class:`mixscvi.MixSCVI` look for dead components, and tell of them.
+
+    The model provides ``module``, ``device`` and ``_minibatches``.
+    """
+
+    dead_components_: dict[int, float] | None = None
+    """Components found dead after training, and in which share of the cells; ``None`` if nobody
+    has looked."""
+    _told_of_dead_components = False
+
+    @signed_as(SCVI.train)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the model; see ``SCVI.train``.
+
+        Afterwards a few draws of some of the training cells say whether every component is of use:
+        see :func:`mixscvi.mixture.dead_components`. The random numbers that follow are what
+        they would be without.
+
+        Warns
+        -----
+        UserWarning
+            If a component is dead in more than a tenth of the cells. ``dead_components_`` then
+            holds their numbers and shares, and :meth:`get_latent_representation` warns as well.
+
+        Notes
+        -----
+        The latent mean is an average over all components, the dead ones included: do not cluster
+        it. Train again, for longer, with fewer components, a smaller learning rate or
+        ``component_encoder="amortized"``, whose components share weights. Likelihoods are sound:
+        a dead component costs them draws, and log A nats at most.
+        """
+        given = inspect.signature(super().train).bind(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        self.dead_components_ = self._find_dead_components(given.arguments.get("datamodule"))
+        self._told_of_dead_components = False
+        if self.dead_components_:
+            warnings.warn(
+                f"{self._name_dead_components()} Fewer components, longer training, a smaller "
+                "learning rate, or component_encoder='amortized' may help; "
+                "get_component_diagnostics shows the ELBO of each component.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return result
+
+    def _name_dead_components(self) -> str:
+        named = ", ".join(
+            f"{component} (in {share:.0%} of the cells)"
+            for component, share in self.dead_components_.items()
+        )
+        return (
+            f"components are dead, of n_components={self.module.n_components}: {named}. Their "
+            "divergence from the posterior is more than ten times that of the cell's best "
+            "component, by a few draws of some training cells, and they spoil the latent mean."
+        )
+
+    def _warn_of_dead_components(self, *, stacklevel: int) -> None:
+        """Warn whoever uses the latents, once."""
+        if self.dead_components_ and not self._told_of_dead_components:
+            self._told_of_dead_components = True
+            warnings.warn(
+                f"{self._name_dead_components()} Do not cluster it: train again.",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+    def _find_dead_components(self, datamodule: LightningDataModule | None) -> dict[int, float]:
+        """Components that are dead in more than a tenth of some training cells, with the share."""
+        n_components = self.module.n_components
+        if n_components == 1:
+            return {}
+        least, most = _N_CELLS
+        n_cells = min(most, max(least, _N_DRAWS_OF_ALL // (_N_DRAWS * n_components)))
+        devices = [self.device] if self.device.type == "cuda" else []
+        dead, found = [], 0
+        with torch.random.fork_rng(devices):
+            for tensors in self._some_training_cells(datamodule, n_cells):
+                dead.append(dead_components(self.module.importance_draws(tensors, _N_DRAWS)).cpu())
+                found += len(dead[-1])
+                if found >= n_cells:
+                    break
+        shares = torch.cat(dead).double().mean(0).tolist()
+        return {a: share for a, share in enumerate(shares) if share > _SHARE_TO_WARN_OF}
+
+    def _some_training_cells(
+        self, datamodule: LightningDataModule | None, n_cells: int
+    ) -> Iterator[dict[str, Tensor]]:
+        if datamodule is None:
+            cells = np.asarray(self.train_indices)
+            # Evenly spaced, as cells are often sorted by sample.
+            cells = cells[np.linspace(0, len(cells) - 1, min(n_cells, len(cells)), dtype=int)]
+            yield from self._minibatches(None, np.sort(cells), None, None, None)
+            return
+        for tensors in datamodule.train_dataloader():
+            tensors = datamodule.on_before_batch_transfer(tensors, 0)
+            yield datamodule.on_after_batch_transfer(tensors, 0)
