@@ -133,6 +133,7 @@ def toy_targets() -> str:
 PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "demo": (("demo_runs.csv",), demo),
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
+    "adaptation": (("adaptation.csv",), summary_of("adaptation")),
     "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
     "likelihoods": (("likelihoods.csv",), likelihoods),
     "step_time": (("images_step_time*.csv",), step_time),

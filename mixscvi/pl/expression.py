@@ -99,12 +99,12 @@ def volcano(
         )
     named = np.flatnonzero(called)
     named = named[np.argsort(-np.abs(change[named]))][:n_labels]
-    for place, row in enumerate(named):
+    for place, row in enumerate(named[np.argsort(change[named])]):
         axes.annotate(
             str(table.index[row]),
             (change[row], height[row]),
-            # Neighbors at the top of the plot would write over each other on one line.
-            xytext=(0, 4 + 9 * (place % 3)),
+            # Neighbors would write over each other on one line.
+            xytext=(0, 4 + 9 * (place % 4)),
             textcoords="offset points",
             fontsize=8,
             ha="center",
