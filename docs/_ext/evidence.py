@@ -86,14 +86,24 @@ def summary_of(module: str, *csv_names: str) -> Callable[[], str]:
     return text
 
 
-def controls(data: str) -> Callable[[], str]:
-    """The image models beside their controls."""
+def images(name: str, table: Callable[[list[dict[str, Any]]], str]) -> Callable[[], str]:
+    """A table of image runs, and below it that of the same runs by adapted posteriors, if any."""
 
     def text() -> str:
-        table = importlib.import_module("images_controls").table
-        return table(read_rows(RESULTS / f"images_controls_{data}.csv"))
+        parts = []
+        for ending, proposal in (("", "the encoder's mixture"), ("_adapted", "adapted posteriors")):
+            rows = read_rows(RESULTS / f"{name}{ending}.csv")
+            # Runs before there were adapted posteriors do not say.
+            rows = [{"proposal": "encoder"} | row for row in rows]
+            parts += [f"NLL by draws from {proposal}:\n\n{table(rows)}"] if rows else []
+        return "\n".join(parts)
 
     return text
+
+
+def controls(rows: list[dict[str, Any]]) -> str:
+    """The image models beside their controls."""
+    return importlib.import_module("images_controls").table(rows)
 
 
 def step_time() -> str:
@@ -139,20 +149,14 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "step_time": (("images_step_time*.csv",), step_time),
     "toy_targets": ((), toy_targets),
     **{
-        f"sweep_{data}": (
-            (f"images_sweep_{data}.csv",),
-            lambda data=data: sweep_table(read_rows(RESULTS / f"images_sweep_{data}.csv")),
+        f"{piece}_{data}": (
+            (f"images_{piece}_{data}*.csv",),
+            images(f"images_{piece}_{data}", table),
         )
+        for piece, table in (("sweep", sweep_table), ("controls", controls))
         for data in ("mnist", "fashion_mnist")
     },
-    **{
-        f"controls_{data}": ((f"images_controls_{data}.csv",), controls(data))
-        for data in ("mnist", "fashion_mnist")
-    },
-    "paper": (
-        ("images_vanilla_paper.csv", "images_vanilla_paper_curves.csv"),
-        lambda: sweep_table(read_rows(RESULTS / "images_vanilla_paper.csv")),
-    ),
+    "paper": (("images_vanilla_paper*.csv",), images("images_vanilla_paper", sweep_table)),
 }
 
 
