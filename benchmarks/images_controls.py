@@ -7,6 +7,7 @@ samples ("big IWAE"). All are scored with the same number of draws, and their la
 linearly: means and variances of the components, against as many posterior samples of one.
 
     python benchmarks/images_controls.py --dataset mnist   # resumes runs/images-controls-mnist
+    python benchmarks/images_controls.py --dataset mnist --proposal adapted   # the same models
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, get_args
 
 from common import RESULTS, data_folder
 
 from mixscvi.images.datasets import load
-from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.experiments.probe import probe
-from mixscvi.images.experiments.report import with_ending
+from mixscvi.images.experiments.report import percent, trusted, with_ending
 from mixscvi.images.experiments.sweep import run_once
 from mixscvi.system import write_beside
 from mixscvi.tables import markdown_table, mean_and_spread, run_missing
@@ -34,7 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "apart, A = 4": {"n_components": 4, "ensemble": True},
     "big IWAE, L = 4": {"n_components": 4, "objective": "iwae"},
 }
-COLUMNS = {"nll": "NLL", "elbo": "ELBO", "jsd": "JSD", "k_hat_median": "k-hat"} | {
+COLUMNS = {
+    "elbo": "ELBO",
+    "jsd": "JSD",
     "accuracy_parameters": "accuracy, parameters",
     "accuracy_samples": "accuracy, samples",
 }
@@ -47,7 +51,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         group = [row for row in rows if row["model"] == model]
         if not group:
             continue
-        line: dict[str, Any] = {"model": model, "seeds": len(group)}
+        line: dict[str, Any] = {
+            "model": model,
+            "seeds": len(group),
+            "proposal": group[0]["proposal"],
+            "NLL": mean_and_spread([float(row["nll"]) for row in group]),
+            "k-hat < 0.7": percent(fmean(trusted(row) for row in group)),
+        }
         for name, title in COLUMNS.items():
             digits = 3 if name.startswith("accuracy") else 2
             line[title] = mean_and_spread([float(row[name]) for row in group], digits)
@@ -61,6 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist", choices=["mnist", "fashion-mnist"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--proposal", default="encoder", choices=get_args(Proposal))
+    parser.add_argument("--images", type=int, help="score the first so many test images")
     parser.add_argument("--device", help="the accelerator, if there is one, when not given")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -81,7 +93,14 @@ def main() -> None:
 
     def run(name: str, chosen: tuple[str, RunConfig], device: str | None) -> dict[str, Any]:
         model, config = chosen
-        row = run_once(config, folder / name, data, device=device)
+        row = run_once(
+            config,
+            folder / name,
+            data,
+            proposal=arguments.proposal,
+            images=arguments.images,
+            device=device,
+        )
         alone = folder / f"A1-seed{config.seed}"
         accuracy = probe(folder / name, against=alone, data=data, device=device)
         identity = {
@@ -93,7 +112,12 @@ def main() -> None:
 
     def report(name: str, rows: list[dict[str, Any]]) -> None:
         write_beside(with_ending(results, ".md"), f"{table(rows)}\n`{command}`\n")
-        print(f"{name}: NLL {rows[-1]['nll']:.2f}, JSD {rows[-1]['jsd']:.2f}", flush=True)
+        row = rows[-1]
+        print(
+            f"{name}: NLL {row['nll']:.2f} (k-hat < 0.7 for {percent(trusted(row))} of the "
+            f"images), JSD {row['jsd']:.2f}",
+            flush=True,
+        )
 
     path = with_ending(results, ".csv")
     rows = run_missing(runs, run, path, device=arguments.device, report=report)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mixscvi.images.experiments.configs import BudgetName, RunConfig
+from mixscvi.images.experiments.configs import BudgetName, Proposal, RunConfig
 from mixscvi.images.networks.configs import PRESETS, Preset
 from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.system import keep_freed_memory
@@ -38,6 +38,19 @@ class Data:
 
     data_folder: Path | None = None
     """Folder of the idx files, or its parent; downloaded when not given."""
+
+
+@dataclass(kw_only=True)
+class Scoring:
+    """How runs are evaluated."""
+
+    proposal: Proposal = "encoder"
+    """What the draws come from: the encoder's mixture, or this adapted to each image's posterior,
+    which costs more and gives likelihoods that can be trusted."""
+    draws: int | None = None
+    """Importance samples per image, of all components together; the budget's when not given."""
+    images: int | None = None
+    """Evaluate the first so many test images; all of the run's when not given."""
 
 
 def _training_changes(
@@ -123,13 +136,11 @@ class Train(Data, Device):
 
 
 @dataclass
-class Evaluate(Data, Device):
+class Evaluate(Scoring, Data, Device):
     """Test NLL with standard errors, and diagnostics."""
 
     run_folder: Run
     """Folder of the run."""
-    draws: int | None = None
-    """Importance samples per image, of all components together."""
     seed: int = 0
 
     def run(self) -> None:
@@ -139,7 +150,9 @@ class Evaluate(Data, Device):
         _show(
             evaluate(
                 self.run_folder,
+                proposal=self.proposal,
                 draws=self.draws,
+                images=self.images,
                 data_folder=self.data_folder,
                 seed=self.seed,
                 device=self.device,
@@ -216,13 +229,14 @@ class Reconstruct(Data, Device):
 
 
 @dataclass
-class Sweep(Data, Device):
+class Sweep(Scoring, Data, Device):
     """Train and evaluate presets x components x seeds; continues where it stopped."""
 
     output: Path
     """Folder of the runs."""
     results: Path | None = None
-    """Path of the CSV, the table and the figure, without extension; OUTPUT/sweep if not given."""
+    """Path of the CSV, the table and the figure, without extension; OUTPUT/sweep if not given, or
+    OUTPUT/sweep_adapted."""
     presets: tuple[Preset, ...] = tuple(PRESETS)
     components: tuple[int, ...] = (1, 2, 4)
     seeds: int = 3
@@ -230,8 +244,6 @@ class Sweep(Data, Device):
     dataset: str = "mnist"
     budget: BudgetName = "small"
     component_encoder: ComponentEncoder = "separate"
-    draws: int | None = None
-    """Importance samples per image, instead of the budget's."""
     max_epochs: int | None = None
     """Instead of the budget's."""
     warmup_epochs: int | None = None
@@ -252,7 +264,9 @@ class Sweep(Data, Device):
             components=self.components,
             seeds=self.seeds,
             results=self.results,
+            proposal=self.proposal,
             draws=self.draws,
+            images=self.images,
             data_folder=self.data_folder,
             progress=lambda line: print(line, flush=True),
             command=self.command,

@@ -40,8 +40,9 @@ class AdaptedPosterior(NamedTuple):
     loc: np.ndarray
     """Centers of the components, `(n, K, D)`."""
     scale_tril: np.ndarray
-    """Lower triangular factors of the scale matrices, `(n, K, D, D)`; a component's covariance is
-    its scale matrix times ``dof / (dof - 2)``."""
+    """Lower triangular factors of the scale matrices, `(n, K, D, D)`, which are fitted to the
+    posterior. As a distribution a component is wider, with covariance ``dof / (dof - 2)`` times its
+    scale matrix, so that its tails cover the posterior's: take moments from ``draws``."""
     dof: int
     """Degrees of freedom of all components."""
     pareto_k: np.ndarray
@@ -172,7 +173,7 @@ class AdaptedMixin:
         ...     indices=[0, 1, 2], n_mc_samples=100, n_draws=20, progress=False
         ... )
         >>> posterior.loc.shape, posterior.scale_tril.shape, posterior.draws.shape
-        ((3, 3, 4), (3, 3, 4, 4), (20, 3, 4))
+        ((3, 5, 4), (3, 5, 4, 4), (20, 3, 4))
         """
         if n_draws is not None:
             check_positive_int("n_draws", n_draws)

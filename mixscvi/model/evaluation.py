@@ -261,10 +261,12 @@ class EvaluationMixin:
             for tensors, adapted in self._adaptations(
                 n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
             ):
+                with torch.no_grad():
+                    divergence = self.module.posterior(tensors).jensen_shannon_divergence(
+                        -(-n_mc_samples // self.module.n_components)
+                    )
                 columns = {
-                    "jensen_shannon_divergence": self.module.posterior(
-                        tensors
-                    ).jensen_shannon_divergence(-(-n_mc_samples // self.module.n_components)),
+                    "jensen_shannon_divergence": divergence,
                     "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
                     "pareto_k": adapted.pareto_k,
                     "log_likelihood": adapted.log_likelihood,

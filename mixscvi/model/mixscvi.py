@@ -18,7 +18,7 @@ from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.conversion import ConversionMixin
-from mixscvi.model.data import WithoutSingleCells, check_data
+from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.latents import LatentsMixin
@@ -283,7 +283,7 @@ class MixSCVI(
         normalized = self.module is not None and any(
             isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules()
         )
-        return WithoutSingleCells if normalized else DataSplitter
+        return WithoutSingleCells if normalized else LeanDataSplitter
 
     def _initialize_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
         chosen = torch.randperm(adata.n_obs)[:n_pseudo].numpy()

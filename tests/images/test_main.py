@@ -16,6 +16,7 @@ import tyro
 from idx_files import write_idx_files
 from mixscvi.images.__main__ import Command, main
 from mixscvi.images.experiments import runs
+from mixscvi.tables import read_rows
 
 SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 
@@ -46,6 +47,9 @@ def test_every_command(tmp_path, folder, capsys):
 
     main(["evaluate", run, "--draws", "60", *data])
     assert json.loads(capsys.readouterr().out)["draws"] == 60
+    main(["evaluate", run, "--draws", "60", "--proposal", "adapted", "--images", "7", *data])
+    adapted = json.loads(capsys.readouterr().out)
+    assert (adapted["proposal"], adapted["n_images"]) == ("adapted", 7)
     main(["train", "--output", one, "--dataset", "fashion-mnist", *SMOKE, *data])
     main(["probe", run, "--against", one, *data])
     main(["sample", run, "--images", "3"])
@@ -89,6 +93,15 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     assert table[-1].startswith("`mixscvi-images sweep --output ")
     assert (tmp_path / "table.png").stat().st_size > 0
     assert "vanilla-A2-seed1: NLL" in capsys.readouterr().out
+
+    main([*arguments, "1", "2", "--proposal", "adapted", "--images", "6", "--draws", "50"])
+    assert log.stat().st_mtime_ns == written
+    rows = read_rows(tmp_path / "table.csv")
+    assert {(row["proposal"], row["n_images"]) for row in rows} == {("adapted", "6")}
+    assert re.search(
+        r"vanilla-A2-seed1: NLL [0-9.]+ \(k-hat < 0.7 for \d+ % of the images\), JSD",
+        capsys.readouterr().out,
+    )
 
 
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])
@@ -161,6 +174,13 @@ def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_sweep_with_too_few_images_ends_in_one_line(tmp_path, folder):
+    arguments = ["sweep", "--output", str(tmp_path / "x"), *SMOKE, "--data-folder", str(folder)]
+    with pytest.raises(SystemExit, match="between 1 and the run's 20 test images, got 21"):
+        main([*arguments, "--images", "21"])
     assert not (tmp_path / "x").exists()
 
 

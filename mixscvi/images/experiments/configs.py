@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mixscvi.images.networks.configs import (
     PRESETS,
@@ -17,9 +17,26 @@ from mixscvi.images.networks.configs import (
 )
 from mixscvi.images.networks.encoders import ComponentEncoder
 
-__all__ = ["BUDGETS", "Budget", "BudgetName", "RunConfig", "TrainingConfig"]
+__all__ = [
+    "BUDGETS",
+    "Budget",
+    "BudgetName",
+    "Proposal",
+    "RunConfig",
+    "TrainingConfig",
+    "check_proposal",
+]
 
 BudgetName = Literal["paper", "small", "smoke"]
+Proposal = Literal["encoder", "adapted"]
+"""What importance samples are drawn from: the encoder's mixture, or this adapted to each image."""
+
+
+def check_proposal(proposal: Proposal) -> Proposal:
+    """The proposal, if it is one; raises a ValueError otherwise."""
+    if proposal not in get_args(Proposal):
+        raise ValueError(f"proposal must be one of {[*get_args(Proposal)]}, got {proposal!r}")
+    return proposal
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,17 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from mixscvi.images.datasets import ImageData, epoch_seed
+from mixscvi.images.experiments.configs import Proposal, check_proposal
 from mixscvi.images.experiments.runs import (
+    evaluation_file,
     finished_run_data,
+    first_images,
     load_run,
     resolve_device,
     weights_hash,
 )
-from mixscvi.images.networks.vae import ImageVAE
+from mixscvi.images.networks.adapting import adapt_images
+from mixscvi.images.networks.vae import EncodedImages, ImageVAE
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -113,6 +117,7 @@ def _evaluate_images(
     model: ImageVAE,
     prior: Distribution,
     x: Tensor,
+    encoded: EncodedImages,
     n_samples: int,
     seeds: tuple[int, int],
     state: _State,
@@ -125,7 +130,6 @@ def _evaluate_images(
     if len(x) * n_components > _ROWS:
         parts = torch.arange(n_components).split(max(1, _ROWS // len(x)))
     blocks = [(start, part) for start in range(0, n_samples, size) for part in parts]
-    encoded = model.encode(x)
     for block in range(len(state.blocks), len(blocks)):
         start, part = blocks[block]
         generator = torch.Generator(x.device).manual_seed(epoch_seed(*seeds, f"block {block}"))
@@ -156,11 +160,40 @@ def _evaluate_images(
     return image_statistics(merged, computed_in=loc.dtype) | {"mean": loc.mean(1).cpu()}
 
 
+def _adapted_statistics(
+    model: ImageVAE,
+    prior: Distribution,
+    x: Tensor,
+    encoded: EncodedImages,
+    n_draws: int,
+    seeds: tuple[int, int],
+) -> dict[str, Tensor]:
+    """What draws from the adapted proposals of a group of images say, `(B,)` each."""
+    adapted = adapt_images(
+        model,
+        x,
+        encoded=encoded,
+        prior=prior,
+        generator=torch.Generator(x.device).manual_seed(epoch_seed(*seeds, "adapted")),
+        n_final=n_draws,
+    )
+    statistics = {
+        "siwae": adapted.log_likelihood,
+        "siwae_se": adapted.standard_error,
+        "ess": effective_sample_size(adapted.log_weights.mT),
+        "k_hat": adapted.pareto_k,
+        "evaluations": adapted.n_evaluations.double(),
+    }
+    return {name: values.cpu() for name, values in statistics.items()}
+
+
 @torch.no_grad()
 def evaluate(
     folder: str | Path,
     *,
+    proposal: Proposal = "encoder",
     draws: int | None = None,
+    images: int | None = None,
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     seed: int = 0,
@@ -172,18 +205,29 @@ def evaluate(
     Draws are streamed: the networks see 1000 at a time, however many components and draws there
     are, with the log-densities of each under all components. Three log-densities of every draw are
     kept for up to 50 images, or as few as keep them below 2**20 draws; beyond that, a single image
-    is evaluated at a time. An interrupted evaluation continues from the last block of draws that
-    was saved, to the same result; it starts anew if anything that the result depends on has
+    is evaluated at a time. An adaptation bounds its memory itself.
+
+    An interrupted evaluation continues from the last block of draws, or group of adapted images,
+    that was saved, to the same result; it starts anew if anything that the result depends on has
     changed. It writes ``evaluation.json`` and ``evaluation.csv`` (one row per image) into the run's
-    folder.
+    folder; with adapted proposals, ``evaluation_adapted.json`` and ``.csv``.
 
     Parameters
     ----------
     folder
         The run.
+    proposal
+        ``"encoder"``: draws are from the encoder's mixture. Where k-hat is above 0.7, which it is
+        for most images, the NLL is an upper bound in effect. ``"adapted"``: the encoder's mixture
+        is first adapted to the exact posterior of each image
+        (:func:`~mixscvi.images.networks.adapting.adapt_images`), for some thousand decoder
+        evaluations per image.
     draws
         Importance samples per image, of all components together (rounded up to as many for
-        each); the budget's number when ``None``.
+        each); the budget's number when ``None``. With adapted proposals as many of each kind:
+        fresh draws from the adapted proposal, and draws from the encoder's mixture.
+    images
+        Evaluate the first so many test images; all of the run's when ``None``.
     data
         The images, if the run was trained on arrays; or other images of the same size.
     data_folder
@@ -204,12 +248,18 @@ def evaluate(
     components), ``jsd``; ``ess`` (draws), ``k_hat_median``, ``k_hat_above_0.7`` (share
     of images), ``active_units`` and what was evaluated.
 
+    With adapted proposals, ``nll``, its standard errors, ``ess`` and k-hat are of draws from these;
+    the rest describes the encoder's mixture, as do ``nll_encoder`` and ``k_hat_above_0.7_encoder``.
+    ``evaluations`` is how often the decoder was evaluated per image for ``nll``, on average; once
+    with its gradient counts as three times.
+
     Raises
     ------
     FileNotFoundError
         If the folder holds no finished run.
     ValueError
-        If `draws` are fewer than Pareto k-hat needs, or the images are not those of the run.
+        If there is no such proposal, `draws` are fewer than Pareto k-hat needs, there are fewer
+        test images than `images`, or they are not those of the run.
 
     Examples
     --------
@@ -221,13 +271,17 @@ def evaluate(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = images.train(config, folder, data=data)
     ...     result = images.evaluate(folder, data=data, draws=50)
+    ...     adapted = images.evaluate(folder, data=data, draws=50, proposal="adapted")
     >>> result["draws"], result["nll"] < -result["elbo"]  # 13 of each of four components
     (52, True)
+    >>> adapted["proposal"], adapted["nll_encoder"] == result["nll"]
+    ('adapted', True)
     """
-    folder = Path(folder)
+    folder, proposal = Path(folder), check_proposal(proposal)
     device = resolve_device(device)
     config, model = load_run(folder, device)
-    data = finished_run_data(folder, data, data_folder)
+    model.requires_grad_(False)
+    data = first_images(finished_run_data(folder, data, data_folder), images)
     n_components = model.mixture.n_components
     n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
     if n_samples * n_components < 25:
@@ -235,6 +289,7 @@ def evaluate(
     images_at_once = _images_at_once(n_components, n_samples)
     identity = {"weights": weights_hash(model), "images": data.fingerprint("test")}
     key = identity | {
+        "proposal": proposal,
         "n_samples": n_samples,
         "seed": seed,
         "rows": _ROWS,
@@ -243,25 +298,32 @@ def evaluate(
         "dtype": str(next(model.parameters()).dtype),
         "torch": str(torch.__version__),
     }
-    state = _State(folder / "evaluation.partial.pt", key)
+    state = _State(evaluation_file(folder, proposal, ".partial.pt"), key)
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.split(images_at_once)
         prior = model.prior_distribution()
         for group in range(len(state.done), len(groups)):
-            statistics = _evaluate_images(
-                model, prior, groups[group].to(device), n_samples, (seed, group), state
-            )
+            x = groups[group].to(device)
+            encoded, seeds = model.encode(x), (seed, group)
+            statistics = _evaluate_images(model, prior, x, encoded, n_samples, seeds, state)
+            if proposal == "adapted":
+                of_encoder = {f"{name}_encoder": statistics[name] for name in ("siwae", "k_hat")}
+                n_draws = n_samples * n_components
+                statistics |= of_encoder | _adapted_statistics(
+                    model, prior, x, encoded, n_draws, seeds
+                )
             state.done.append(statistics)
             state.blocks = []
             state.save()
             bar.update(len(groups[group]))
     names = list(state.done[0])
-    images = {name: torch.cat([done[name] for done in state.done]) for name in names}
+    by_image = {name: torch.cat([done[name] for done in state.done]) for name in names}
     result = (
-        _averages(images)
+        _averages(by_image)
         | identity
         | {
+            "proposal": proposal,
             "draws": n_samples * n_components,
             "n_images": len(data.test),
             "dataset": data.name,
@@ -269,13 +331,13 @@ def evaluate(
             "device": device.type,
         }
     )
-    columns = {name: values.tolist() for name, values in images.items() if values.dim() == 1}
+    columns = {name: values.tolist() for name, values in by_image.items() if values.dim() == 1}
     rows = [
         {"image": image, **dict(zip(columns, row, strict=True))}
         for image, row in enumerate(zip(*columns.values(), strict=True))
     ]
-    write_beside(folder / "evaluation.csv", csv_text(rows))
-    write_beside(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_beside(evaluation_file(folder, proposal, ".csv"), csv_text(rows))
+    write_beside(evaluation_file(folder, proposal), json.dumps(result, indent=2) + "\n")
     state.path.unlink()
     return result
 
@@ -286,8 +348,10 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
     def standard_error(values: Tensor) -> float:
         return float(values.std() / math.sqrt(n)) if n > 1 else math.nan
 
-    k_hat = images["k_hat"]
-    return {
+    def untrusted(k_hat: Tensor) -> float:
+        return float((~(k_hat < 0.7)).double().mean())
+
+    averages = {
         "nll": -float(images["siwae"].mean()),
         "nll_se": standard_error(images["siwae"]),
         "nll_monte_carlo_se": float(images["siwae_se"].square().sum().sqrt() / n),
@@ -297,7 +361,14 @@ def _averages(images: dict[str, Tensor]) -> dict[str, Any]:
         "elbo": float(images["elbo"].mean()),
         "jsd": float(images["jsd"].mean()),
         "ess": float(images["ess"].mean()),
-        "k_hat_median": float(k_hat.median()),
-        "k_hat_above_0.7": float((k_hat > 0.7).double().mean()),
+        "k_hat_median": float(images["k_hat"].median()),
+        "k_hat_above_0.7": untrusted(images["k_hat"]),
         "active_units": int(active_units(images["mean"]).sum()),
     }
+    if "evaluations" in images:
+        averages |= {
+            "nll_encoder": -float(images["siwae_encoder"].mean()),
+            "k_hat_above_0.7_encoder": untrusted(images["k_hat_encoder"]),
+            "evaluations": float(images["evaluations"].mean()),
+        }
+    return averages

@@ -9,6 +9,8 @@ A run is a folder:
 | best.pt | the weights with the best validation bound |
 | log.csv | one row per epoch |
 | summary.json | written last: a run is finished if it exists |
+| evaluation.json, evaluation.csv | test likelihood by draws from the encoder's mixture |
+| evaluation_adapted.json, .csv | the same by draws from proposals adapted to each image |
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.files import content_hash
 from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
@@ -30,13 +32,15 @@ from mixscvi.system import write_beside
 
 __all__ = [
     "build",
-    "resolve_device",
+    "evaluation_file",
     "finished_run_data",
+    "first_images",
     "load_run",
     "parameter_counts",
     "prepare",
     "read_config",
     "read_summary",
+    "resolve_device",
     "run_data",
     "weights_hash",
 ]
@@ -127,6 +131,23 @@ def finished_run_data(
     return data
 
 
+def first_images(data: ImageData, n: int | None) -> ImageData:
+    """The data with their first `n` test images; with all of them when ``None``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+    """
+    if n is None:
+        return data
+    if not 1 <= n <= len(data.test):
+        raise ValueError(
+            f"images must be between 1 and the run's {len(data.test)} test images, got {n}"
+        )
+    return data.subset(None, None, n)
+
+
 def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     """Make the folder of a run, and write the configuration into it.
 
@@ -166,6 +187,12 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     write_beside(saved, config.to_json())
     return (folder / "last.ckpt").exists()
+
+
+def evaluation_file(folder: str | Path, proposal: Proposal, ending: str = ".json") -> Path:
+    """The file of a run's folder that holds its evaluation by a proposal."""
+    stem = {"encoder": "evaluation", "adapted": "evaluation_adapted"}[proposal]
+    return Path(folder) / f"{stem}{ending}"
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 
 from mixscvi.images.datasets import ImageData, load
-from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
 from mixscvi.images.experiments.evaluation import evaluate
-from mixscvi.images.experiments.report import sweep_figure, sweep_table, with_ending
+from mixscvi.images.experiments.report import (
+    percent,
+    sweep_figure,
+    sweep_table,
+    trusted,
+    with_ending,
+)
 from mixscvi.images.experiments.runs import (
+    evaluation_file,
+    first_images,
     load_run,
     read_config,
     read_summary,
@@ -45,6 +53,7 @@ _RESULTS = (
     "draws",
     "n_images",
 )
+_ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
 
 def _configs(
@@ -69,7 +78,9 @@ def sweep(
     components: Sequence[int] = (1, 2, 4),
     seeds: int = 3,
     results: str | Path | None = None,
+    proposal: Proposal = "encoder",
     draws: int | None = None,
+    images: int | None = None,
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     progress: Callable[[str], object] | None = None,
@@ -90,9 +101,10 @@ def sweep(
     seeds
         Number of seeds, from 0.
     results
-        Path of the results without its ending; ``sweep`` in `folder` when ``None``.
-    draws
-        Importance samples per test image; the budget's number when ``None``.
+        Path of the results without its ending; ``sweep`` in `folder` when ``None``, or
+        ``sweep_adapted``.
+    proposal, draws, images
+        As in :func:`~mixscvi.images.experiments.evaluation.evaluate`, for all runs alike.
     data, data_folder
         As in :func:`~mixscvi.images.experiments.training.train`.
     progress
@@ -112,7 +124,8 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds runs of other configurations.
+        If the folder holds runs of other configurations, or a run has fewer test images than
+        `images`.
 
     Examples
     --------
@@ -128,16 +141,27 @@ def sweep(
     [('vanilla', 1, 0), ('vanilla', 2, 0)]
     """
     folder = Path(folder)
-    results = folder / "sweep" if results is None else Path(results)
+    usual = {"encoder": "sweep", "adapted": "sweep_adapted"}[check_proposal(proposal)]
+    results = folder / usual if results is None else Path(results)
     configs = {
         f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}": config
         for config in _configs(presets, components, seeds, **kwargs)
     }
     if data is None:  # whole: presets differ in how many images they take
         data = load(next(iter(configs.values())).dataset, data_folder)
+    for config in configs.values():  # before the first run, not hours later
+        first_images(run_data(config, data), images)
 
     def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
-        return run_once(config, folder / name, data, draws=draws, device=device)
+        return run_once(
+            config,
+            folder / name,
+            data,
+            proposal=proposal,
+            draws=draws,
+            images=images,
+            device=device,
+        )
 
     def report(name: str, rows: list[dict[str, Any]]) -> None:
         note = "" if command is None else f"\n`{command}`\n"
@@ -145,7 +169,10 @@ def sweep(
         sweep_figure(rows, with_ending(results, ".png"))
         if progress is not None:
             row = rows[-1]
-            progress(f"{row['dataset']} {name}: NLL {row['nll']:.2f}, JSD {row['jsd']:.2f}")
+            progress(
+                f"{row['dataset']} {name}: NLL {row['nll']:.2f} (k-hat < 0.7 for "
+                f"{percent(trusted(row))} of the images), JSD {row['jsd']:.2f}"
+            )
 
     return run_missing(configs, run, with_ending(results, ".csv"), device=device, report=report)
 
@@ -155,7 +182,9 @@ def run_once(
     folder: str | Path,
     data: ImageData,
     *,
+    proposal: Proposal = "encoder",
     draws: int | None = None,
+    images: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate one run, unless it is finished already.
@@ -168,8 +197,8 @@ def run_once(
         Where it is recorded.
     data
         The images, of which the run takes as many as its configuration says.
-    draws
-        Importance samples per test image; the budget's number when ``None``.
+    proposal, draws, images
+        As in :func:`~mixscvi.images.experiments.evaluation.evaluate`.
     device
         Where to train and evaluate; on the accelerator, if there is one, when ``None``.
 
@@ -181,7 +210,7 @@ def run_once(
     Raises
     ------
     ValueError
-        If the folder holds a run of another configuration.
+        If the folder holds a run of another configuration, or as `evaluate` does.
     """
     folder = Path(folder)
     cost_file = folder / "cost.json"
@@ -191,8 +220,9 @@ def run_once(
         train(config, folder, data=data, resume=True, device=device)
     elif read_config(folder) != config:
         raise ValueError(f"{folder} holds a run of another configuration")
-    if not _is_evaluated(folder, config, data, draws, device):
-        evaluate(folder, data=data, draws=draws, device=device)
+    evaluated = first_images(run_data(config, data), images)
+    if not _is_evaluated(folder, config, evaluated, proposal, draws, device):
+        evaluate(folder, proposal=proposal, data=evaluated, draws=draws, device=device)
     if not cost_file.exists():
         # The time of a run that was continued in a second process is unknown.
         seconds = round(time.perf_counter() - started, 3) if untouched else None
@@ -205,7 +235,8 @@ def run_once(
             "torch": torch.__version__,
         }
         write_beside(cost_file, json.dumps(cost) + "\n")
-    result = json.loads((folder / "evaluation.json").read_text())
+    result = json.loads(evaluation_file(folder, proposal).read_text())
+    names = _RESULTS + (_ADAPTED_RESULTS if proposal == "adapted" else ())
     summary = read_summary(folder)
     return {
         "dataset": result["dataset"],
@@ -215,7 +246,8 @@ def run_once(
         "estimator": config.mixture.estimator,
         "component_encoder": config.mixture.component_encoder,
         "seed": config.seed,
-        **{name: result[name] for name in _RESULTS},
+        "proposal": proposal,
+        **{name: result[name] for name in names},
         "epochs": summary["epochs"],
         "validation_bound": summary["best_validation_bound"],
         "parameters": summary["parameters"]["total"],
@@ -227,19 +259,22 @@ def _is_evaluated(
     folder: Path,
     config: RunConfig,
     data: ImageData,
+    proposal: Proposal,
     draws: int | None,
     device: torch.device | str | None,
 ) -> bool:
-    """Whether these weights were evaluated so: images, number of draws, device, seed 0."""
-    path = folder / "evaluation.json"
+    """Whether these weights were evaluated so: images, proposal, draws, device, seed 0."""
+    path = evaluation_file(folder, proposal)
     if not path.exists():
         return False
-    result = json.loads(path.read_text())
+    # Earlier versions knew the encoder's proposal alone, and did not name it.
+    result = {"proposal": "encoder"} | json.loads(path.read_text())
     wanted = config.draws if draws is None else draws
     identity = {
+        "proposal": proposal,
         "seed": 0,
         "weights": weights_hash(load_run(folder)[1]),
-        "images": run_data(config, data).fingerprint("test"),
+        "images": data.fingerprint("test"),
         "device": resolve_device(device).type,
     }
     return identity.items() <= result.items() and (

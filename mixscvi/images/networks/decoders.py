@@ -1,7 +1,7 @@
 """Decoders p(x | z) of binary images.
 
 A decoder evaluates the log-likelihood of images given draws of the latents. A new one is a class
-here with ``log_prob`` and ``sample``, and a name in
+here with ``log_prob``, ``sample`` and ``n_values`` (of a draw in the widest layer), and a name in
 :class:`~mixscvi.images.networks.configs.ModelConfig`.
 """
 
@@ -52,7 +52,9 @@ class BernoulliDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.image_shape = image_shape
-        self.logits = gated_mlp(n_latent, hidden, image_shape[0] * image_shape[1])
+        n_pixels = image_shape[0] * image_shape[1]
+        self.logits = gated_mlp(n_latent, hidden, n_pixels)
+        self.n_values = max(n_pixels, *hidden)
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z) of `(B, 1, height, width)` and `(L, B, S, n_latent)`: `(L, B, S)`."""
@@ -109,6 +111,7 @@ class PixelCNNDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.image_shape = image_shape
+        self.n_values = image_shape[0] * image_shape[1] * max(n_channels, n_maps)
 
         def layers(n: int) -> nn.ModuleList:
             return nn.ModuleList(

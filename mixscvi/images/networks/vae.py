@@ -154,9 +154,28 @@ class ImageVAE(nn.Module):
         z, log_det = self.flows[level](base)
         return z, log_det
 
+    def push_forward(self, base: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Each level's z, `(..., D)`, of base draws `(..., n_levels * D)`, and log-determinants.
+
+        A level's flow does not depend on the other level, so the determinants' logarithms add up.
+        """
+        parts = base.split(self.sizes.n_latent, -1)
+        levels, log_dets = zip(*(self._flow(i, part) for i, part in enumerate(parts)), strict=True)
+        return levels, torch.stack(log_dets).sum(0)
+
     def prior_distribution(self) -> Distribution:
         """p(z) of the upper level; build it once for many draws."""
         return self.prior(self.prior_encoder or self.encoder)
+
+    def log_prior(
+        self, upper: Tensor, lower: Tensor | None = None, *, prior: Distribution | None = None
+    ) -> Tensor:
+        """log p(z) of all levels, `(L, B, S)`, given each level's draws, `(L, B, S, D)`."""
+        log_prior = (prior or self.prior_distribution()).log_prob(upper)
+        if lower is None:
+            return log_prior
+        given_upper = self.lower_prior(upper.flatten(0, 2)).log_prob(lower.flatten(0, 2))
+        return log_prior + given_upper.view_as(log_prior)
 
     def choose(self, generator: torch.Generator | None = None) -> Tensor | None:
         """Components for a training step, `(S,)` on the CPU; ``None`` for all."""
@@ -226,7 +245,7 @@ class ImageVAE(nn.Module):
         base = posterior.rsample_stratified(n_samples, drawn, generator)
         z, log_det = self._flow(0, base)
         cross = posterior.cross_log_prob(base) - log_det.unsqueeze(-1)
-        log_prior = (prior or self.prior_distribution()).log_prob(z)
+        lower = None
         if drawn is None:
             drawn = torch.arange(posterior.n_components, device=device)
         if self.lower_encoder is not None:
@@ -239,8 +258,8 @@ class ImageVAE(nn.Module):
                 generator=generator,
             )
             cross = cross + lower_cross - log_det.unsqueeze(-1)
-            given_upper = self.lower_prior(z.flatten(0, 2)).log_prob(lower.flatten(0, 2))
-            log_prior = log_prior + given_upper.view_as(log_prior)
+        log_prior = self.log_prior(z, lower, prior=prior)
+        if lower is not None:
             z = torch.cat((z, lower), -1)
         own = cross.gather(-1, drawn.unsqueeze(-1).expand(*cross.shape[:-1], 1)).squeeze(-1)
         return LatentDraws(z, cross, own, log_prior)

@@ -1,4 +1,3 @@
-import csv
 import itertools
 import json
 from dataclasses import replace
@@ -8,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 
+from image_runs import rows_of, run, small_data
 from mixscvi.images import ImageData, RunConfig, evaluate, load_run, train
 from mixscvi.images.experiments import evaluation, runs
 from mixscvi.images.experiments.evaluation import image_statistics
@@ -17,20 +17,7 @@ from tensor_sizes import LargestTensor
 
 @pytest.fixture(scope="module")
 def data() -> ImageData:
-    gray = np.random.default_rng(0).random((50, 3, 3))
-    return ImageData.from_arrays(gray, n_validation=10, n_test=12)
-
-
-def run(folder, data, preset="vanilla", n_components=2, **kwargs):
-    config = RunConfig.from_preset(
-        preset,
-        budget="smoke",
-        n_components=n_components,
-        training={"max_epochs": 1},
-        **kwargs,
-    )
-    train(config, folder, data=data)
-    return folder
+    return small_data()
 
 
 def killed_at_first_save(folder, data, monkeypatch):
@@ -47,20 +34,20 @@ def killed_at_first_save(folder, data, monkeypatch):
             evaluate(folder, data=data, draws=100)
 
 
+@pytest.mark.parametrize("proposal", ["encoder", "adapted"])
 @pytest.mark.parametrize("preset", ["vanilla", "composite"])
-def test_the_likelihood_is_one(tmp_path, preset):
+def test_the_likelihood_is_one(tmp_path, preset, proposal):
     """On a 3 x 3 lattice the evaluated p(x) of all 512 images sum to 1."""
     pixels = np.array(list(itertools.product([0.0, 1.0], repeat=9))).reshape(512, 3, 3)
     data = ImageData.from_arrays(np.concatenate((pixels[:60], pixels)), n_validation=10, n_test=512)
     config = RunConfig.from_preset(preset, budget="smoke", n_components=2)
     training = replace(config.training, max_epochs=1, n_test=None)
     train(replace(config, training=training), tmp_path, data=data)
-    result = evaluate(tmp_path, data=data, draws=200)
-    with open(tmp_path / "evaluation.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == result["n_images"] == 512
-    p = np.exp([float(row["siwae"]) for row in rows])
-    error = np.sqrt(np.sum((p * [float(row["siwae_se"]) for row in rows]) ** 2))
+    result = evaluate(tmp_path, data=data, draws=200, proposal=proposal)
+    rows = rows_of(tmp_path, proposal)
+    p = np.exp(rows["siwae"])
+    assert len(p) == result["n_images"] == 512
+    error = np.sqrt(np.sum((p * rows["siwae_se"]) ** 2))
     assert error < 0.02
     assert p.sum() == pytest.approx(1, abs=4 * error)
 
@@ -75,6 +62,25 @@ def test_what_it_writes_and_returns(tmp_path, data):
     assert 0 < result["nll_monte_carlo_se"] < result["nll_se"]
     assert 1 <= result["ess"] <= 52
     assert not (tmp_path / "evaluation.partial.pt").exists()
+
+
+@pytest.mark.parametrize("proposal", ["encoder", "adapted"])
+def test_the_first_images_alone(tmp_path, data, monkeypatch, proposal):
+    """With the draws that they have among all, but for a group that ends earlier."""
+    run(tmp_path, data)
+    monkeypatch.setattr(evaluation, "_IMAGES", 4)
+    evaluate(tmp_path, data=data, draws=50, proposal=proposal)
+    whole = rows_of(tmp_path, proposal)
+    few = evaluate(tmp_path, data=data, draws=50, proposal=proposal, images=8)
+    assert few["n_images"] == 8
+    np.testing.assert_array_equal(rows_of(tmp_path, proposal)["siwae"], whole["siwae"][:8])
+
+
+@pytest.mark.parametrize("n", [0, 13])
+def test_images_that_a_run_does_not_have(tmp_path, data, n):
+    run(tmp_path, data)
+    with pytest.raises(ValueError, match=f"images must be between 1 and the run's 12 .*, got {n}"):
+        evaluate(tmp_path, data=data, draws=50, images=n)
 
 
 def test_progress_is_shown_if_asked_for(tmp_path, data, capsys):
@@ -216,8 +222,11 @@ def test_memory_is_bounded_however_many_components(tmp_path, data, preset, width
     assert record.numel <= 1000 * n_components * width
 
 
+@pytest.mark.parametrize("proposal", ["encoder", "adapted"])
 @pytest.mark.parametrize("component_encoder", ["separate", "shifted"])
-def test_images_are_encoded_once_however_many_draws(tmp_path, data, monkeypatch, component_encoder):
+def test_images_are_encoded_once_however_many_draws(
+    tmp_path, data, monkeypatch, component_encoder, proposal
+):
     """Both levels of each group of images, and the prior's pseudo-images once."""
     run(tmp_path, data, "composite", component_encoder=component_encoder)
     monkeypatch.setattr(evaluation, "_IMAGES", 5)
@@ -233,7 +242,7 @@ def test_images_are_encoded_once_however_many_draws(tmp_path, data, monkeypatch,
         return config, model
 
     monkeypatch.setattr(evaluation, "load_run", load_counted)
-    evaluate(tmp_path, data=data, draws=3000)
+    evaluate(tmp_path, data=data, draws=3000, proposal=proposal)
     groups = [(name, n) for name in ("encoder", "lower_encoder") for n in (5, 5, 2)]
     assert sorted(encoded) == sorted([("encoder", 4), *groups])
 
@@ -275,6 +284,7 @@ def test_components_in_turn_are_all_of_them(tmp_path, data, monkeypatch, estimat
 KEY = {
     "weights",
     "images",
+    "proposal",
     "n_samples",
     "seed",
     "rows",

@@ -3,6 +3,7 @@ import csv
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from mixscvi.images import RunConfig
 from mixscvi.images.experiments.report import curves, picture_grid, sweep_figure, sweep_table
@@ -11,6 +12,7 @@ from mixscvi.images.experiments.report import curves, picture_grid, sweep_figure
 def row(preset: str, components: int, seed: int, nll: float) -> dict:
     names = ("nll_iw_miselbo", "elbo", "jsd", "ess", "k_hat_median", "active_units")
     return dict.fromkeys(names, 1.0) | {
+        "k_hat_above_0.7": 0.25 if components == 1 else 0.003,
         "preset": preset,
         "components": components,
         "seed": seed,
@@ -29,10 +31,11 @@ ROWS = [
 
 def test_sweep_table_averages_over_seeds_and_compares_at_equal_seeds():
     lines = sweep_table(ROWS).splitlines()
-    assert [line.split(" | ")[:4] for line in lines[2:]] == [
-        ["| vanilla", "1", "2", "100.00 ± 1.41"],
-        ["| vanilla", "4", "2", "97.50 ± 0.71"],
-        ["| pixelcnn", "1", "1", "80.00"],
+    assert lines[0].startswith("| preset | A | seeds | proposal | NLL | k-hat < 0.7 |")
+    assert [line.split(" | ")[:6] for line in lines[2:]] == [
+        ["| vanilla", "1", "2", "encoder", "100.00 ± 1.41", "75 %"],
+        ["| vanilla", "4", "2", "encoder", "97.50 ± 0.71", "99 %"],
+        ["| pixelcnn", "1", "1", "encoder", "80.00", "75 %"],
     ]
     assert lines[2].endswith("|  |")
     assert lines[3].endswith("| -2.50 ± 0.71, lower in 2 of 2 |")
@@ -41,6 +44,30 @@ def test_sweep_table_averages_over_seeds_and_compares_at_equal_seeds():
 def test_rows_read_from_a_file_make_the_same_table():
     as_text = [{name: str(value) for name, value in row.items()} for row in ROWS]
     assert sweep_table(as_text) == sweep_table(ROWS)
+
+
+def test_a_table_names_its_proposal_and_mixes_no_two(tmp_path):
+    adapted = [row | {"proposal": "adapted"} for row in ROWS]
+    assert sweep_table(adapted).count("| adapted |") == 3
+    for mixed in (ROWS[:2] + adapted[2:], [ROWS[0] | {"proposal": "encoder"}, *adapted[1:]]):
+        with pytest.raises(ValueError, match=r"one proposal, got \['adapted', 'encoder'\]"):
+            sweep_table(mixed)
+        with pytest.raises(ValueError, match="rows must be of one proposal"):
+            sweep_figure(mixed, tmp_path / "sweep.png")
+
+
+def test_the_figure_carries_the_share_of_trusted_images(tmp_path, monkeypatch):
+    texts, original = [], Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        texts.extend(text.get_text() for axis in self.axes for text in axis.texts)
+        texts.append(self.get_supxlabel())
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    sweep_figure([row | {"proposal": "adapted"} for row in ROWS], tmp_path / "sweep.png")
+    assert texts[:3] == ["75 %", "99 %", "75 %"]
+    assert texts[3] == "adapted proposal; in percent: test images with k-hat < 0.7"
 
 
 def test_sweep_figure(tmp_path):

@@ -92,9 +92,58 @@ def test_a_sweep_evaluates_anew_what_was_evaluated_elsewhere(
     assert swept(device="cpu")["nll"] == (first["nll"] if evaluated_anew else 7.0)
 
 
+def test_a_sweep_by_adapted_proposals_keeps_the_encoders_evaluation(tmp_path, swept):
+    first = swept()
+    folder = tmp_path / "runs" / "vanilla-A2-seed0"
+    before = (folder / "evaluation.json").read_bytes()
+    adapted = swept(proposal="adapted")
+    assert (first["proposal"], adapted["proposal"]) == ("encoder", "adapted")
+    assert adapted["nll"] != first["nll"] == adapted["nll_encoder"]
+    assert adapted["elbo"] == first["elbo"]
+    assert adapted["evaluations"] > 500
+    assert (folder / "evaluation.json").read_bytes() == before
+    assert swept() == first
+
+
+def test_a_sweep_reads_what_was_adapted(tmp_path, swept):
+    swept(proposal="adapted")
+    path = tmp_path / "runs" / "vanilla-A2-seed0" / "evaluation_adapted.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nll": 7.0}))
+    assert swept(proposal="adapted")["nll"] == 7.0
+    assert swept(proposal="adapted", images=5)["nll"] != 7.0
+
+
+def test_a_sweep_knows_evaluations_that_do_not_name_their_proposal(tmp_path, swept):
+    """Those of earlier versions are the encoder's."""
+    swept()
+    folder = tmp_path / "runs" / "vanilla-A2-seed0"
+    result = json.loads((folder / "evaluation.json").read_text())
+    del result["proposal"]
+    text = json.dumps(result | {"nll": 7.0})
+    (folder / "evaluation.json").write_text(text)
+    assert swept()["nll"] == 7.0
+    (folder / "evaluation_adapted.json").write_text(text)
+    assert swept(proposal="adapted")["nll"] != 7.0
+
+
+def test_a_sweeps_models_are_scored_on_as_many_images_as_it_is_asked_for(tmp_path, swept):
+    assert swept()["n_images"] == 10
+    assert swept(images=4)["n_images"] == 4
+    assert swept(images=4, proposal="adapted")["n_images"] == 4
+
+
+def test_tables_of_two_proposals_do_not_overwrite_each_other(tmp_path, swept):
+    swept(results=None)
+    swept(results=None, proposal="adapted")
+    stems = [path.stem for path in (tmp_path / "runs").glob("sweep*")]
+    assert sorted(stems) == 3 * ["sweep"] + 3 * ["sweep_adapted"]  # CSV, Markdown, figure
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
+        ({"proposal": "x"}, r"proposal must be one of \['encoder', 'adapted'\], got 'x'"),
+        ({"images": 11}, "images must be between 1 and the run's 10 test images, got 11"),
         ({"presets": ["vanilla", "flaw"]}, "preset must be one of .*'flaw'"),
         ({"components": [1, 1]}, r"components must be one or more different values, got \[1, 1\]"),
         ({"presets": []}, "presets must be one or more different values"),
