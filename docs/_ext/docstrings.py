@@ -79,11 +79,10 @@ def _resolve_public(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element
 ) -> Element | None:
     """Link a name of one of our files to the public name that it is documented under."""
-    target = node.get("reftarget", "")
-    if node.get("refdomain") != "py" or not target.startswith("mixscvi."):
+    if node.get("refdomain") != "py":
         return None
     domain = env.get_domain("py")
-    _, *parts = target.split(".")
+    parts = node.get("reftarget", "").removeprefix("mixscvi.").split(".")
     for start in range(len(parts)):
         name = ".".join(parts[start:])
         for module in PUBLIC:
