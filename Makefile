@@ -1,11 +1,12 @@
-# make demo | test | lint | bench | clean; everything is installed into .venv, once.
+# make demo | test | lint | docs | tutorials | bench | clean; everything is installed into .venv, once.
 PYTHON ?= python3
 MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(MINOR)),py311,py312).txt
 INSTALLED := .venv/.installed-$(MINOR)
+INSTALLED_DOCS := .venv/.installed-docs-$(MINOR)
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean .venv
+.PHONY: demo test lint docs tutorials dist bench clean .venv
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mixscvi.demo
@@ -18,7 +19,23 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy mixscvi/mixture
+	$(BIN)/mypy
+
+# The site, in docs/_build/html; a warning is an error. No network is needed.
+docs: $(INSTALLED_DOCS)
+	MPLBACKEND=agg $(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build/html
+
+# Runs all notebooks again, with their outputs written into them.
+tutorials: $(INSTALLED_DOCS)
+	$(BIN)/python docs/run_tutorials.py
+
+# Wheel and source distribution, checked.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --group release
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # Ratios to scVI's times; minutes, on a machine that does nothing else.
 bench: $(INSTALLED)
@@ -35,6 +52,11 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e . --group test --group lint
 	touch $@
 
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --group docs
+	touch $@
+
 clean:
+	rm -rf build dist docs/_build docs/generated
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache mixscvi-demo lightning_logs
 	find mixscvi tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ terms) vanishes where the count is zero and is shared by all draws, so it is com
 on the nonzero entries; what depends on the dispersion of a gene is computed once per gene.
 
 On a CPU, compiled kernels compute the value and its gradients in one pass; everywhere else, the
-tensor operations of :mod:`mixscvi.likelihoods.eager` do.
+tensor operations of ``mixscvi.likelihoods.eager`` do.
 
 Counts `x` are `(B, G)`. Parameters of the draws are `(L, B, S, G)`. A dispersion is `(G,)`,
 `(B, 1, G)` or `(L, B, S, G)`. Results are `(L, B, S)`, in nats.

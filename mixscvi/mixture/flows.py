@@ -73,7 +73,7 @@ class InverseAutoregressiveFlow(nn.Module):
 
         Returns
         -------
-        The points f(z0), `(..., D)`, and log |det df/dz0| at z0, `(...)`.
+        The points f(z0), `(..., D)`, and ``log |det df/dz0|`` at z0, `(...)`.
         """
         return self.transform.call_and_ladj(z0)
 
@@ -87,7 +87,7 @@ class InverseAutoregressiveFlow(nn.Module):
 
         Returns
         -------
-        The base points z0, `(..., D)`, and log |det df/dz0| at z0, `(...)`.
+        The base points z0, `(..., D)`, and ``log |det df/dz0|`` at z0, `(...)`.
         """
         transform = self.transform
         z0 = transform.inv(z)

@@ -106,7 +106,7 @@ class StackedSparseLinear(StackedLinear):
     The same maps as :class:`StackedLinear`, but the weights of an input feature are contiguous in
     memory: `weight` is `(n_in, A, n_out)`. On a CPU, if all maps together have enough outputs,
     minibatches with few non-zeros are computed as sums of rows
-    (:func:`~mixscvi.mixture.products.mostly_zero`); others as one matrix product.
+    (``mixscvi.mixture.products.mostly_zero``); others as one matrix product.
 
     Parameters
     ----------

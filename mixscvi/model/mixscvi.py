@@ -73,7 +73,8 @@ class MixSCVI(
         Data registered with :meth:`MixSCVI.setup_anndata`.
     registry
         Registry of a data module, instead of `adata`.
-    n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, \
+    n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
+        As in :class:`scvi.model.SCVI`.
     use_observed_lib_size, latent_distribution
         As in :class:`scvi.model.SCVI`.
     n_components
@@ -81,7 +82,7 @@ class MixSCVI(
     n_sampled_components
         Components that a training step draws from, `S`. By default all `A` with
         ``"all_to_all"``, and 1 with the other estimators. Fewer make a step cheaper: choose it for
-        many components. :meth:`get_elbo` then draws from `S` as well, with all components in the
+        many components. ``get_elbo`` then draws from `S` as well, with all components in the
         denominator: with the MISELBO objective an unbiased estimate of the bound.
     estimator
         ``"all_to_all"`` is exact and right for a few components. ``"some_to_all"`` draws from `S`

@@ -1,0 +1,241 @@
+"""Tables and figures of the evidence page, made from ``benchmarks/results/*.csv`` in every build.
+
+A benchmark that has a ``summary`` speaks for itself; the rest are averaged here. A CSV that nobody
+knows yet is averaged as it is, so that no result is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mixscvi.images.experiments.report import sweep_figure, sweep_table
+from mixscvi.tables import markdown_table, mean_and_spread, read_rows
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
+FOLDER = "generated/evidence"
+# Columns that say how a run was made, and identify no row of a table.
+PROVENANCE = {
+    *("python", "torch", "scvi_tools", "machine", "command", "threads", "seed", "rounds"),
+    *("repeats", "bound", "loop_adam"),
+}
+DEMO = {
+    "log_likelihood": ("held-out log-likelihood per cell", 2),
+    "trusted": ("cells with k-hat < 0.7", 2),
+    "ari": ("ARI", 3),
+    "nmi": ("NMI", 3),
+    "seconds": ("training (s)", 1),
+}
+
+
+def averages(frame: pd.DataFrame, digits: int = 3) -> str:
+    """Mean and spread over seeds of every number, a row for each setting."""
+    frame = frame.drop(columns=[name for name in frame if name in PROVENANCE - {"seed"}])
+    numbers = [name for name in frame if frame[name].dtype.kind == "f"]
+    settings = [name for name in frame if name not in (*numbers, "seed")]
+    settings = [name for name in settings if frame[name].nunique(dropna=False) > 1] or settings[:1]
+    rows = []
+    for key, group in frame.groupby(settings, sort=False, dropna=False):
+        row = dict(zip(settings, key if isinstance(key, tuple) else (key,), strict=True))
+        row |= {name: spread(group[name].dropna(), digits) for name in numbers}
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def spread(values: pd.Series, digits: int) -> str:
+    """Mean and spread as text; nothing of no values."""
+    return mean_and_spread([*values], digits) if len(values) else ""
+
+
+def demo() -> str:
+    """The demo's runs, and the difference seed by seed."""
+    runs = pd.read_csv(RESULTS / "demo_runs.csv")
+    columns = {name: runs.pivot(index="seed", columns="model", values=name) for name in DEMO}
+    first, second = runs["model"].unique()
+    rows = []
+    for name in (first, second, "difference"):
+        row = {"": name}
+        for column, (heading, digits) in DEMO.items():
+            table = columns[column]
+            values = table[second] - table[first] if name == "difference" else table[name]
+            row[heading] = mean_and_spread([*values], digits, signed=name == "difference")
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def summary_of(module: str, *csv_names: str) -> Callable[[], str]:
+    """What a benchmark says of its own results."""
+
+    def text() -> str:
+        function = importlib.import_module(module).summary
+        if inspect.signature(function).parameters:
+            return function(read_rows(RESULTS / csv_names[0]))
+        return function()
+
+    return text
+
+
+def images(name: str, table: Callable[[list[dict[str, Any]]], str]) -> Callable[[], str]:
+    """A table of image runs, and below it that of the same runs by adapted posteriors, if any."""
+
+    def text() -> str:
+        parts = []
+        for ending, proposal in (("", "the encoder's mixture"), ("_adapted", "adapted posteriors")):
+            rows = read_rows(RESULTS / f"{name}{ending}.csv")
+            # Runs before there were adapted posteriors do not say.
+            rows = [{"proposal": "encoder"} | row for row in rows]
+            parts += [f"NLL by draws from {proposal}:\n\n{table(rows)}"] if rows else []
+        return "\n".join(parts)
+
+    return text
+
+
+def controls(rows: list[dict[str, Any]]) -> str:
+    """The image models beside their controls."""
+    return importlib.import_module("images_controls").table(rows)
+
+
+def step_time() -> str:
+    """A step's share of the loop's over components."""
+    paths = sorted(RESULTS.glob("images_step_time*.csv"))
+    frame = pd.concat([pd.read_csv(path) for path in paths]).fillna({"loop_adam": "default"})
+    keys = ["preset", "component_encoder", "dataset", "loop", "loop_adam"]
+    frame["setting"] = frame["budget"] + " sizes, " + frame["threads"].astype(str) + " core(s)"
+    table = frame.pivot_table(index=keys, columns="setting", values="ratio", sort=False)
+    return markdown_table(table.round(2).reset_index().astype(str).to_dict("records"))
+
+
+def likelihoods() -> str:
+    """Milliseconds of the likelihoods, a column per method."""
+    frame = pd.read_csv(RESULTS / "likelihoods.csv")
+    keys = ["data", "n_genes", "n_components", "task"]
+    table = frame.pivot_table(index=keys, columns="method", values="median_ms", sort=False)
+    table = table.round(1).reset_index().astype(str).replace("nan", "")
+    return markdown_table(table.rename(columns={"n_components": "A"}).to_dict("records"))
+
+
+def toy_targets() -> str:
+    """The mixtures fitted to densities of the plane."""
+    frame = pd.read_csv(ROOT / "docs" / "figures" / "toy_targets.csv")
+    frame = frame.rename(
+        columns={
+            "n_components": "A",
+            "kl_to_target": "KL to the target (nats)",
+            "jensen_shannon_divergence": "divergence of the components (nats)",
+        }
+    )
+    frame["A"] = frame["A"].astype(str)
+    return averages(frame)
+
+
+# Name of a piece of the page: the tables that it shows, and what makes it.
+PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
+    "demo": (("demo_runs.csv",), demo),
+    "held_out": (("held_out_*.csv",), summary_of("held_out")),
+    "adaptation": (("adaptation.csv",), summary_of("adaptation")),
+    "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
+    "likelihoods": (("likelihoods.csv",), likelihoods),
+    "step_time": (("images_step_time*.csv",), step_time),
+    "toy_targets": ((), toy_targets),
+    **{
+        f"{piece}_{data}": (
+            (f"images_{piece}_{data}*.csv",),
+            images(f"images_{piece}_{data}", table),
+        )
+        for piece, table in (("sweep", sweep_table), ("controls", controls))
+        for data in ("mnist", "fashion_mnist")
+    },
+    "paper": (("images_vanilla_paper*.csv",), images("images_vanilla_paper", sweep_table)),
+}
+
+
+def rest(known: Iterable[str]) -> str:
+    """All tables that no piece shows: a benchmark's own summary once, the others averaged."""
+    shown = {path for pattern in known for path in RESULTS.glob(pattern)}
+    texts = {}
+    for path in sorted(set(RESULTS.glob("*.csv")) - shown):
+        module = path.stem.partition("_")[0]
+        own = summarizes_itself(module)
+        name = module if own else path.stem
+        if name not in texts:
+            text = summary_of(module)() if own else averages(pd.read_csv(path))
+            texts[name] = f"### {name.replace('_', ' ')}\n\n{as_markdown(text)}"
+    return "\n".join(texts.values()) or "None so far.\n"
+
+
+def summarizes_itself(module: str) -> bool:
+    """Whether a benchmark has a summary of all its results, which needs no argument."""
+    if not (BENCHMARKS / f"{module}.py").exists():
+        return False
+    summary = getattr(importlib.import_module(module), "summary", None)
+    return summary is not None and not inspect.signature(summary).parameters
+
+
+def as_markdown(text: str) -> str:
+    """A summary as part of a page: its title goes, its headings sink by two levels."""
+    if not re.search(r"^(\||#)", text, re.MULTILINE):
+        return f"```text\n{text.rstrip()}\n```\n"
+    lines = [line for line in text.splitlines() if not re.match(r"# ", line)]
+    text = "\n".join(re.sub(r"^(##+) ", r"##\1 ", line) for line in lines).strip()
+    return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") + "\n"
+
+
+def draw(folder: Path) -> None:
+    """The figures."""
+    from matplotlib.figure import Figure
+
+    for data in ("mnist", "fashion_mnist"):
+        sweep_figure(read_rows(RESULTS / f"images_sweep_{data}.csv"), folder / f"sweep_{data}.png")
+
+    log = pd.read_csv(RESULTS / "images_vanilla_paper_curves.csv")
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for place, (n_components, runs) in enumerate(log.groupby("components")):
+        for seed, run in runs.groupby("seed"):
+            label = f"A = {n_components}" if seed == runs["seed"].min() else None
+            axes.plot(run["epoch"] + 1, run["validation_bound"], color=f"C{place}", label=label)
+    axes.set(xlabel="epoch", ylabel="bound on validation images (nats)", ylim=(-105, -90))
+    axes.legend(frameon=False)
+    figure.savefig(folder / "paper_curves.png", dpi=120)
+
+    toys = pd.read_csv(ROOT / "docs" / "figures" / "toy_targets.csv")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    for axes, (target, runs) in zip(figure.subplots(1, 2), toys.groupby("target"), strict=True):
+        for way, of in runs.groupby("training"):
+            means = of.groupby("n_components")["kl_to_target"].mean()
+            axes.plot(means, "o-", label=f"trained {'together' if way == 'joint' else 'apart'}")
+        axes.set(title=target, xlabel="components A", xticks=means.index, xscale="log")
+        axes.set_xticks(means.index, [str(n) for n in means.index], minor=False)
+        axes.minorticks_off()
+        axes.set_ylabel("KL to the target (nats)")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "toy_targets.png", dpi=120)
+
+
+def write(app: Sphinx) -> None:
+    """Write all pieces where the evidence page includes them from."""
+    sys.path.insert(0, str(BENCHMARKS))
+    folder = Path(app.srcdir, FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = {name: as_markdown(piece()) for name, (_, piece) in PIECES.items()}
+    pieces["rest"] = rest(pattern for patterns, _ in PIECES.values() for pattern in patterns)
+    for name, text in pieces.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    draw(folder)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register."""
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

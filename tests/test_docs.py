@@ -1,0 +1,128 @@
+"""The documentation runs: its examples, the quickest tutorials, and what the others import."""
+
+import ast
+import importlib
+import json
+import re
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS, TUTORIALS = ROOT / "docs", sorted((ROOT / "tutorials").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("user_guide/*.md")]
+QUICKEST = ("2_how_sure_is_it", "4_your_own_vae")
+PUBLIC = ("mixscvi", "mixscvi.mixture", "mixscvi.images", "mixscvi.model") + (
+    "mixscvi.likelihoods",
+    "mixscvi.pl",
+    "mixscvi.datasets",
+)
+
+
+def by_stem(path):
+    return path.stem
+
+
+def cells_of(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def blocks_of(path, language):
+    """Code of a Markdown page."""
+    pattern = rf"^```{re.escape(language)}\n(.*?)^```$"
+    return re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def run(codes, name):
+    """Run pieces of code one after the other, in one namespace."""
+    import matplotlib.pyplot as plt
+
+    namespace = {"__name__": name}
+    with warnings.catch_warnings():  # a tutorial may change the filters
+        for code in codes:
+            exec(compile(code, name, "exec"), namespace)
+            plt.close("all")
+    return namespace
+
+
+def missing_names(code):
+    """Names that a piece of code imports from this package and that are not there."""
+    modules, missing = {}, []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixscvi"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if hasattr(module, alias.name):
+                    modules[alias.asname or alias.name] = getattr(module, alias.name)
+                else:
+                    missing.append(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("mixscvi"):
+                    importlib.import_module(alias.name)
+                    modules["mixscvi"] = importlib.import_module("mixscvi")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if isinstance(module, types.ModuleType) and not hasattr(module, node.attr):
+                missing.append(f"{module.__name__}.{node.attr}")
+    return missing
+
+
+def test_missing_names_are_found():
+    code = "import mixscvi\nfrom mixscvi import pl, MixSCVY\npl.volcanoes\nmixscvi.datasets"
+    assert missing_names(code) == ["mixscvi.MixSCVY", "mixscvi.pl.volcanoes"]
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=by_stem)
+def test_tutorials_import_what_exists_and_have_run(path):
+    cells = cells_of(path)
+    assert missing_names("\n".join("".join(cell["source"]) for cell in cells)) == []
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICKEST)
+def test_the_quickest_tutorials_run(name, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "show", lambda: None)
+    run(["".join(cell["source"]) for cell in cells_of(ROOT / "tutorials" / f"{name}.ipynb")], name)
+
+
+@pytest.mark.slow
+def test_the_example_of_an_own_vae_runs():
+    codes = blocks_of(DOCS / "user_guide" / "own_vae.md", "{code-cell} ipython3")
+    namespace = run(codes, "own_vae")
+    assert (namespace["adapted"].pareto_k < 0.7).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("path", PAGES, ids=by_stem)
+def test_code_on_pages_is_python_and_imports_what_exists(path):
+    for language in ("python", "{code-cell} ipython3"):
+        for code in blocks_of(path, language):
+            assert missing_names(code) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=by_stem)
+def test_links_to_files_are_not_broken(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("generated/"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference(module):
+    reference = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    listed = set(re.findall(r"^(?:   |\.\. py:data:: )([\w.]+)$", reference, re.MULTILINE))
+    public = set(importlib.import_module(module).__all__) - {"__version__"}
+    if module == "mixscvi":
+        public -= {"datasets", "images", "pl"}  # pages of their own
+    assert public - listed == set()

@@ -1,0 +1,80 @@
+"""The evidence page can be made from the benchmarks' results as they are."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    path = ROOT / "docs" / "_ext" / "evidence.py"
+    spec = importlib.util.spec_from_file_location("evidence", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.insert(0, str(module.BENCHMARKS))
+    yield module
+    sys.path.remove(str(module.BENCHMARKS))
+
+
+def test_every_piece_is_made_and_shown(evidence):
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for name, (_, piece) in evidence.PIECES.items():
+        assert len(evidence.as_markdown(piece()).splitlines()) > 2, name
+        assert f"generated/evidence/{name}.md" in page
+    assert "generated/evidence/rest.md" in page
+
+
+def test_every_figure_of_the_page_is_drawn(evidence, tmp_path):
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(generated/evidence/([^)]*png)\)", page))
+    evidence.draw(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == shown
+
+
+def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch):
+    frame = pd.DataFrame(
+        {
+            "model": ["A = 1", "A = 1", "A = 4", "A = 4"],
+            "seed": [0, 1, 0, 1],
+            "score": [1.0, 2.0, 3.0, 5.0],
+            "machine": ["x", "y", "x", "y"],
+        }
+    )
+    frame.to_csv(tmp_path / "brand_new.csv", index=False)
+    frame.to_csv(tmp_path / "known.csv", index=False)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    assert evidence.rest(["known*.csv"]).splitlines() == [
+        "### brand new",
+        "",
+        "| model | score |",
+        "| --- | --- |",
+        "| A = 1 | 1.500\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.707 |",
+        "| A = 4 | 4.000\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.414 |",
+    ]
+
+
+def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch):
+    (tmp_path / "told.py").write_text("def summary():\n    return '# Told\\n\\n| told |\\n'\n")
+    (tmp_path / "asked.py").write_text("def summary(rows):\n    raise AssertionError\n")
+    for name in ("told_one", "told_two", "asked"):
+        (tmp_path / f"{name}.csv").write_text("model,score\na,1.5\n")
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "BENCHMARKS", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = evidence.rest([])
+    assert re.findall("### (.*)", text) == ["asked", "told"]
+    assert text.count("| told |") == 1
+    assert "| a | 1.500 |" in text
+
+
+def test_headings_of_a_summary_sink_below_the_page_s(evidence):
+    assert evidence.as_markdown("# Title\n\nText.\n\n## data\n\n| a |\n") == (
+        "Text.\n\n#### data\n\n| a |\n"
+    )
+    assert evidence.as_markdown("a  1\nb  2") == "```text\na  1\nb  2\n```\n"
