@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ComponentsMixin"]
 
-_N_CELLS = (32, 256)  # least and most
+_N_CELLS = (32, 64)  # least and most
 _N_DRAWS = 5  # of each component
+_N_DRAWS_OF_MANY = 2
 _N_DRAWS_OF_ALL = 5_000
 _SHARE_TO_WARN_OF = 0.1
 
@@ -100,11 +101,14 @@ class ComponentsMixin:
             return {}
         least, most = _N_CELLS
         n_cells = min(most, max(least, _N_DRAWS_OF_ALL // (_N_DRAWS * n_components)))
+        n_draws = (
+            _N_DRAWS if _N_DRAWS * n_cells * n_components <= _N_DRAWS_OF_ALL else _N_DRAWS_OF_MANY
+        )
         devices = [self.device] if self.device.type == "cuda" else []
         dead, found = [], 0
         with torch.random.fork_rng(devices):
             for tensors in self._some_training_cells(datamodule, n_cells):
-                dead.append(dead_components(self.module.importance_draws(tensors, _N_DRAWS)).cpu())
+                dead.append(dead_components(self.module.importance_draws(tensors, n_draws)).cpu())
                 found += len(dead[-1])
                 if found >= n_cells:
                     break
