@@ -133,18 +133,20 @@ def read_model(
     stored = _read(path, allow_pickle=allow_pickle)
     try:
         own = stored.get(_OWN, {"format": _FORMAT, "notes": [], "data_id": None})
-        if own["format"] > _FORMAT:
-            raise ValueError(f"{path} was written by a later version of mixscvi: update mixscvi")
-        left_out = {_argument_of(at): kind for at, kind in from_plain(stored, own["notes"])}
+        later = own["format"] > _FORMAT
+        left_out = {}
+        if not later:
+            left_out = {_argument_of(at): kind for at, kind in from_plain(stored, own["notes"])}
         model = StoredModel(
             path, stored[_WEIGHTS], stored[_GENES], stored[_ATTRIBUTES], own["data_id"], left_out
         )
-        _check_attributes(model)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        _check(model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(
-            f"{path} is not the file of a model, or was tampered with ({type(error).__name__}: "
-            f"{error})"
-        ) from error
+            f"{path} is not the file of a model, or was tampered with ({type(e).__name__}: {e})"
+        ) from e
+    if later:
+        raise ValueError(f"{path} was written by a later version of mixscvi: update mixscvi")
     return model
 
 
@@ -155,7 +157,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
         # torch reads over damaged bytes; the archive has a checksum of each of its records.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         if allow_pickle:  # as torch wrote files before they were archives
             damaged = None
         else:
@@ -176,7 +178,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
                 "written by scvi-tools or an early version of mixscvi, or made to do harm. If you "
                 "trust whoever made it, load it with allow_pickle=True, and save it anew"
             ) from error
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, LookupError, RuntimeError) as error:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0] if str(error) else 'empty'}): save or "
             "fetch it again"
@@ -184,8 +186,8 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def _check_attributes(model: StoredModel) -> None:
-    """Raise if attributes name what a model does not store, or do not describe one."""
+def _check(model: StoredModel) -> None:
+    """Raise if the contents of a file do not describe a model, or name what none stores."""
     for name, value in model.state_dict.items():
         # scvi-tools adds the parameters of Pyro, which is not used here.
         if not isinstance(value, Tensor) and name != "pyro_param_store":
@@ -193,13 +195,15 @@ def _check_attributes(model: StoredModel) -> None:
     for name in model.attributes:
         if name.startswith("_") or not (name.endswith("_") or name in _OF_DATAMODULES):
             raise KeyError(f"attribute {name}")
+    for name in ("init_params_", "registry_"):
+        if not isinstance(model.attributes[name], dict):
+            raise TypeError(f"{name} is no dictionary")
+    if not isinstance(model.data_id, str | None):
+        raise TypeError("data_id is no text")
     # scvi-tools calls the method of this name with arguments out of the file.
     method = model.attributes["registry_"].get("setup_method_name", "setup_anndata")
     if method not in _SETUP_METHODS:
-        raise ValueError(
-            f"{model.path} was tampered with: its setup method must be one of {_SETUP_METHODS}, "
-            f"got {method!r}"
-        )
+        raise ValueError(f"the setup method must be one of {_SETUP_METHODS}, got {method!r}")
 
 
 def _may_leave_out(path: list) -> bool:

@@ -40,11 +40,11 @@ _MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
 def _once_trained(method: Callable) -> Callable:
-    """Make a method of scvi-tools raise if the model is not trained: its numbers mean nothing."""
+    """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        self._check_if_trained(warn=False)
+        self._check_if_trained(warn=True)
         return method(self, *args, **kwargs)
 
     return checked

@@ -103,7 +103,7 @@ def test_the_setup_method_of_a_file_is_not_just_any(trained, saved, tmp_path):
         registry["setup_args"] = {"reference_model": str(evil), "allow_pickle": True}
 
     rewrite(saved, change)
-    with pytest.raises(ValueError, match=r"model\.pt was tampered with.*'load_query_data'"):
+    with pytest.raises(ValueError, match=r"model\.pt .*tampered with.*'load_query_data'"):
         MixSCVI.load(saved, trained.adata.copy())
     assert not (tmp_path / "ran").exists()
 
@@ -125,6 +125,14 @@ def test_attributes_that_no_model_stores(name, trained, saved):
         (lambda s: s["model_state_dict"].update(px_r=torch.ones(3)), "weights are not those"),
         (lambda s: s["mixscvi"]["notes"].append([["nowhere", 3], "tuple", None]), "not the file"),
         (lambda s: s["mixscvi"]["notes"].append([["var_names"], "posix", None]), "not the file"),
+        (
+            lambda s: s["mixscvi"]["notes"].append(
+                [["var_names"], "array", {"dtype": "object", "shape": [3]}]
+            ),
+            r"tampered with \(ValueError: cannot reshape",
+        ),
+        (lambda s: s["mixscvi"].update(data_id=3), "data_id is no text"),
+        (lambda s: s["attr_dict"].update(init_params_=3), "init_params_ is no dictionary"),
         (lambda s: s["mixscvi"].update(format=99), "later version of mixscvi"),
         (
             lambda s: s["attr_dict"]["init_params_"]["non_kwargs"].update(n_latent=4),
