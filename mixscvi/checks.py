@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,17 @@ import pandas as pd
 from scipy import sparse
 
 __all__ = [
+    "check_categories",
     "check_choice",
+    "check_column",
     "check_counts",
     "check_finite",
     "check_genes",
+    "check_indices",
+    "check_numbers",
     "check_positive",
     "check_positive_int",
+    "check_unique",
 ]
 
 _ROWS_AT_ONCE = 8192
@@ -70,6 +76,172 @@ def _name_cells(obs_names: pd.Index, offending: np.ndarray) -> str:
     return f"{len(offending)} of {len(obs_names)} cells, first: {names}{more}"
 
 
+def check_numbers(x: Any, obs_names: pd.Index, var_names: pd.Index, *, source: str) -> None:
+    """Raise if a matrix does not hold numbers.
+
+    Parameters
+    ----------
+    x
+        `(n, G)`, of any kind that has a ``dtype``.
+    obs_names, var_names
+        Names of the cells and genes.
+    source
+        Name of the matrix for the message.
+
+    Raises
+    ------
+    TypeError
+        If its type is not that of real numbers, with the first cell and gene that is none.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> check_numbers(np.array([["3"]]), pd.Index(["AAC"]), pd.Index(["CD4"]), source="adata.X")
+    Traceback (most recent call last):
+    ...
+    TypeError: adata.X must hold numbers, but is of type <U1: first '3' of cell 'AAC', gene 'CD4'
+    """
+    if x.dtype.kind in "biuf":
+        return
+    first = ""
+    for i in range(len(obs_names) if isinstance(x, np.ndarray) else 0):
+        wrong = [j for j, value in enumerate(x[i]) if not isinstance(value, numbers.Real)]
+        if wrong:
+            value = x[i, wrong[0]]
+            value = value.item() if isinstance(value, np.generic) else value
+            gene = str(var_names[wrong[0]])
+            first = f": first {value!r} of cell {str(obs_names[i])!r}, gene {gene!r}"
+            break
+    else:
+        first = ": convert it, as with adata.X.astype('float32')"
+    raise TypeError(f"{source} must hold numbers, but is of type {x.dtype}{first}")
+
+
+def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = False) -> None:
+    """Raise if a column of ``obs`` cannot be a covariate.
+
+    Parameters
+    ----------
+    obs
+        Annotation of the cells.
+    key
+        Name of the column.
+    argument
+        The argument that names it.
+    numeric
+        Whether its values must be numbers; otherwise they are categories.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If a category is missing.
+    TypeError
+        If numbers are expected, and it has others; or if categories are of types that have no
+        common order.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> obs = pd.DataFrame({"batch": ["CTRL", np.nan]}, index=["AAC", "AAG"])
+    >>> check_column(obs, "batch", argument="batch_key")
+    Traceback (most recent call last):
+    ...
+    ValueError: batch_key: adata.obs['batch'] is missing (NaN) in 1 of 2 cells, first: 'AAG'
+    """
+    if key not in obs:
+        raise KeyError(f"{argument}={key!r} is no column of adata.obs, which has {[*obs.columns]}")
+    column = obs[key]
+    if not numeric:
+        missing = np.flatnonzero(column.isna())
+        if len(missing):
+            raise ValueError(
+                f"{argument}: adata.obs[{key!r}] is missing (NaN) in "
+                f"{_name_cells(obs.index, missing)}"
+            )
+        try:
+            np.unique(column.to_numpy(dtype=object))
+        except TypeError as error:  # what has no order cannot be coded
+            types = column.map(type).astype(object)
+            other = np.flatnonzero([kind is not types.iloc[0] for kind in types])
+            raise TypeError(
+                f"{argument}: adata.obs[{key!r}] mixes {types.iloc[0].__name__} with other types "
+                f"in {_name_cells(obs.index, other)}: convert it, as with .astype(str)"
+            ) from error
+        return
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return
+    wrong = np.flatnonzero([not isinstance(value, numbers.Real) for value in column])
+    cells = _name_cells(obs.index, wrong) if len(wrong) else f"all {len(obs)} cells"
+    raise TypeError(
+        f"{argument}: adata.obs[{key!r}] must hold numbers, but is of type {column.dtype} in "
+        f"{cells}"
+    )
+
+
+def check_categories(column: pd.Series, known: Sequence[Any], *, source: str) -> None:
+    """Raise if cells are of categories that a model was not trained on.
+
+    Raises
+    ------
+    ValueError
+        Naming the categories and the first offending cells.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_categories(pd.Series(["CTRL"]), ["CTRL", "STIM"], source="adata.obs['batch']")
+    """
+    unknown = ~column.isin(list(known)).to_numpy()
+    if unknown.any():
+        named = ", ".join(repr(value) for value in column[unknown].unique()[:_NAMES_SHOWN])
+        shown = ", ".join(repr(value) for value in list(known)[:_NAMES_SHOWN])
+        more = ", ..." if len(known) > _NAMES_SHOWN else ""
+        raise ValueError(
+            f"{source} is {named} in {_name_cells(column.index, np.flatnonzero(unknown))}, but the "
+            f"model was trained on {shown}{more}: map new ones with MixSCVI.load_query_data"
+        )
+
+
+def check_indices(indices: Any, n_obs: int) -> None:
+    """Raise if `indices` do not choose cells by position, or by a mask.
+
+    Raises
+    ------
+    TypeError
+        If they are names or other values than integers and booleans.
+    ValueError
+        If there are none.
+    IndexError
+        If one is out of range, or a mask is of another length.
+
+    Examples
+    --------
+    >>> check_indices([0, 5], n_obs=6)
+    >>> check_indices(["AAC"], n_obs=6)
+    Traceback (most recent call last):
+    ...
+    TypeError: indices must be positions of cells or a mask, got 'AAC' first: take
+    adata.obs_names.get_indexer(names)
+    """
+    given = np.asarray(indices)
+    if given.size == 0 or (given.dtype.kind == "b" and not given.any()):
+        raise ValueError("indices must choose at least one cell, got none")
+    if given.dtype.kind not in "biu":
+        raise TypeError(
+            f"indices must be positions of cells or a mask, got {given.ravel().tolist()[0]!r} "
+            "first: take adata.obs_names.get_indexer(names)"
+        )
+    if given.dtype.kind == "b":
+        if given.shape != (n_obs,):
+            raise IndexError(f"indices as a mask must be of the {n_obs} cells, got {given.shape}")
+        return
+    outside = given[(given < -n_obs) | (given >= n_obs)]
+    if outside.size:
+        raise IndexError(f"indices must be below the {n_obs} cells, got {outside.ravel()[0]}")
+
+
 def check_counts(
     x: Any,
     obs_names: pd.Index,
@@ -107,6 +279,8 @@ def check_counts(
     ...
     ValueError: adata.X has negative values in 1 of 1 cells, first: 'AAC': expected raw counts
     """
+    if sparse.issparse(x) and x.format not in ("csr", "csc"):
+        x = x.tocsr()  # others have no rows to slice
     n_cells = len(obs_names)
     not_finite = np.zeros(n_cells, dtype=bool)
     negative = np.zeros(n_cells, dtype=bool)
@@ -181,6 +355,28 @@ def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> N
         raise ValueError(
             f"{source} must be positive and finite, but is not in "
             f"{_name_cells(obs_names, offending)}"
+        )
+
+
+def check_unique(names: pd.Index, *, source: str) -> None:
+    """Raise if names occur more than once.
+
+    Raises
+    ------
+    ValueError
+        Naming the first of them.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_unique(pd.Index(["CD4", "CD8A"]), source="adata.var_names")
+    """
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
+        shown = ", ".join(repr(str(name)) for name in repeated[:_NAMES_SHOWN])
+        raise ValueError(
+            f"{source} must be unique to be matched, but {len(repeated)} occur more than once, "
+            f"first: {shown}"
         )
 
 

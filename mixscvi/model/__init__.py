@@ -11,7 +11,10 @@
 | adapted | exact posteriors |
 | expression | expression under the encoder's or the exact posteriors |
 | conversion | models of scvi-tools as mixtures |
-| persistence | saving, minified data, queries |
+| persistence | saving and loading |
+| files, plain | the file of a model, and what may stand in it |
+| queries | query mapping, minified data |
+| runner | how a training is started |
 """
 
 from mixscvi.model.adapted import AdaptedPosterior

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
-from scvi.model import SCVI
+from scvi.model import SCANVI, SCVI
 from scvi.train import TrainingPlan
 from torch import Tensor
 
-from mixscvi.checks import check_genes
+from mixscvi.checks import check_genes, check_indices
 from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
@@ -21,13 +24,17 @@ from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
+from mixscvi.model.inputs import check_known_categories, check_network, check_setup
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.persistence import PersistenceMixin
+from mixscvi.model.queries import QueriesMixin, counts_are_gone
+from mixscvi.model.runner import Runner, WithoutData
 from mixscvi.model.training import LeanTrainingPlan
 from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scvi.data import AnnDataManager
 
 __all__ = ["MixSCVI"]
 
@@ -35,14 +42,29 @@ _MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
 def _once_trained(method: Callable) -> Callable:
-    """Make a method of scvi-tools raise if the model is not trained: its numbers mean nothing."""
+    """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        self._check_if_trained(warn=False)
+        self._check_if_trained(warn=True)
         return method(self, *args, **kwargs)
 
     return checked
+
+
+@contextmanager
+def _naming_what_takes_memory(mixture: MixtureOptions, n_hidden: int) -> Iterator[None]:
+    """Say what to choose where a model is too large to be made."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        raise MemoryError(
+            f"a model of n_components={mixture.n_components} with component_encoder="
+            f"{mixture.component_encoder!r} and n_hidden={n_hidden} does not fit into memory: "
+            "choose fewer components, or component_encoder='amortized', which shares one encoder"
+        ) from error
 
 
 class MixSCVI(
@@ -52,8 +74,10 @@ class MixSCVI(
     AdaptedMixin,
     ComponentsMixin,
     ConversionMixin,
+    QueriesMixin,
     PersistenceMixin,
     SCVI,
+    WithoutData,
 ):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
@@ -72,7 +96,8 @@ class MixSCVI(
     adata
         Data registered with :meth:`MixSCVI.setup_anndata`.
     registry
-        Registry of a data module, instead of `adata`.
+        Registry of a data module, instead of `adata`. Without either, the model is made when it is
+        trained: ``train(datamodule=...)``.
     n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
         As in :class:`scvi.model.SCVI`.
     use_observed_lib_size, latent_distribution
@@ -187,34 +212,51 @@ class MixSCVI(
             objective=objective,
             likelihood=likelihood,
         )
-        if adata is None and registry is not None and not use_observed_lib_size:
-            raise ValueError(
-                "use_observed_lib_size=False takes its library priors from adata, got a registry "
-                "alone"
-            )
-        super().__init__(
-            adata,
-            registry,
+        check_network(
             n_hidden=n_hidden,
             n_latent=n_latent,
             n_layers=n_layers,
             dropout_rate=dropout_rate,
             dispersion=dispersion,
             gene_likelihood=gene_likelihood,
-            use_observed_lib_size=use_observed_lib_size,
             latent_distribution=latent_distribution,
-            **kwargs,
         )
+        if adata is None and registry is not None and not use_observed_lib_size:
+            raise ValueError(
+                "use_observed_lib_size=False takes its library priors from adata, got a registry "
+                "alone"
+            )
+        with _naming_what_takes_memory(self._mixture, n_hidden):
+            super().__init__(
+                adata,
+                registry,
+                n_hidden=n_hidden,
+                n_latent=n_latent,
+                n_layers=n_layers,
+                dropout_rate=dropout_rate,
+                dispersion=dispersion,
+                gene_likelihood=gene_likelihood,
+                use_observed_lib_size=use_observed_lib_size,
+                latent_distribution=latent_distribution,
+                **kwargs,
+            )
         prior_name = prior if isinstance(prior, str) else type(prior).__name__
         self._model_summary_string = self._model_summary_string.replace(
             "SCVI model", "MixSCVI model", 1
         ).removesuffix(".") + (
-            f", n_components: {n_components}, estimator: {estimator}, component_encoder: "
-            f"{component_encoder}, prior: {prior_name}, n_flow_steps: {n_flow_steps}."
+            f", n_components: {n_components}, n_sampled_components: "
+            f"{self._mixture.n_sampled_components}, estimator: {estimator}, component_encoder: "
+            f"{component_encoder}, prior: {prior_name}, n_flow_steps: {n_flow_steps}, n_samples: "
+            f"{n_samples}, objective: {objective}."
         )
-        self.var_names_ = [str(gene) for gene in self.get_var_names()]
-        if adata is not None and self.minified_data_type is None:
-            check_data(self.get_anndata_manager(adata, required=True), self.module)
+        if self._module_init_on_train:
+            # scvi-tools forgets this one argument.
+            self._module_kwargs["use_observed_lib_size"] = use_observed_lib_size
+            self.var_names_ = None
+        else:
+            self.var_names_ = [str(gene) for gene in self.get_var_names()]
+        if adata is not None and self._has_counts(self.adata_manager):
+            check_data(self.adata_manager, self.module)
             if prior == "vamp":
                 self._initialize_pseudo_cells(adata, n_prior_components)
         self.init_params_ = self._get_init_params(locals())
@@ -250,8 +292,13 @@ class MixSCVI(
 
         Raises
         ------
+        TypeError
+            If counts or covariates are no numbers, or an argument is of another type.
+        KeyError
+            If there is no such layer or column.
         ValueError
-            If a saved model is being loaded onto other genes than it was trained on.
+            If there are no cells or genes, a category is missing in cells, or a saved model is
+            being loaded onto other genes, or categories, than it was trained on.
 
         Examples
         --------
@@ -259,8 +306,20 @@ class MixSCVI(
         >>> adata = mixscvi.datasets.pbmc68k()
         >>> mixscvi.MixSCVI.setup_anndata(adata)
         """
+        check_setup(
+            adata,
+            layer=layer,
+            batch_key=batch_key,
+            labels_key=labels_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            may_lack_labels=kwargs.get("allow_missing_labels", False),
+        )
         source = kwargs.get("source_registry")
         if source is not None:
+            if not kwargs.get("extend_categories"):
+                check_known_categories(adata, source)
             trained_on = source["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
             check_genes(adata.var_names, trained_on["column_names"])
         super().setup_anndata(
@@ -273,6 +332,39 @@ class MixSCVI(
             continuous_covariate_keys=continuous_covariate_keys,
             **kwargs,
         )
+
+    _train_runner_cls = Runner
+
+    @property
+    def init_params_(self) -> dict[str, dict]:
+        """Arguments that made the model, by name.
+
+        Raises
+        ------
+        TypeError
+            If :class:`scvi.model.SCANVI` is to be made of several components.
+        """
+        # SCANVI takes all arguments for its own and stops at those that it does not know. Nothing
+        # else of ours is called on that way.
+        caller = sys._getframe(1)
+        if (caller.f_code.co_name, caller.f_globals.get("__name__")) != (
+            "from_scvi_model",
+            SCANVI.__module__,
+        ):
+            return self._init_params
+        if not self._mixture.is_scvi:
+            raise TypeError(
+                f"SCANVI has one Gaussian as posterior and a standard normal prior, but this "
+                f"MixSCVI has n_components={self._mixture.n_components}, prior="
+                f"{self._mixture.prior!r}: train one with n_components=1"
+            )
+        names = {field.name for field in fields(MixtureOptions)}
+        of_scvi = {k: v for k, v in self._init_params["non_kwargs"].items() if k not in names}
+        return {**self._init_params, "non_kwargs": of_scvi}
+
+    @init_params_.setter
+    def init_params_(self, value: dict[str, dict]) -> None:
+        self._init_params = value
 
     @property
     def _training_plan_cls(self) -> type[TrainingPlan]:
@@ -291,12 +383,31 @@ class MixSCVI(
         self.module.initialize_pseudo_cells(next(iter(loader)))
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
-        if adata is not None:
+        if adata is not None and self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)
+            if self.adata is not None and adata is not self.adata:
+                check_known_categories(adata, self.registry)
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
-        if adata is not self.adata and _MINIFY_UNS_KEY not in adata.uns:
-            check_data(self.get_anndata_manager(adata, required=True), self.module)
+        if adata is not self.adata:
+            manager = self.get_anndata_manager(adata, required=True)
+            if self._has_counts(manager):
+                check_data(manager, self.module)
         return adata
+
+    @staticmethod
+    def _has_counts(manager: AnnDataManager) -> bool:
+        """Whether data have counts, and not the parameters of posteriors in their place."""
+        return _MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
+
+    def _make_data_loader(self, adata: AnnData, indices=None, *args, **kwargs):
+        """Minibatches for every method; their cells are checked here for all of them."""
+        if indices is not None:
+            check_indices(indices, adata.n_obs)
+        if counts_are_gone(self.get_anndata_manager(adata, required=True)):
+            raise ValueError(
+                "adata has latent posteriors in place of its counts: call minify_adata() first"
+            )
+        return super()._make_data_loader(adata, indices, *args, **kwargs)
 
     def _minibatches(
         self,

@@ -1,95 +1,36 @@
-"""Saving, minification and query mapping."""
+"""Saving and loading, without running what a file holds."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import urllib.request
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
-import torch
+import anndata
+import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not import it
+from scvi.data import AnnDataManager
 
-from mixscvi.mixture import VampPrior
+from mixscvi.model.files import (
+    StoredModel,
+    data_file,
+    put_in_place,
+    read_model,
+    staged,
+    write_model,
+)
+from mixscvi.system import write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from lightning import LightningDataModule
-    from scvi.model import SCVI
 
-__all__ = ["PersistenceMixin"]
-
-_STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
+__all__ = ["PersistenceMixin", "read_for"]
 
 
 class PersistenceMixin:
-    """Methods of :class:`mixscvi.MixSCVI` that extend scvi-tools' of the same name."""
-
-    @classmethod
-    def load_query_data(
-        cls,
-        adata: AnnData | None = None,
-        reference_model: str | SCVI | None = None,
-        registry: dict | None = None,
-        inplace_subset_query_vars: bool = False,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        unfrozen: bool = False,
-        freeze_dropout: bool = False,
-        freeze_expression: bool = True,
-        **kwargs,
-    ) -> Self:
-        """Map query cells onto a trained reference (scArches); see ``SCVI.load_query_data``.
-
-        What scArches trains of scVI's encoder it trains of every component's: the weights of the
-        covariates, and those of expression with ``freeze_expression=False``.
-        """
-        model = super().load_query_data(
-            adata=adata,
-            reference_model=reference_model,
-            registry=registry,
-            inplace_subset_query_vars=inplace_subset_query_vars,
-            accelerator=accelerator,
-            device=device,
-            unfrozen=unfrozen,
-            freeze_dropout=freeze_dropout,
-            freeze_expression=freeze_expression,
-            **kwargs,
-        )
-        prior = model.module.prior
-        if isinstance(prior, VampPrior) and len(prior.pseudo_inputs.cat_logits):
-            # The pseudo-cells are the reference's: none of them is of a batch that is new.
-            prior.pseudo_inputs.hide_categories(_n_categories(reference_model))
-        if not unfrozen:
-            model.module.train_covariates_only(freeze_expression=freeze_expression)
-        return model
-
-    def minify_adata(
-        self,
-        minified_data_type: str = "latent_posterior_parameters",
-        use_latent_qzm_key: str = "X_latent_qzm",
-        use_latent_qzv_key: str = "X_latent_qzv",
-    ) -> None:
-        """Replace the counts by the posterior's parameters; see ``SCVI.minify_adata``.
-
-        A mixture is not its mean and variance, so the parameters of all components are computed
-        here and stored, `2 * A * D` numbers a cell; the two keys are read with one component
-        alone.
-        """
-        if self.module.mixture.is_scvi:
-            super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
-            return
-        loc, scale = self.get_latent_mixture()
-        original = self.adata
-        original.obsm[_STORED_LOC] = loc.reshape(len(loc), -1)
-        original.obsm[_STORED_VAR] = np.square(scale).reshape(len(loc), -1)
-        try:
-            super().minify_adata(minified_data_type, _STORED_LOC, _STORED_VAR)
-        finally:
-            for holder in (original, self.adata):
-                holder.obsm.pop(_STORED_LOC, None)
-                holder.obsm.pop(_STORED_VAR, None)
+    """Methods of :class:`mixscvi.MixSCVI` that read and write models."""
 
     def save(
         self,
@@ -104,65 +45,263 @@ class PersistenceMixin:
     ) -> None:
         """Save the model; see ``SCVI.save``.
 
-        The folder is written beside `dir_path` and replaces it when complete, so an interrupt
-        leaves what was there. Other files in an overwritten folder are kept.
+        The file holds tensors, numbers and texts alone, and :meth:`load` runs nothing of it. At
+        any moment the folder has one whole model, the old or the new one; what a process leaves
+        that is killed while saving, the next one clears. Other files in the folder are kept.
+
+        Parameters
+        ----------
+        dir_path
+            Folder for the model.
+        prefix
+            What the names of its files start with.
+        overwrite
+            Whether an existing folder may be written to.
+        save_anndata
+            Whether to save the data as well.
+        save_kwargs
+            Passed to :func:`torch.save`.
+        legacy_mudata_format, datamodule
+            As in ``SCVI.save``.
+        **anndata_write_kwargs
+            Passed to :meth:`anndata.AnnData.write_h5ad`.
 
         Raises
         ------
         ValueError
-            If `dir_path` exists and `overwrite` is false, or is a file.
+            If `dir_path` exists and `overwrite` is false, or is a file; or if `save_anndata` is
+            true and the model holds no data.
+        TypeError
+            If an attribute of the model whose name ends in ``_`` is an object that a file without
+            code cannot hold.
         """
-        target = Path(dir_path)
+        target = Path(os.path.abspath(dir_path))
         if target.exists() and not overwrite:
             raise ValueError(
-                f"dir_path {str(target)!r} already exists: choose another, or overwrite=True"
+                f"dir_path {str(dir_path)!r} already exists: choose another, or overwrite=True"
             )
         if target.exists() and not target.is_dir():
-            raise ValueError(f"dir_path {str(target)!r} is a file: choose a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        complete, replaced = staging / "complete", staging / "replaced"
-        try:
+            raise ValueError(f"dir_path {str(dir_path)!r} is a file: choose a folder")
+        if save_anndata and self.adata is None:
+            raise ValueError("save_anndata=True saves the model's data, but it holds none")
+        with staged(target) as staging:
+            complete, by_scvi = staging / "complete", staging / "scvi"
+            complete.mkdir()
             super().save(
-                str(complete),
+                str(by_scvi),
                 prefix=prefix,
-                save_anndata=save_anndata,
-                save_kwargs=save_kwargs,
                 legacy_mudata_format=legacy_mudata_format,
                 datamodule=datamodule,
-                **anndata_write_kwargs,
             )
-            if target.exists():
-                _carry_over(target, complete)
-                target.rename(replaced)
-            complete.rename(target)
-        finally:
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            shutil.rmtree(staging)
+            write_model(
+                by_scvi / f"{prefix or ''}model.pt",
+                complete / f"{prefix or ''}model.pt",
+                data_id=staging.name if save_anndata else None,
+                **(save_kwargs or {}),
+            )
+            if save_anndata:
+                self.adata.write_h5ad(
+                    complete / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs
+                )
+            put_in_place(staging, target, prefix)
 
+    @classmethod
+    def load(
+        cls,
+        dir_path: str | os.PathLike,
+        adata: AnnData | Literal[False] | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+        backup_url: str | None = None,
+        datamodule: LightningDataModule | None = None,
+        allowed_classes_names_list: list[str] | None = None,
+        *,
+        allow_pickle: bool = False,
+        arguments: dict[str, Any] | None = None,
+    ) -> Self:
+        """Load a saved model, without running anything that its file holds; see ``SCVI.load``.
 
-def _carry_over(old: Path, new: Path) -> None:
-    """Keep all other files of the old folder in the new one, linked where possible."""
+        Parameters
+        ----------
+        dir_path
+            Folder of the model.
+        adata
+            Data set up like those it was trained on; by default those saved with it, if any.
+            ``False`` for none.
+        accelerator, device, datamodule, allowed_classes_names_list
+            As in ``SCVI.load``.
+        prefix
+            What the names of its files start with.
+        backup_url
+            Where the model's file is fetched from if there is none in the folder.
+        allow_pickle
+            Whether the file may hold Python objects, as those of scvi-tools and of early versions
+            of mixscvi do. Reading them can run any code: say so only of a file whose maker you
+            trust, and :meth:`save` the model anew. One saved by :class:`scvi.model.SCVI` becomes
+            a MixSCVI of one component.
+        arguments
+            Arguments of the model that a file cannot hold: a
+            :class:`~mixscvi.mixture.Prior` or activation of the user's own, by name.
 
-    def link(source: str, destination: str) -> None:
-        if Path(destination).exists():
-            return
-        try:
-            os.link(source, destination)
-        except OSError:
-            shutil.copy2(source, destination)
+        Raises
+        ------
+        ValueError
+            If the file is missing, truncated, damaged or tampered with, or holds Python objects
+            and `allow_pickle` is false, naming it; if it leaves out arguments and they are not
+            given; or if the data do not fit the model.
 
-    shutil.copytree(old, new, copy_function=link, dirs_exist_ok=True)
-
-
-def _n_categories(reference_model: str | SCVI) -> list[int]:
-    """Categories that the pseudo-cells of a reference know, covariate by covariate."""
-    if isinstance(reference_model, str):
-        stored = torch.load(
-            Path(reference_model) / "model.pt", map_location="cpu", weights_only=False
+        Examples
+        --------
+        >>> import tempfile, mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save(folder, overwrite=True)
+        ...     mixscvi.MixSCVI.load(folder, adata).module.n_components
+        2
+        """
+        if backup_url is not None:
+            _fetch(backup_url, Path(dir_path) / f"{prefix or ''}model.pt")
+        stored = read_for(
+            cls, dir_path, prefix=prefix, allow_pickle=allow_pickle, arguments=arguments
         )
-        state = stored["model_state_dict"]
-    else:
-        state = reference_model.module.state_dict()
-    return [value.shape[-1] for name, value in state.items() if ".cat_logits." in name]
+        if adata is None:
+            adata = _read_data(data_file(stored, prefix))
+        with stored.as_written_by_scvi(prefix) as folder:
+            try:
+                return super().load(
+                    folder,
+                    adata=adata,
+                    accelerator=accelerator,
+                    device=device,
+                    prefix=prefix,
+                    datamodule=datamodule,
+                    allowed_classes_names_list=allowed_classes_names_list,
+                )
+            except (AttributeError, KeyError, TypeError) as error:
+                error.add_note(f"while making the model that {stored.path} describes")
+                raise
+            except RuntimeError as error:
+                if not str(error).startswith("Error(s) in loading state_dict"):
+                    raise
+                detail = " ".join(str(error).split()[:40])
+                raise ValueError(
+                    f"{stored.path} was tampered with, or is of another version: its weights are "
+                    f"not those of the model it describes ({detail} ...)"
+                ) from error
+
+    @staticmethod
+    def load_registry(
+        dir_path: str | os.PathLike, prefix: str | None = None, *, allow_pickle: bool = False
+    ) -> dict:
+        """Registry of a saved model; see ``SCVI.load_registry``.
+
+        Parameters
+        ----------
+        dir_path, prefix, allow_pickle
+            As in :meth:`load`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`load`.
+        """
+        return read_model(dir_path, prefix, allow_pickle=allow_pickle).attributes["registry_"]
+
+    @classmethod
+    def view_setup_args(
+        cls, dir_path: str | os.PathLike, prefix: str | None = None, *, allow_pickle: bool = False
+    ) -> None:
+        """Print the arguments that set up the data of a saved model.
+
+        Parameters
+        ----------
+        dir_path, prefix, allow_pickle
+            As in :meth:`load`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`load`.
+        """
+        registry = cls.load_registry(dir_path, prefix, allow_pickle=allow_pickle)
+        AnnDataManager.view_setup_method_args(registry)
+
+    @classmethod
+    def convert_legacy_save(
+        cls,
+        dir_path: str | os.PathLike,
+        output_dir_path: str | os.PathLike,
+        overwrite: bool = False,
+        prefix: str | None = None,
+        *,
+        allow_pickle: bool = False,
+        **save_kwargs,
+    ) -> None:
+        """Convert a model saved before scvi-tools 0.15; see ``SCVI.convert_legacy_save``.
+
+        Parameters
+        ----------
+        dir_path, output_dir_path, overwrite, prefix, **save_kwargs
+            As in ``SCVI.convert_legacy_save``.
+        allow_pickle
+            Must be ``True``: such models are Python objects, and reading them can run any code.
+
+        Raises
+        ------
+        ValueError
+            If it is not.
+        """
+        if not allow_pickle:
+            raise ValueError(
+                f"{os.fspath(dir_path)!r} holds Python objects, and reading them can run any "
+                "code: if you trust whoever made it, say allow_pickle=True, here and to load()"
+            )
+        super().convert_legacy_save(
+            dir_path, output_dir_path, overwrite=overwrite, prefix=prefix, **save_kwargs
+        )
+
+
+def read_for(
+    cls: type,
+    folder: str | os.PathLike,
+    *,
+    prefix: str | None = None,
+    allow_pickle: bool = False,
+    arguments: dict[str, Any] | None = None,
+) -> StoredModel:
+    """Read a model to make one of `cls`: what scvi-tools' SCVI saved has one component."""
+    stored = read_model(folder, prefix, allow_pickle=allow_pickle)
+    stored.give(arguments or {})
+    registry, init = stored.attributes["registry_"], stored.attributes["init_params_"]
+    given = init.get("non_kwargs", init)
+    if registry.get("model_name") == "SCVI" and "n_components" not in given:
+        registry["model_name"] = cls.__name__
+        given["n_components"] = 1
+    return stored
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetch a file, if it is not there."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "mixscvi"})
+    with urllib.request.urlopen(request) as answer:
+        write_beside(path, lambda beside: beside.write_bytes(answer.read()))
+
+
+def _read_data(path: Path) -> AnnData | Literal[False]:
+    if not path.is_file():
+        warnings.warn(
+            f"{path.parent} holds no data, and no adata was given: the model is loaded without",
+            UserWarning,
+            stacklevel=3,
+        )
+        return False
+    try:
+        return anndata.read_h5ad(path)
+    except OSError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from error

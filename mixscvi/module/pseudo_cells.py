@@ -56,10 +56,12 @@ class PseudoCells(nn.Module):
         self.n_genes = n_genes
         self.non_negative = non_negative
         self.dense = nn.Parameter(torch.randn(n_pseudo, n_dense))
-        self.n_cat_list = list(n_cat_list)
-        to_learn = [n_cat for n_cat in n_cat_list if n_cat > 1]
-        self.cat_logits = nn.ParameterList(torch.zeros(n_pseudo, n_cat) for n_cat in to_learn)
-        for i, n_cat in enumerate(to_learn):
+        # One category is nothing to learn, but keeps its place: a query brings more.
+        self.n_cat_list = [max(n_cat, 1) for n_cat in n_cat_list]
+        self.cat_logits = nn.ParameterList(
+            torch.zeros(n_pseudo, n_cat) for n_cat in self.n_cat_list
+        )
+        for i, n_cat in enumerate(self.n_cat_list):
             self.register_buffer(self._mask_name(i), torch.zeros(n_cat, dtype=torch.bool))
 
     @staticmethod
@@ -67,14 +69,12 @@ class PseudoCells(nn.Module):
         return f"cat_hidden_{covariate}"
 
     def hide_categories(self, n_known: Sequence[int]) -> None:
-        """Give no weight to the categories beyond the first `n_known` of each covariate.
-
-        Covariates with one category are left out.
-        """
+        """Give no weight to the categories beyond the first `n_known` of each covariate."""
         for i, n in enumerate(n_known):
             self.get_buffer(self._mask_name(i))[n:] = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._add_single_categories(state_dict, f"{prefix}cat_logits.")
         # Before there were masks, infinite logits hid a category.
         for i in range(len(self.cat_logits)):
             logits = state_dict.get(f"{prefix}cat_logits.{i}")
@@ -84,6 +84,22 @@ class PseudoCells(nn.Module):
                 state_dict[f"{prefix}cat_logits.{i}"] = logits.masked_fill(logits == -torch.inf, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _add_single_categories(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Make room for covariates of one category, which were not stored once."""
+        stored = [name for name in state_dict if name.startswith(prefix)]
+        several = [i for i, n_cat in enumerate(self.n_cat_list) if n_cat > 1]
+        if len(stored) == len(self.n_cat_list) or len(stored) != len(several):
+            return
+        for of in ("cat_logits.", "cat_hidden_"):
+            start = prefix.removesuffix("cat_logits.") + of
+            values = [state_dict.pop(f"{start}{i}", None) for i in range(len(several))]
+            for i, value in zip(several, values, strict=True):
+                if value is not None:
+                    state_dict[f"{start}{i}"] = value
+        for i, n_cat in enumerate(self.n_cat_list):
+            if n_cat == 1:
+                state_dict[f"{prefix}{i}"] = self.cat_logits[i].detach().clone()
+
     @torch.no_grad()
     def initialize(self, dense: Tensor, *categories: Tensor) -> None:
         """Start from the encoder inputs of `K` real cells: `(K, n_dense)` and indices `(K, 1)`."""
@@ -92,9 +108,7 @@ class PseudoCells(nn.Module):
             sharp = self._SHARPNESS * start[:, : self.n_genes].clamp_min(self._LEAST)
             start[:, : self.n_genes] = (sharp + (-(-sharp).expm1()).log()) / self._SHARPNESS
         self.dense.copy_(start)
-        given = zip(self.n_cat_list, categories, strict=False)  # or none are encoded
-        learned = [category for n_cat, category in given if n_cat > 1]
-        for logits, category in zip(self.cat_logits, learned, strict=True):
+        for logits, category in zip(self.cat_logits, categories, strict=False):  # or none encoded
             one_hot = F.one_hot(category.squeeze(-1).long(), logits.shape[-1])
             logits.copy_(self._LOGIT * one_hot)
 
@@ -104,12 +118,8 @@ class PseudoCells(nn.Module):
         if self.non_negative:
             expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)
             dense = torch.cat((F.softplus(expression, beta=self._SHARPNESS), rest), dim=-1)
-        learned = (
+        weights = (
             logits.masked_fill(self.get_buffer(self._mask_name(i)), -torch.inf).softmax(-1)
             for i, logits in enumerate(self.cat_logits)
-        )
-        weights = (
-            next(learned) if n_cat > 1 else dense.new_ones(len(dense), 1)
-            for n_cat in self.n_cat_list
         )
         return dense, *weights

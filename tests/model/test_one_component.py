@@ -183,6 +183,7 @@ def test_one_component_is_scvi_where_users_continue(make_adata, tmp_path):
     ours, theirs = (fit(cls, adata, BATCH) for cls in (_OneComponent, SCVI))
     scvi.settings.seed = 3
     train(ours, max_epochs=1)
+    theirs.module.train()  # SCVI's second training is in evaluation mode
     scvi.settings.seed = 3
     train(theirs, max_epochs=1)
     assert_same_state(ours, theirs)

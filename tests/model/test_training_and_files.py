@@ -1,12 +1,10 @@
 """The last minibatch, and models on disk."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scvi
-import torch
 from scvi.model import SCVI
 
 from fitting import EARLY, assert_same_state, fit, train
@@ -40,41 +38,6 @@ def test_all_training_cells_are_used_otherwise(make_adata):
     sizes = {"train_size": 68 / 72, "validation_size": 4 / 72, "batch_size": 32}
     model = fit(MixSCVI, make_adata(), train_kwargs=sizes)
     assert model.trainer.global_step == 6
-
-
-class _InterruptedSave:
-    """Writes the first half of a file, then is interrupted."""
-
-    def __init__(self):
-        self.original = torch.save
-
-    def __call__(self, obj, path, *args, **kwargs):
-        self.original(obj, path, *args, **kwargs)
-        with open(path, "rb+") as file:
-            file.truncate(len(file.read()) // 2)
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("n_components", [1, 3])
-def test_an_interrupted_save(n_components, make_adata, tmp_path, monkeypatch):
-    """It leaves the earlier model as it was, and nothing beside it."""
-    adata = make_adata()
-    model = fit(MixSCVI, adata, n_components=n_components)
-    path = tmp_path / "model"
-    model.save(path, save_anndata=True)
-    files = sorted(file.name for file in path.iterdir())
-    latent = model.get_latent_representation()
-    train(model, max_epochs=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", _InterruptedSave())
-        with pytest.raises(KeyboardInterrupt):
-            model.save(path, overwrite=True, save_anndata=True)
-        with pytest.raises(KeyboardInterrupt):
-            model.save(tmp_path / "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-    assert sorted(file.name for file in path.iterdir()) == files
-    loaded = MixSCVI.load(path, accelerator="cpu")
-    np.testing.assert_array_equal(loaded.get_latent_representation(), latent)
 
 
 def test_save_and_overwrite(make_adata, tmp_path):
@@ -130,31 +93,3 @@ def test_a_last_cell_trains_where_nothing_is_normalized(make_adata):
         theirs = fit(SCVI, adata, use_batch_norm="none", train_kwargs=train_kwargs)
     got, expected = (model.history["elbo_train"].to_numpy(float) for model in (ours, theirs))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-
-
-def test_an_interrupt_between_two_files_leaves_the_old_pair(make_adata, tmp_path, monkeypatch):
-    target = tmp_path / "model"
-    model = fit(MixSCVI, make_adata(), n_components=2)
-    model.save(target, save_anndata=True)
-    (target / "notes.txt").write_text("mine")
-    old = {path.name: path.read_bytes() for path in target.iterdir()}
-    other = fit(MixSCVI, make_adata(seed=1), n_components=2, seed=5)
-    rename = Path.rename
-
-    def interrupted(self, to):
-        if self.name == "complete":
-            raise KeyboardInterrupt
-        return rename(self, to)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            other.save(target, overwrite=True, save_anndata=True)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == old
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    other.save(target, overwrite=True, save_anndata=True)
-    assert (target / "notes.txt").read_text() == "mine"
-    assert (target / "model.pt").read_bytes() != old["model.pt"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file: choose a folder"):
-        model.save(tmp_path / "file", overwrite=True)

@@ -1,0 +1,148 @@
+"""The arguments of a model and of its data, checked before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+
+from mixscvi.checks import (
+    check_categories,
+    check_choice,
+    check_column,
+    check_numbers,
+    check_positive_int,
+)
+
+__all__ = ["check_known_categories", "check_network", "check_setup"]
+
+
+def check_setup(
+    adata: AnnData,
+    *,
+    layer: str | None,
+    batch_key: str | None,
+    labels_key: str | None,
+    size_factor_key: str | None,
+    categorical_covariate_keys: Sequence[str] | None,
+    continuous_covariate_keys: Sequence[str] | None,
+    may_lack_labels: bool,
+) -> None:
+    """Raise if data cannot be registered with these arguments of ``setup_anndata``.
+
+    Parameters
+    ----------
+    adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, \
+    continuous_covariate_keys
+        As in :meth:`mixscvi.MixSCVI.setup_anndata`.
+    may_lack_labels
+        Whether the labels may be missing, as those of a query.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another type, or counts or covariates are no numbers.
+    KeyError
+        If there is no such layer or column.
+    ValueError
+        If there are no genes, no counts, or categories are missing in cells.
+    """
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
+    if not isinstance(adata.obs, pd.DataFrame):
+        return  # collections of files, which are not read here
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {[*adata.layers]}")
+    x, source = (
+        (adata.X, "adata.X") if layer is None else (adata.layers[layer], f"adata.layers[{layer!r}]")
+    )
+    if x is None:
+        raise ValueError(
+            f"adata.X is empty: give the layer that holds the counts, {[*adata.layers]}"
+        )
+    if not adata.n_vars:
+        raise ValueError(f"adata must have genes, got shape {adata.shape}")
+    if not adata.n_obs:
+        raise ValueError(f"adata must have cells, got shape {adata.shape}")
+    check_numbers(x, adata.obs_names, adata.var_names, source=source)
+    if batch_key is not None:
+        check_column(adata.obs, batch_key, argument="batch_key")
+    if labels_key is not None and not (may_lack_labels and labels_key not in adata.obs):
+        check_column(adata.obs, labels_key, argument="labels_key")
+    if size_factor_key is not None:
+        check_column(adata.obs, size_factor_key, argument="size_factor_key", numeric=True)
+    for argument, keys, numeric in (
+        ("categorical_covariate_keys", categorical_covariate_keys, False),
+        ("continuous_covariate_keys", continuous_covariate_keys, True),
+    ):
+        if isinstance(keys, str):
+            raise TypeError(f"{argument} must be a list of columns, got {keys!r}")
+        for key in keys if keys is not None else ():
+            check_column(adata.obs, key, argument=argument, numeric=numeric)
+
+
+def check_known_categories(adata: AnnData, registry: Mapping[str, Any]) -> None:
+    """Raise if cells are of batches, labels or covariates that a model was not trained on.
+
+    Columns that `adata` lacks are left to scvi-tools.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    registry
+        Of the model.
+
+    Raises
+    ------
+    ValueError
+        Naming the column, the categories and the first offending cells.
+    """
+    if not isinstance(adata.obs, pd.DataFrame):
+        return
+    fields = registry["field_registries"]
+    known: dict[str, Any] = {}
+    for field in (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY):
+        state = fields.get(field, {}).get("state_registry", {})
+        if "categorical_mapping" in state and "original_key" in state:
+            known[state["original_key"]] = state["categorical_mapping"]
+    known |= (
+        fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {}).get("mappings", {})
+    )
+    for key, categories in known.items():
+        if key in adata.obs and not key.startswith("_scvi"):
+            column = adata.obs[key]
+            check_column(adata.obs, key, argument="adata")
+            check_categories(column, pd.Index(categories).tolist(), source=f"adata.obs[{key!r}]")
+
+
+def check_network(
+    *,
+    n_hidden: Any,
+    n_latent: Any,
+    n_layers: Any,
+    dropout_rate: Any,
+    dispersion: Any,
+    gene_likelihood: Any,
+    latent_distribution: Any,
+) -> None:
+    """Raise if an argument that describes scVI's networks is not one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+    for name, value in (("n_hidden", n_hidden), ("n_latent", n_latent), ("n_layers", n_layers)):
+        check_positive_int(name, value)
+    if isinstance(dropout_rate, bool) or not isinstance(dropout_rate, (int, float, np.number)):
+        raise TypeError(f"dropout_rate must be a number from 0 to 1, got {dropout_rate!r}")
+    if not 0 <= dropout_rate <= 1:
+        raise ValueError(f"dropout_rate must be a number from 0 to 1, got {dropout_rate!r}")
+    check_choice("dispersion", dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
+    check_choice("gene_likelihood", gene_likelihood, ("zinb", "nb", "poisson", "normal"))
+    check_choice("latent_distribution", latent_distribution, ("normal", "ln"))

@@ -1,0 +1,303 @@
+"""Queries mapped to a reference, and minified data."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from scvi import REGISTRY_KEYS
+from scvi.model import SCVI
+from torch import Tensor
+
+from mixscvi.checks import check_unique
+from mixscvi.mixture import VampPrior
+from mixscvi.model.files import read_model
+from mixscvi.model.persistence import read_for
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scvi.data import AnnDataManager
+    from scvi.module import VAE
+
+__all__ = ["QueriesMixin", "counts_are_gone"]
+
+_STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
+# Where scvi-tools looks for the posteriors of data that come without counts.
+_LATENT_KEYS = ("_scvi_latent_qzm", "_scvi_latent_qzv")
+
+
+class QueriesMixin:
+    """Methods of :class:`mixscvi.MixSCVI` that extend scvi-tools' of the same name."""
+
+    @staticmethod
+    def prepare_query_anndata(
+        adata: AnnData,
+        reference_model: str | os.PathLike | SCVI,
+        return_reference_var_names: bool = False,
+        inplace: bool = True,
+        *,
+        allow_pickle: bool = False,
+    ) -> AnnData | pd.Index | None:
+        """Give a query the genes of a reference; see ``SCVI.prepare_query_anndata``.
+
+        Parameters
+        ----------
+        adata, return_reference_var_names, inplace
+            As in ``SCVI.prepare_query_anndata``.
+        reference_model
+            The reference, or the folder that it was saved to.
+        allow_pickle
+            As in :meth:`MixSCVI.load`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`MixSCVI.load`; or if the query has none of the genes, or one of them twice.
+        """
+        check_unique(adata.var_names, source="adata.var_names")
+        source = nullcontext(reference_model)
+        if isinstance(reference_model, (str, os.PathLike)):
+            source = read_model(reference_model, allow_pickle=allow_pickle).as_written_by_scvi()
+        with source as reference:
+            return SCVI.prepare_query_anndata(
+                adata, reference, return_reference_var_names, inplace=inplace
+            )
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: AnnData | None = None,
+        reference_model: str | os.PathLike | SCVI | None = None,
+        registry: dict | None = None,
+        inplace_subset_query_vars: bool = False,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        unfrozen: bool = False,
+        freeze_dropout: bool = False,
+        freeze_expression: bool = True,
+        *args,
+        allow_pickle: bool = False,
+        arguments: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Self:
+        """Map query cells onto a trained reference (scArches); see ``SCVI.load_query_data``.
+
+        What scArches trains of scVI's encoder it trains of every component's: the weights of the
+        covariates, and those of expression with ``freeze_expression=False``. Where batches are
+        embedded, it trains the embeddings of new ones. Before training, cells of the reference
+        have the latents and expression that the reference gave them.
+
+        Parameters
+        ----------
+        adata, registry, inplace_subset_query_vars, accelerator, device, unfrozen, \
+        freeze_dropout, freeze_expression, *args, **kwargs
+            As in ``SCVI.load_query_data``.
+        reference_model
+            The reference, or the folder that it was saved to.
+        allow_pickle, arguments
+            As in :meth:`MixSCVI.load`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`MixSCVI.load`; or if the query does not fit the reference.
+        """
+        if inplace_subset_query_vars and adata is not None:
+            check_unique(adata.var_names, source="adata.var_names")
+        source = nullcontext(reference_model)
+        if isinstance(reference_model, (str, os.PathLike)):
+            stored = read_for(cls, reference_model, allow_pickle=allow_pickle, arguments=arguments)
+            state_dict, source = stored.state_dict, stored.as_written_by_scvi()
+            known = _n_columns(stored.attributes["registry_"])
+        elif reference_model is not None:
+            state_dict = reference_model.module.state_dict()
+            known = _n_columns(reference_model.registry)
+        with source as reference:
+            model = super().load_query_data(
+                adata,
+                reference,
+                registry,
+                inplace_subset_query_vars,
+                accelerator,
+                device,
+                unfrozen,
+                freeze_dropout,
+                freeze_expression,
+                *args,
+                **kwargs,
+            )
+        _order_covariates(model.module, state_dict, known, _n_columns(model.registry))
+        if isinstance(model.module.prior, VampPrior):
+            # The pseudo-cells are the reference's: none of them is of a batch that is new.
+            model.module.prior.pseudo_inputs.hide_categories(_n_categories(state_dict))
+        if not unfrozen:
+            model.module.train_covariates_only(freeze_expression=freeze_expression)
+            if isinstance(model.module.prior, VampPrior) and freeze_expression:
+                _freeze_known_covariates(model.module, known, _n_columns(model.registry))
+            _train_new_embeddings(model.module, state_dict)
+        return model
+
+    def minify_adata(
+        self,
+        minified_data_type: str = "latent_posterior_parameters",
+        use_latent_qzm_key: str = "X_latent_qzm",
+        use_latent_qzv_key: str = "X_latent_qzv",
+    ) -> None:
+        """Replace the counts by the posterior's parameters; see ``SCVI.minify_adata``.
+
+        A mixture is not its mean and variance, so the parameters of all components are computed
+        here and stored, `2 * A * D` numbers a cell. The two keys are read if there are such with
+        one component, and of data whose counts are gone already. Those hold all components,
+        `(n, A * D)` each, or the mean and variance of each cell, `(n, D)`: then its posterior is
+        taken to be one Gaussian.
+
+        Warns
+        -----
+        UserWarning
+            If the counts are gone, and with them what is needed for expression at its scale.
+        """
+        gone = counts_are_gone(self.adata_manager)
+        library = self.adata.obs.get(self._OBSERVED_LIB_SIZE_KEY)
+        stored = use_latent_qzm_key in self.adata.obsm and use_latent_qzv_key in self.adata.obsm
+        if gone and not stored:
+            use_latent_qzm_key, use_latent_qzv_key = _LATENT_KEYS
+        if gone or (stored and self.module.mixture.is_scvi):
+            if gone:
+                self._warn_of_what_is_gone(use_latent_qzm_key, library is not None)
+            super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+            if gone and library is not None:
+                self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library
+            return
+        loc, scale = self.get_latent_mixture()
+        original = self.adata
+        original.obsm[_STORED_LOC] = loc.reshape(len(loc), -1)
+        original.obsm[_STORED_VAR] = np.square(scale).reshape(len(loc), -1)
+        try:
+            super().minify_adata(minified_data_type, _STORED_LOC, _STORED_VAR)
+        finally:
+            for holder in (original, self.adata):
+                holder.obsm.pop(_STORED_LOC, None)
+                holder.obsm.pop(_STORED_VAR, None)
+
+    def _warn_of_what_is_gone(self, latent_key: str, has_library: bool) -> None:
+        """Say what data without counts lack."""
+        width, n_latent = self.adata.obsm[latent_key].shape[1], self.module.n_latent
+        n_components = self.module.n_components
+        if width not in (n_latent, n_components * n_latent):
+            raise ValueError(
+                f"adata.obsm[{latent_key!r}] must have n_latent={n_latent} columns, or "
+                f"n_components * n_latent={n_components * n_latent}, got {width}"
+            )
+        if width < n_components * n_latent:
+            warnings.warn(
+                f"adata has no counts, and adata.obsm[{latent_key!r}] has one mean a cell: its "
+                f"posterior is taken to be one Gaussian, not {n_components}",
+                UserWarning,
+                stacklevel=3,
+            )
+        if not has_library:
+            warnings.warn(
+                f"adata has no counts, and no library sizes in obs"
+                f"[{self._OBSERVED_LIB_SIZE_KEY!r}]: expression at the scale of counts is zero",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def counts_are_gone(manager: AnnDataManager) -> bool:
+    """Whether data hold latent posteriors in place of their counts, and are not minified yet."""
+    obsm = manager.adata.obsm
+    if not all(key in obsm for key in _LATENT_KEYS):
+        return False
+    if REGISTRY_KEYS.MINIFY_TYPE_KEY in manager.data_registry:
+        return False
+    x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    return sparse.issparse(x) and x.nnz == 0
+
+
+def _n_columns(registry: Mapping[str, Any]) -> list[int]:
+    """Columns that each covariate takes as networks' input: none if it has one category."""
+    fields = registry["field_registries"]
+    n_batch = fields[REGISTRY_KEYS.BATCH_KEY]["summary_stats"]["n_batch"]
+    covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
+    n_categories = [n_batch, *covariates.get("n_cats_per_key", [])]
+    return [n if n > 1 else 0 for n in n_categories]
+
+
+@torch.no_grad()
+def _order_covariates(
+    module: VAE, reference: Mapping[str, Tensor], known: list[int], new: list[int]
+) -> None:
+    """Put the weights of the reference's covariates where the query's networks have them.
+
+    scvi-tools adds the columns of new categories behind all others, so those of a new batch take
+    the place of the first further covariate's. The one category of a covariate that had no
+    columns gets weights of zero: it is what the reference is without.
+    """
+    if module.batch_representation == "embedding":
+        known, new = known[1:], new[1:]
+    order, zero, start, added = [], [], 0, sum(known)
+    for n_known, n_new in zip(known, new, strict=True):
+        if n_new and not n_known:
+            zero.append(len(order))
+        order += [*range(start, start + n_known), *range(added, added + n_new - n_known)]
+        start, added = start + n_known, added + n_new - n_known
+    for name, parameter in module.named_parameters():
+        if name.startswith(("z_encoder", "l_encoder", "decoder")) and (
+            parameter.shape[-1] - reference[name].shape[-1] == sum(new) - sum(known) > 0
+        ):
+            columns = parameter[..., parameter.shape[-1] - sum(new) :]
+            columns.copy_(columns[..., order])
+            columns[..., zero] = 0
+
+
+def _freeze_known_covariates(module: VAE, known: list[int], new: list[int]) -> None:
+    """Keep the encoder's weights of the reference's categories.
+
+    A VampPrior's pseudo-cells are of these, so they would train, with no cell of the query in
+    them, and the latents of the reference would move.
+    """
+    if module.batch_representation == "embedding":
+        known, new = known[1:], new[1:]
+    trains = torch.ones(sum(new), dtype=torch.bool)
+    start = 0
+    for n_known, n_new in zip(known, new, strict=True):
+        trains[start : start + max(n_known, min(n_new, 1))] = False
+        start += n_new
+
+    def freeze(gradient: Tensor) -> Tensor:
+        keep = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)
+        keep[len(keep) - len(trains) :] = trains
+        return gradient * keep
+
+    for parameter in module.z_encoder.parameters():
+        if parameter.requires_grad and parameter.shape[-1] > len(trains) > 0:
+            parameter.register_hook(freeze)
+
+
+def _train_new_embeddings(module: VAE, reference: Mapping[str, Tensor]) -> None:
+    """Train the embeddings of batches that are new, and those alone.
+
+    scvi-tools 1.4 leaves them as they were drawn, and 1.5 trains those of the reference as well.
+    """
+    for name, parameter in module.named_parameters():
+        if name.startswith("_embeddings_dict."):
+            n_known = len(reference[name])
+            parameter.requires_grad = True
+            parameter.register_hook(
+                lambda gradient, n=n_known: torch.cat(
+                    (torch.zeros_like(gradient[:n]), gradient[n:])
+                )
+            )
+
+
+def _n_categories(state_dict: Mapping[str, Tensor]) -> list[int]:
+    """Categories that the pseudo-cells of a reference know, covariate by covariate."""
+    return [value.shape[-1] for name, value in state_dict.items() if ".cat_logits." in name]

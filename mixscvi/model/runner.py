@@ -1,0 +1,66 @@
+"""How a training is started, and what a model without data is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scvi.model.base import BaseMinifiedModeModelClass
+from scvi.train import TrainRunner
+
+__all__ = ["Runner", "WithoutData"]
+
+
+class Runner(TrainRunner):
+    """scvi-tools' runner of trainings, which trains in training mode.
+
+    scvi-tools leaves a model in evaluation mode after training, loading and the mapping of a query,
+    and Lightning keeps the mode it finds: without this a second training would have no dropout and
+    would normalize by the running statistics of the first.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two cells to train on, or training is to stop early by cells that
+        are not held out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        n_train = getattr(self.data_splitter, "n_train", None)
+        if n_train is not None and n_train < 2:
+            n_obs = f" of {self.model.adata.n_obs}" if self.model.adata is not None else ""
+            raise ValueError(
+                f"train() needs at least two cells to train on, got {n_train}{n_obs}: give "
+                "train_size=1.0, or more cells"
+            )
+        # scvi-tools asks this of its own splitter alone, which it knows by name.
+        stopping = self.trainer.early_stopping_callback
+        if (
+            stopping is not None
+            and "valid" in stopping.monitor
+            and getattr(self.data_splitter, "n_val", None) == 0
+        ):
+            raise ValueError(
+                f"early_stopping=True watches {stopping.monitor!r}, but no cells are held out for "
+                "validation: choose a train_size below 1, or a validation_size above 0"
+            )
+
+    def __call__(self) -> Any:
+        """Train."""
+        self.training_plan.train()
+        return super().__call__()
+
+
+class WithoutData(BaseMinifiedModeModelClass):
+    """Base of a model that may be made without data, for ``train(datamodule=...)``.
+
+    scvi-tools grants that to its own classes, by their names.
+    """
+
+    def __init__(self, adata: Any = None, registry: Any = None) -> None:
+        if adata is not None or registry is not None:
+            super().__init__(adata, registry)
+            return
+        super().__init__(None, {"field_registries": {}})
+        self._module_init_on_train = True
+        del self.registry_, self.summary_stats

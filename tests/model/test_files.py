@@ -1,0 +1,467 @@
+"""Model files: nothing of them runs, and what is wrong with one is said; saving is one step."""
+
+import contextlib
+import os
+import pickle
+import signal
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scvi.model import SCVI
+
+from fitting import BATCH, COVARIATES, assert_same_state, fit
+from mixscvi import MixSCVI
+from mixscvi.mixture import GaussianMixture, Prior, StandardNormal
+from mixscvi.model import files
+from mixscvi.model.files import read_model
+
+
+class Payload:
+    """What a crafted file holds: unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def trained(make_adata):
+    return fit(MixSCVI, make_adata(), COVARIATES, n_components=2)
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    trained.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change):
+    """Change the plain contents of a model's file."""
+    stored = torch.load(folder / "model.pt", weights_only=True)
+    change(stored)
+    torch.save(stored, folder / "model.pt")
+
+
+def ways_to_read(adata, folder):
+    return {
+        "load": lambda: MixSCVI.load(folder, adata),
+        "load without data": lambda: MixSCVI.load(folder, adata=False),
+        "load_query_data": lambda: MixSCVI.load_query_data(adata, str(folder)),
+        "load_query_data of a path": lambda: MixSCVI.load_query_data(adata, folder),
+        "prepare_query_anndata": lambda: MixSCVI.prepare_query_anndata(adata, str(folder)),
+        "load_registry": lambda: MixSCVI.load_registry(str(folder)),
+        "view_setup_args": lambda: MixSCVI.view_setup_args(str(folder)),
+    }
+
+
+WAYS = list(ways_to_read(None, ""))
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "bare pickle"])
+@pytest.mark.parametrize("place", ["attr_dict", "model_state_dict", "var_names", "top"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_payload_is_refused_and_does_not_run(way, place, archive, trained, saved, tmp_path):
+    stored = torch.load(saved / "model.pt", weights_only=True)
+    payload = Payload(tmp_path / "ran")
+    if place == "top":
+        stored = payload
+    elif place == "var_names":
+        stored[place] = payload
+    else:
+        stored[place]["extra_"] = payload
+    torch.save(stored, saved / "model.pt", _use_new_zipfile_serialization=archive)
+    with pytest.raises(ValueError, match=r"model\.pt (holds Python objects|is truncated, or not)"):
+        ways_to_read(trained.adata.copy(), saved)[way]()
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(ValueError, UserWarning):
+        MixSCVI.load(saved, trained.adata.copy(), allow_pickle=True)
+    assert (tmp_path / "ran").exists(), "the payload works: whoever trusts the file has it run"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bare_pickle_is_refused(way, trained, saved, tmp_path):
+    (saved / "model.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"model\.pt is truncated, or not the file of a model"):
+        ways_to_read(trained.adata.copy(), saved)[way]()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_setup_method_of_a_file_is_not_just_any(trained, saved, tmp_path):
+    """scvi-tools calls what the registry names, with arguments from the registry."""
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    torch.save(Payload(tmp_path / "ran"), evil / "model.pt")
+
+    def change(stored):
+        registry = stored["attr_dict"]["registry_"]
+        registry["setup_method_name"] = "load_query_data"
+        registry["setup_args"] = {"reference_model": str(evil), "allow_pickle": True}
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=r"model\.pt .*tampered with.*'load_query_data'"):
+        MixSCVI.load(saved, trained.adata.copy())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["_module", "module", "__class__", "adata", "__dict__"])
+def test_attributes_that_no_model_stores(name, trained, saved):
+    rewrite(saved, lambda stored: stored["attr_dict"].update({name: {}}))
+    with pytest.raises(ValueError, match=rf"model\.pt .*tampered with \(KeyError.*{name}"):
+        MixSCVI.load(saved, trained.adata.copy())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s.pop("attr_dict"), "not the file of a model"),
+        (lambda s: s["attr_dict"].pop("registry_"), "not the file of a model"),
+        (lambda s: s["model_state_dict"].update(px_r=3), "px_r is no tensor"),
+        (lambda s: s["model_state_dict"].pop("px_r"), "weights are not those of the model"),
+        (lambda s: s["model_state_dict"].update(px_r=torch.ones(3)), "weights are not those"),
+        (lambda s: s["mixscvi"]["notes"].append([["nowhere", 3], "tuple", None]), "not the file"),
+        (lambda s: s["mixscvi"]["notes"].append([["var_names"], "posix", None]), "not the file"),
+        (
+            lambda s: s["mixscvi"]["notes"].append(
+                [["var_names"], "array", {"dtype": "object", "shape": [3]}]
+            ),
+            r"tampered with \(ValueError: cannot reshape",
+        ),
+        (lambda s: s["mixscvi"].update(data_id=3), "data_id is no text"),
+        (lambda s: s["attr_dict"].update(init_params_=3), "init_params_ is no dictionary"),
+        (lambda s: s["mixscvi"].update(format=99), "later version of mixscvi"),
+        (
+            lambda s: s["attr_dict"]["init_params_"]["non_kwargs"].update(n_latent=4),
+            "weights are not those of the model",
+        ),
+    ],
+)
+def test_a_tampered_file(change, expected, trained, saved):
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=rf"model\.pt .*{expected}"):
+        MixSCVI.load(saved, trained.adata.copy())
+
+
+def test_a_truncated_or_damaged_file(trained, saved):
+    path = saved / "model.pt"
+    raw = path.read_bytes()
+    for n_bytes in (0, 1, 100, len(raw) // 2, len(raw) - 1):
+        path.write_bytes(raw[:n_bytes])
+        with pytest.raises(ValueError, match=r"model\.pt is truncated, or not the file of a model"):
+            MixSCVI.load(saved, trained.adata)
+    path.write_bytes(raw)
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda item: item.file_size)
+    damaged = bytearray(raw)
+    damaged[record.header_offset + 200 + record.file_size // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"model\.pt is damaged at its record"):
+        MixSCVI.load(saved, trained.adata)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"Failed to load model file at .*model\.pt"):
+        MixSCVI.load(saved, trained.adata)
+
+
+def test_truncated_data(trained, tmp_path):
+    trained.save(tmp_path / "model", save_anndata=True)
+    path = tmp_path / "model" / "adata.h5ad"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"adata\.h5ad is truncated or damaged"):
+        MixSCVI.load(tmp_path / "model")
+
+
+def test_a_model_without_data_says_so(saved):
+    with pytest.warns(UserWarning, match="holds no data, and no adata was given"):
+        model = MixSCVI.load(saved)
+    assert model.adata is None
+    assert model.get_var_names()[0] == "gene0"
+
+
+def test_what_is_stored_comes_back(trained, saved):
+    loaded = MixSCVI.load(saved, trained.adata.copy(), accelerator="cpu")
+    assert_same_state(loaded, trained)
+    assert loaded.init_params_ == trained.init_params_
+    assert loaded.history.keys() == trained.history.keys()
+    for name, table in trained.history.items():
+        assert loaded.history[name].equals(table)
+    np.testing.assert_array_equal(loaded.train_indices, trained.train_indices)
+    np.testing.assert_equal(dict(MixSCVI.load_registry(saved)), dict(trained.registry))
+
+
+def test_scvi_tools_reads_the_registry_and_the_weights(trained, saved):
+    """Its hub and its checkpoints do."""
+    registry = SCVI.load_registry(str(saved))
+    assert registry["model_name"] == "MixSCVI"
+    state = registry["field_registries"]["batch"]["state_registry"]
+    assert state["categorical_mapping"] == ["b0", "b1"]
+    weights = torch.load(saved / "model.pt", weights_only=False)["model_state_dict"]
+    trained.module.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("kind", ["integers", "intervals", "times", "booleans"])
+def test_categories_of_other_types(kind, make_adata, tmp_path):
+    import pandas as pd
+
+    adata = make_adata()
+    number = np.arange(adata.n_obs) % 2
+    adata.obs["batch"] = pd.Categorical(
+        {
+            "integers": number + 3,
+            "intervals": pd.cut(number, 2),
+            "times": pd.Timestamp("2024-02-03") + pd.to_timedelta(number, "D"),
+            "booleans": number == 1,
+        }[kind]
+    )
+    model = fit(MixSCVI, adata, BATCH, n_components=2)
+    model.save(tmp_path / "model")
+    loaded = MixSCVI.load(tmp_path / "model", adata.copy(), accelerator="cpu")
+    np.testing.assert_array_equal(
+        loaded.get_latent_representation(), model.get_latent_representation()
+    )
+    before, after = (
+        list(m.registry["field_registries"]["batch"]["state_registry"]["categorical_mapping"])
+        for m in (model, loaded)
+    )
+    assert [type(value) for value in after] == [type(value) for value in before]
+    assert after == before
+
+
+class Wide(Prior):
+    """A prior of the user's own."""
+
+    def __init__(self, n_latent):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(n_latent))
+
+    def forward(self, encoder):
+        normal = torch.distributions.Normal(torch.zeros_like(self.log_scale), self.log_scale.exp())
+        return torch.distributions.Independent(normal, 1)
+
+
+def test_a_prior_of_the_users_own_is_given_again(make_adata, tmp_path):
+    adata = make_adata()
+    model = fit(MixSCVI, adata, BATCH, n_components=2, prior=Wide(3))
+    path = tmp_path / "model"
+    model.save(path)
+    with pytest.raises(ValueError, match=r"model\.pt leaves out the argument 'prior'.*Wide"):
+        MixSCVI.load(path, adata)
+    with pytest.raises(
+        ValueError, match=r"arguments must be among.*\['prior'\], got \['n_latent'\]"
+    ):
+        MixSCVI.load(path, adata, arguments={"n_latent": 3})
+    assert MixSCVI.load_registry(path)["model_name"] == "MixSCVI"
+    loaded = MixSCVI.load(path, adata, arguments={"prior": Wide(3)}, accelerator="cpu")
+    assert_same_state(loaded, model)
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, path, arguments={"prior": Wide(3)})
+    assert torch.equal(mapped.module.prior.log_scale, model.module.prior.log_scale)
+
+
+@pytest.mark.parametrize("prior", [GaussianMixture(3, 5), StandardNormal(3)])
+def test_our_own_priors_and_torchs_activations(prior, make_adata, tmp_path):
+    adata = make_adata()
+    kwargs = {
+        "extra_encoder_kwargs": {"activation_fn": torch.nn.LeakyReLU},
+        "var_activation": torch.nn.Softplus(beta=2.0),
+    }
+    model = fit(MixSCVI, adata, n_components=2, prior=prior, **kwargs)
+    model.save(tmp_path / "model")
+    loaded = MixSCVI.load(tmp_path / "model", adata, accelerator="cpu")
+    assert_same_state(loaded, model)
+    np.testing.assert_array_equal(
+        loaded.get_latent_representation(), model.get_latent_representation()
+    )
+
+
+def test_attributes_that_no_file_holds(make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    model.notes_ = {"made by": object()}
+    with pytest.raises(TypeError, match=r"got a builtins.object at .*'notes_'.*'made by'"):
+        model.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_scvi_tools_are_read_when_trusted(make_adata, tmp_path):
+    adata = make_adata()
+    model = fit(SCVI, adata, BATCH)
+    path = str(tmp_path / "scvi")
+    model.save(path)
+    with pytest.raises(ValueError, match=r"model\.pt holds Python objects.*allow_pickle=True"):
+        MixSCVI.load(path, adata)
+    loaded = MixSCVI.load(path, adata, allow_pickle=True, accelerator="cpu")
+    assert loaded.module.n_components == 1
+    np.testing.assert_array_equal(
+        loaded.get_latent_representation(), model.get_latent_representation()
+    )
+    loaded.save(tmp_path / "anew")
+    MixSCVI.load(tmp_path / "anew", adata)
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        MixSCVI.load_query_data(query, path)
+    MixSCVI.load_query_data(query, path, allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        MixSCVI.convert_legacy_save(path, tmp_path / "converted")
+
+
+def test_models_saved_before_are_read_when_trusted(trained, tmp_path):
+    """As scvi-tools' own method writes them."""
+    SCVI.save(_Unwrapped(trained), str(tmp_path / "old"))
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        MixSCVI.load(tmp_path / "old", trained.adata.copy())
+    loaded = MixSCVI.load(
+        tmp_path / "old", trained.adata.copy(), allow_pickle=True, accelerator="cpu"
+    )
+    assert_same_state(loaded, trained)
+
+
+class _Unwrapped:
+    """A model, for a method of a base class."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def test_hub(trained, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import ModelCard
+    from scvi.hub import HubMetadata, HubModel
+
+    folder = tmp_path / "hub"
+    trained.save(folder, save_anndata=True)
+    metadata = HubMetadata.from_dir(
+        str(folder), anndata_version="0.12", model_parent_module="mixscvi"
+    )
+    assert metadata.model_cls_name == "MixSCVI"
+    card = ModelCard("---\nlicense: cc-by-4.0\n---\nA model.")
+    hub = HubModel(str(folder), metadata=metadata, model_card=card)
+    np.testing.assert_allclose(
+        hub.model.get_latent_representation(), trained.get_latent_representation(), rtol=1e-6
+    )
+    assert hub.adata.n_obs == trained.adata.n_obs
+    torch.save(Payload(tmp_path / "ran"), folder / "model.pt")
+    again = HubModel(str(folder), metadata=metadata, model_card=card)
+    with pytest.raises(ValueError, match="holds Python objects"):
+        again.load_model()
+    assert not (tmp_path / "ran").exists()
+
+
+# Saving in one step.
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def two_models(make_adata):
+    one = fit(MixSCVI, make_adata(), n_components=2)
+    other = fit(MixSCVI, make_adata(seed=1), n_components=2, seed=5)
+    return one, other
+
+
+@pytest.mark.parametrize("at", ["model", "data"])
+def test_an_interrupted_save_leaves_the_old_model(at, two_models, tmp_path, monkeypatch):
+    one, other = two_models
+    target = tmp_path / "model"
+    one.save(target, save_anndata=True)
+    (target / "notes.txt").write_text("mine")
+    old = contents(target)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if at == "model":
+            patch.setattr(files, "to_plain", interrupted)
+        else:
+            patch.setattr("anndata.AnnData.write_h5ad", interrupted)
+        for path in (target, tmp_path / "new"):
+            with pytest.raises(KeyboardInterrupt):
+                other.save(path, overwrite=True, save_anndata=True)
+    assert contents(target) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    other.save(target, overwrite=True, save_anndata=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert_same_state(MixSCVI.load(target, accelerator="cpu"), other)
+
+
+def killed_at(step, save):
+    """Save in a process that is killed at its `step`-th change of a file's place."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        return os.WIFSIGNALED(status)
+    count = 0
+    replace, rename = Path.replace, Path.rename
+
+    def counting(move):
+        def moved(self, to):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return move(self, to)
+
+        return moved
+
+    Path.replace, Path.rename = counting(replace), counting(rename)
+    try:
+        save()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_killed_save_leaves_one_whole_model(step, two_models, tmp_path):
+    one, other = two_models
+    target = tmp_path / "model"
+    one.save(target, save_anndata=True)
+    killed = killed_at(step, lambda: other.save(target, overwrite=True, save_anndata=True))
+    assert killed == (step < 3)
+    expected = one if step == 1 else other
+    loaded = MixSCVI.load(target, accelerator="cpu")
+    assert_same_state(loaded, expected)
+    np.testing.assert_array_equal(loaded.adata.X, expected.adata.X)
+    other.save(target, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    loaded = MixSCVI.load(target, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.adata.X, expected.adata.X)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_first_save_that_is_killed_leaves_nothing(two_models, tmp_path):
+    one, _ = two_models
+    assert killed_at(1, lambda: one.save(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+    one.save(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_another_process_that_saves_is_left_alone(two_models, tmp_path):
+    one, _ = two_models
+    target = tmp_path / "model"
+    with files.staged(target) as live:
+        one.save(target)
+        assert live.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_data_are_looked_for_beside_the_model_alone(two_models, tmp_path):
+    one, other = two_models
+    one.save(tmp_path / "model", save_anndata=True)
+    other.save(tmp_path / "secret", save_anndata=True)
+    rewrite(tmp_path / "model", lambda s: s["mixscvi"].update(data_id="../secret"))
+    stored = read_model(tmp_path / "model")
+    assert files.data_file(stored, None) == tmp_path / "model" / "adata.h5ad"
+    with pytest.raises(ValueError, match="holds none"):
+        MixSCVI.load(tmp_path / "model", adata=False).save(tmp_path / "x", save_anndata=True)
