@@ -6,6 +6,7 @@ optimizer included.
 
     python benchmarks/speed.py              # all parts: results/speed.csv and the figures
     python benchmarks/speed.py --part train --data pbmc4k
+    python benchmarks/speed.py --part profile   # where a step's time goes: speed_profile.csv
     python benchmarks/speed.py --summary    # the README's table from the CSV
 """
 
@@ -249,6 +250,64 @@ def time_import(rounds: int) -> list[dict]:
     return compared("import", "", {"import": "theirs"}, figures)
 
 
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_")
+
+
+def profile_training(data: str) -> list[dict]:
+    """Where the time of a training step goes, in milliseconds and as shares."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from mixscvi.likelihoods import native
+
+    adata, epochs = read(data), 2
+    run = native._run
+
+    def recorded_run(*args: Any) -> None:
+        with record_function("likelihood kernel"):
+            run(*args)
+
+    rows = []
+    for name, cls, kwargs in (
+        ("SCVI", "SCVI", {}),
+        ("A = 1, ZINB", "MixSCVI", {"n_components": 1}),
+        ("A = 4, all_to_all, separate", "MixSCVI", {"n_components": 4}),
+    ):
+        model = make(adata, cls, **kwargs)
+        train(model, 2)
+        native._run = recorded_run
+        try:
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                train(model, epochs)
+        finally:
+            native._run = run
+        events = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
+        n_steps = next(
+            e.count for e in profiled.key_averages() if e.key.startswith("Optimizer.step")
+        )
+        total = sum(events.values())
+        parts = {
+            "matrix products": sum(events.get(key, 0.0) for key in _PRODUCTS),
+            "likelihood kernel": events.get("likelihood kernel", 0.0),
+            "optimizer": sum(
+                value for key, value in events.items() if "adam" in key or "_foreach" in key
+            ),
+            "loader": sum(value for key, value in events.items() if "DataLoader" in key),
+        }
+        parts["rest"] = total - sum(parts.values())
+        for part, value in parts.items():
+            rows.append(
+                {
+                    "data": data,
+                    "model": name,
+                    "part": part,
+                    "milliseconds": round(value / n_steps, 3),
+                    "share": round(value / total, 3),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 SCALING: dict[str, tuple[int, ...]] = {
     "components": (1, 4, 16, 64, 100, 400),
     "genes": (1_000, 2_000, 5_000, 10_000, 20_000),
@@ -327,10 +386,13 @@ def summary(rows: list[dict]) -> str:
     return markdown_table(lines)
 
 
+PARTS = ("import", "memory", "methods", "train", "profile", "scaling")
+
+
 def main() -> None:
     """Measure what is asked for, and replace those rows of the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["train", "methods", "memory", "import", "scaling"])
+    parser.add_argument("--part", choices=[*PARTS])
     parser.add_argument("--data", choices=DATA, action="append")
     parser.add_argument("--axis", choices=SCALING, action="append")
     parser.add_argument("--rounds", type=int, default=5)
@@ -354,6 +416,14 @@ def main() -> None:
             replaced = {(row["data"], row["what"]) for row in new}
             old = [row for row in read_rows(path) if (row["data"], row["what"]) not in replaced]
             write_beside(path, csv_text(old + new))
+    if args.part in (None, "profile"):
+        new = [
+            row | machine() for data in args.data or ("pbmc4k",) for row in profile_training(data)
+        ]
+        replaced = {row["data"] for row in new}
+        profiles = RESULTS / "speed_profile.csv"
+        old = [row for row in read_rows(profiles) if row["data"] not in replaced]
+        write_beside(profiles, csv_text(old + new))
     for axis in (args.axis or SCALING) if args.part in (None, "scaling") else ():
         rows = [row | machine() for row in scaling(axis)]
         write_beside(RESULTS / f"speed_{axis}.csv", csv_text(rows))
