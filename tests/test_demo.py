@@ -23,7 +23,7 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     assert cells.obsm["X_scvi"].shape == cells.obsm["X_mixscvi"].shape == (700, 10)
     assert cells.obsm["X_umap_mixscvi"].shape == (700, 2)
     assert (cells.obs["scvi_jensen_shannon_divergence"].abs() < 1e-4).all()
-    assert (cells.obs["mixscvi_jensen_shannon_divergence"] > 0).mean() > 0.9
+    assert (cells.obs["mixscvi_jensen_shannon_divergence"] > 0).mean() > 0.8
     gain = runs.pivot(index="seed", columns="model", values="log_likelihood")
     gain = (gain["MixSCVI, A = 2"] - gain["scVI"]).mean()
     table = [line for line in printed.splitlines() if line.startswith(("scVI", "Mix", "diff"))]

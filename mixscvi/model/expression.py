@@ -167,7 +167,8 @@ class ExpressionMixin:
         ... ).shape
         (3, 765)
         """
-        self._check_if_trained(warn=False)
+        # As scvi-tools, which lets untrained models decode with a warning.
+        self._check_if_trained(warn=weights != "adapted")
         if weights is not None:
             check_choice("weights", weights, _WEIGHTS)
         if weights == "adapted":

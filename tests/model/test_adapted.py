@@ -195,7 +195,12 @@ def test_data_minified_with_counts_can_be_adapted(make_adata):
 def test_progress(style, make_adata, capsys):
     model = fit(MixSCVI, make_adata(), n_components=2)
     kwargs = {"indices": CELLS, "n_mc_samples": 25, "adapt_kwargs": {"max_generations": 1}}
-    model.get_adapted_posterior(**kwargs, progress=style)
+    verbosity = scvi.settings.verbosity
+    try:
+        scvi.settings.verbosity = 20
+        model.get_adapted_posterior(**kwargs, progress=style)
+    finally:
+        scvi.settings.verbosity = verbosity
     assert ("3/3" in capsys.readouterr().err) == (style is not False)
     verbosity = scvi.settings.verbosity
     try:

@@ -160,6 +160,6 @@ def test_genes_that_are_matched_are_unique(make_adata):
 def test_the_summary_names_what_training_does(make_adata):
     adata = make_adata()
     MixSCVI.setup_anndata(adata)
-    model = MixSCVI(adata, estimator="some_to_all", n_samples=3, objective="siwae")
-    for part in ("n_sampled_components: 1", "n_samples: 3", "objective: siwae"):
+    model = MixSCVI(adata, estimator="some_to_all", n_samples=3, objective="miselbo")
+    for part in ("n_sampled_components: 1", "n_samples: 3", "objective: miselbo"):
         assert part in model.summary_string
