@@ -31,7 +31,7 @@ from mixscvi.tables import csv_text, markdown_table, read_rows
 
 DATA: dict[str, tuple[str | None, int, int]] = {  # file, genes, epochs that are timed at once
     "pbmc4k": ("pbmc4k", 2000, 4),
-    "cortex": ("cortex", 4172, 2),
+    "cortex": ("cortex", 4172, 6),
     "pbmc3k": ("pbmc3k", 13656, 1),
     "synthetic": (None, 2000, 1),
 }

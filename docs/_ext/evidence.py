@@ -116,6 +116,19 @@ def step_time() -> str:
     return markdown_table(table.round(2).reset_index().astype(str).to_dict("records"))
 
 
+def speed_profile() -> str:
+    """Milliseconds of a training step, and their share, by part and model."""
+    frame = pd.read_csv(RESULTS / "speed_profile.csv")
+    lines = [
+        {
+            "": f"{model} ({data})",
+            **{row.part: f"{row.milliseconds:.1f} ({row.share:.0%})" for row in rows.itertuples()},
+        }
+        for (data, model), rows in frame.groupby(["data", "model"], sort=False)
+    ]
+    return markdown_table(lines)
+
+
 def likelihoods() -> str:
     """Milliseconds of the likelihoods, a column per method."""
     frame = pd.read_csv(RESULTS / "likelihoods.csv")
@@ -145,6 +158,7 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
     "adaptation": (("adaptation.csv",), summary_of("adaptation")),
     "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
+    "speed_profile": (("speed_profile.csv",), speed_profile),
     "likelihoods": (("likelihoods.csv",), likelihoods),
     "step_time": (("images_step_time*.csv",), step_time),
     "toy_targets": ((), toy_targets),
