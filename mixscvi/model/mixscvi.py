@@ -292,13 +292,12 @@ class MixSCVI(
 
         Raises
         ------
+        ValueError
+            If cells, genes or categories are missing, or are not those of a model being loaded.
         TypeError
             If counts or covariates are no numbers, or an argument is of another type.
         KeyError
             If there is no such layer or column.
-        ValueError
-            If there are no cells or genes, a category is missing in cells, or a saved model is
-            being loaded onto other genes, or categories, than it was trained on.
 
         Examples
         --------

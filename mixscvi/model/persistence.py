@@ -144,6 +144,10 @@ class PersistenceMixin:
             Arguments of the model that a file cannot hold: a
             :class:`~mixscvi.mixture.Prior` or activation of the user's own, by name.
 
+        Returns
+        -------
+        The model.
+
         Raises
         ------
         ValueError
