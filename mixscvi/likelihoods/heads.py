@@ -149,7 +149,9 @@ def head_log_prob(
     parameters = (hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library)
     if usable(x, *parameters) and not torch.is_autocast_enabled("cpu"):
         if needs_grad(*parameters):
-            value = _with_gradients(x, *parameters, equal_rows=equal_rows)
+            summed = equal_rows and (theta is None or theta.dim() == 1)
+            computed = _value_and_gradients(x, *parameters, summed=summed)
+            value = None if computed is None else _Head.apply((x, *computed), *parameters)
         else:
             value = _in_blocks(x, *parameters)
         if value is not None:
@@ -157,24 +159,6 @@ def head_log_prob(
     scale_logits = F.linear(hidden, scale_weight, scale_bias)
     zi_logits = None if zi_weight is None else F.linear(hidden, zi_weight, zi_bias)
     return logits_log_prob(x, scale_logits, log_library, theta, zi_logits, overwrite=True)
-
-
-def _with_gradients(
-    x: Tensor | SparseCounts,
-    hidden: Tensor,
-    scale_weight: Tensor,
-    scale_bias: Tensor,
-    zi_weight: Tensor | None,
-    zi_bias: Tensor | None,
-    theta: Tensor | None,
-    log_library: Tensor,
-    *,
-    equal_rows: bool,
-) -> Tensor | None:
-    parameters = (hidden, scale_weight, scale_bias, zi_weight, zi_bias, theta, log_library)
-    summed = equal_rows and (theta is None or theta.dim() == 1)
-    computed = _value_and_gradients(x, *parameters, summed=summed)
-    return None if computed is None else _Head.apply((x, *computed), *parameters)
 
 
 @torch.no_grad()

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from scvi.data import AnnDataManager
     from scvi.module import VAE
 
-__all__ = ["LeanDataSplitter", "Minibatches", "WithoutSingleCells", "check_data"]
+__all__ = [
+    "MINIFY_UNS_KEY",
+    "LeanDataSplitter",
+    "Minibatches",
+    "WithoutSingleCells",
+    "check_data",
+]
+
+# Where scvi-tools notes in ``adata.uns`` that the data are minified.
+MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
 class Minibatches(Dataset):

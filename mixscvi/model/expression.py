@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mixscvi.checks import check_choice, check_positive_int
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
+from mixscvi.model.data import MINIFY_UNS_KEY
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["ExpressionMixin"]
 
 _WEIGHTS = ("uniform", "importance", "adapted")
-_MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 _KEPT = 100  # draws of each cell
 _ELEMENTS_AT_ONCE = 2**22  # decoded values
 
@@ -371,7 +371,7 @@ class ExpressionMixin:
         """Raise if the counts of the cells are gone."""
         kinds = [self.minified_data_type]
         if adata is not None:
-            kinds.append(adata.uns.get(_MINIFY_UNS_KEY))
+            kinds.append(adata.uns.get(MINIFY_UNS_KEY))
         if "latent_posterior_parameters" in kinds:
             raise ValueError(
                 "weights='adapted' needs the cells' counts, which minification has replaced: "

@@ -21,7 +21,7 @@ from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.conversion import ConversionMixin
-from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
+from mixscvi.model.data import MINIFY_UNS_KEY, LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.inputs import check_known_categories, check_network, check_setup
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
 __all__ = ["MixSCVI"]
-
-_MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
 def _once_trained(method: Callable) -> Callable:
@@ -396,7 +394,7 @@ class MixSCVI(
     @staticmethod
     def _has_counts(manager: AnnDataManager) -> bool:
         """Whether data have counts, and not the parameters of posteriors in their place."""
-        return _MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
+        return MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
 
     def _make_data_loader(self, adata: AnnData, indices=None, *args, **kwargs):
         """Minibatches for every method; their cells are checked here for all of them."""

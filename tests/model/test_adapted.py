@@ -197,18 +197,12 @@ def test_progress(style, make_adata, capsys):
     kwargs = {"indices": CELLS, "n_mc_samples": 25, "adapt_kwargs": {"max_generations": 1}}
     verbosity = scvi.settings.verbosity
     try:
-        scvi.settings.verbosity = 20
-        model.get_adapted_posterior(**kwargs, progress=style)
+        for level, shown in ((20, style is not False), (40, style is True)):
+            scvi.settings.verbosity = level
+            model.get_adapted_posterior(**kwargs, progress=style)
+            assert ("3/3" in capsys.readouterr().err) == shown
     finally:
         scvi.settings.verbosity = verbosity
-    assert ("3/3" in capsys.readouterr().err) == (style is not False)
-    verbosity = scvi.settings.verbosity
-    try:
-        scvi.settings.verbosity = 40
-        model.get_adapted_posterior(**kwargs, progress=style)
-    finally:
-        scvi.settings.verbosity = verbosity
-    assert ("3/3" in capsys.readouterr().err) == (style is True)
 
 
 def test_an_interrupt_leaves_a_working_model(make_adata):
