@@ -10,11 +10,12 @@ import torch
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnTorchDataset
-from scvi.dataloaders import AnnDataLoader, DataSplitter
+from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixscvi.checks import check_counts, check_finite, check_positive
+from mixscvi.model.rows import SortingLoader, is_on_disk
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -106,11 +107,14 @@ class LeanDataSplitter(DataSplitter):
     They are the same minibatches: the sampler is scvi-tools'.
     """
 
+    data_loader_cls = SortingLoader
+
     def train_dataloader(self):
         """Minibatches of the training cells."""
         loader = super().train_dataloader()
-        in_memory = not self.adata_manager.adata.isbacked and not self.load_sparse_tensor
-        if type(loader) is not AnnDataLoader or loader.num_workers > 0 or not in_memory:
+        counts = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        on_disk = is_on_disk(self.adata_manager.adata, counts)
+        if on_disk or self.load_sparse_tensor or loader.num_workers > 0:
             return loader
         try:
             dataset = Minibatches(self.adata_manager.create_torch_dataset(), loader.indices)

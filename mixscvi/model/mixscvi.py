@@ -28,6 +28,7 @@ from mixscvi.model.inputs import check_known_categories, check_network, check_se
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin, counts_are_gone
+from mixscvi.model.rows import DiskLoader
 from mixscvi.model.runner import Runner, WithoutData
 from mixscvi.model.training import LeanTrainingPlan
 from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
@@ -331,6 +332,7 @@ class MixSCVI(
         )
 
     _train_runner_cls = Runner
+    _data_loader_cls = DiskLoader
 
     @property
     def init_params_(self) -> dict[str, dict]:
