@@ -54,16 +54,18 @@ def check_setup(
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
     if not isinstance(adata.obs, pd.DataFrame):
-        return  # collections of files, which are not read here
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {[*adata.layers]}")
+        return  # annotation that is in files, which are not read here
+    # A collection of files passes for an AnnData, and has layers that can only be asked for.
+    layers = [*adata.layers.keys()]
+    if layer is None and not hasattr(adata, "X"):
+        raise ValueError(f"layer must name the counts of a collection, one of {layers}, got None")
+    if layer is not None and layer not in layers:
+        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {layers}")
     x, source = (
         (adata.X, "adata.X") if layer is None else (adata.layers[layer], f"adata.layers[{layer!r}]")
     )
     if x is None:
-        raise ValueError(
-            f"adata.X is empty: give the layer that holds the counts, {[*adata.layers]}"
-        )
+        raise ValueError(f"adata.X is empty: give the layer that holds the counts, {layers}")
     if not adata.n_vars:
         raise ValueError(f"adata must have genes, got shape {adata.shape}")
     if not adata.n_obs:

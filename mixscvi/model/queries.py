@@ -214,7 +214,7 @@ class QueriesMixin:
 def counts_are_gone(manager: AnnDataManager) -> bool:
     """Whether data hold latent posteriors in place of their counts, and are not minified yet."""
     obsm = manager.adata.obsm
-    if not all(key in obsm for key in _LATENT_KEYS):
+    if obsm is None or not all(key in obsm for key in _LATENT_KEYS):  # collections may have none
         return False
     if REGISTRY_KEYS.MINIFY_TYPE_KEY in manager.data_registry:
         return False

@@ -156,9 +156,7 @@ class _Entries:
             return np.concatenate([self._array[start:stop] for start, stop in runs])
         file = self._array.file.id.get_vfd_handle()
         size = self._array.dtype.itemsize
-        parts = [
-            os.pread(file, count * size, offset) for offset, count in self._blocks(runs, size)
-        ]
+        parts = [os.pread(file, count * size, offset) for offset, count in self._blocks(runs, size)]
         return np.frombuffer(b"".join(parts), dtype=self._array.dtype)
 
     def _blocks(self, runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
