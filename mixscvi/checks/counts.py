@@ -100,7 +100,7 @@ def check_counts(
     not_finite = np.zeros(n_cells, dtype=bool)
     negative = np.zeros(n_cells, dtype=bool)
     total = np.zeros(n_cells)
-    for cell, value in _entries(x):
+    for cell, value in _entries(x, n_cells):
         finite = np.isfinite(value)
         not_finite[cell[~finite]] = True
         negative[cell[value < 0 if above is None else value <= above]] = True
@@ -127,12 +127,13 @@ def check_counts(
             )
 
 
-def _entries(x: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cells and values of the entries that are not zero, or are stored; some at a time."""
     if getattr(x, "format", "csr") not in ("csr", "csc"):
         x = x.tocsr()  # others have no rows to slice
     by_gene = getattr(x, "format", None) == "csc"  # each of its rows would take all of them
-    n, n_across = x.shape[::-1] if by_gene else x.shape
+    # Collections of files have no shape, but their rows have.
+    n, n_across = x.shape[::-1] if by_gene else (n_cells, x[:1].shape[1])
     step = max(1, _AT_ONCE // n_across)
     for start in range(0, n, step):
         some = slice(start, min(start + step, n))

@@ -1,96 +1,48 @@
-"""Rows of registered data on disk, in the order asked for."""
+"""Rows of registered data that lie on disk."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from scvi.data import AnnTorchDataset
-from scvi.dataloaders import AnnDataLoader
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from scvi.data import AnnDataManager
-
-__all__ = ["DiskLoader", "SortingLoader", "is_on_disk"]
+__all__ = ["RowsOnDisk", "is_on_disk"]
 
 
-def is_on_disk(adata: AnnData, data: Any) -> bool:
-    """Whether some data of cells are read from files when they are needed.
+def is_on_disk(dataset: AnnTorchDataset) -> bool:
+    """Whether some of the data are read from files when they are needed.
 
-    Parameters
-    ----------
-    adata
-        The cells; scvi-tools' adapter of collections says that it is backed, whatever its parts.
-    data
-        Their counts.
+    scvi-tools' adapter of collections says that it is backed, whatever its parts.
     """
-    return adata.isbacked or isinstance(data, (CSRDataset, CSCDataset, h5py.Dataset))
+    return dataset.adata_manager.adata.isbacked or any(
+        isinstance(data, CSRDataset | CSCDataset | h5py.Dataset) for data in dataset.data.values()
+    )
 
 
-class DiskLoader(AnnDataLoader):
-    """scvi-tools' loader, whose minibatches of data on disk are in the order of the cells.
+class RowsOnDisk(Dataset):
+    """Registered data on disk, by lists of cells.
 
-    scvi-tools sorts the cells of such a minibatch, so results for cells in another order would be
-    those of others. Rows of CSR matrices in HDF5 are read in less time.
-    """
-
-    _sorts = False
-
-    def __init__(self, adata_manager: AnnDataManager, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_ManagerOfRows(adata_manager, sorts=self._sorts), *args, **kwargs)
-
-
-class SortingLoader(DiskLoader):
-    """Minibatches as scvi-tools makes them: for training, where the order is of no account."""
-
-    _sorts = True
-
-
-class _ManagerOfRows:
-    """A manager of data, as loaders see it."""
-
-    def __init__(self, manager: AnnDataManager, *, sorts: bool) -> None:
-        self._manager, self._sorts = manager, sorts
-        self.adata = manager.adata
-
-    def create_torch_dataset(
-        self,
-        indices: np.ndarray,
-        data_and_attributes: Any = None,
-        load_sparse_tensor: bool = False,
-    ) -> Dataset:
-        dataset = AnnTorchDataset(self._manager, data_and_attributes, load_sparse_tensor)
-        on_disk = any(is_on_disk(self.adata, data) for data in dataset.data.values())
-        if load_sparse_tensor or not on_disk:
-            return self._manager.create_torch_dataset(
-                indices=indices,
-                data_and_attributes=data_and_attributes,
-                load_sparse_tensor=load_sparse_tensor,
-            )
-        return _Rows(dataset, indices, sorts=self._sorts)
-
-
-class _Rows(Dataset):
-    """The tensors of scvi-tools' dataset, by lists of cells.
+    It gives the arrays that scvi-tools' dataset gives. Rows of CSR matrices in HDF5 are read in
+    less time.
 
     Parameters
     ----------
     dataset
-        scvi-tools' dataset of data on disk.
+        scvi-tools' dataset.
     cells
         Which cells there are, and in which order, `(n,)`.
     sorts
-        Whether the cells of a minibatch are sorted.
+        Whether the cells of a minibatch are sorted, as scvi-tools does. Otherwise they are in the
+        order asked for, as those of data in memory.
     """
 
     def __init__(self, dataset: AnnTorchDataset, cells: np.ndarray, *, sorts: bool) -> None:
-        self._cells, self._sorts = cells, sorts
+        self._cells, self._sorts = np.arange(len(dataset))[cells], sorts
         self._dtypes = dict(dataset.keys_and_dtypes)
         self._matrices = {
             key: _CsrFile(data)
