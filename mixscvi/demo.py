@@ -6,9 +6,9 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -101,7 +101,7 @@ def _check_columns(adata: AnnData, demo: Demo) -> None:
 
 
 def _train(
-    model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, bar: tqdm, **model_kwargs
+    model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, bar: tqdm, **model_kwargs: Any
 ) -> tuple[SCVI, float]:
     """Train one model; return it with the seconds that training took."""
     import scvi
@@ -154,26 +154,26 @@ class HeldOut:
     """By the encoder's posterior, a row per cell."""
     after: pd.DataFrame
     """By the exact posterior."""
-    cell: tuple[AdaptedPosterior, LatentMixture] | None = None
+    cell: tuple[AdaptedPosterior, LatentMixture]
     """One cell that is ordinary by its k-hat: draws from its exact posterior, and its encoder's."""
 
 
-def _with_a_cell(held_out: HeldOut, scored: MixSCVI, demo: Demo) -> HeldOut:
-    by_k = held_out.before["pareto_k"].to_numpy().argsort()
+def _with_a_cell(scored: MixSCVI, before: pd.DataFrame, after: pd.DataFrame) -> HeldOut:
+    by_k = before["pareto_k"].to_numpy().argsort()
     cell = scored.validation_indices[by_k[[len(by_k) // 2]]]
     drawn = scored.get_adapted_posterior(
         indices=cell, n_mc_samples=4000, n_draws=1500, progress=False
     )
-    return replace(held_out, cell=(drawn, scored.get_latent_mixture(indices=cell)))
+    return HeldOut(before, after, (drawn, scored.get_latent_mixture(indices=cell)))
 
 
-def _diagnose(scored: MixSCVI, demo: Demo) -> HeldOut:
+def _diagnose(scored: MixSCVI, demo: Demo) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The held-out cells, by the encoder's posterior and by the exact one."""
     cells = scored.validation_indices
     draws = {"indices": cells, "n_mc_samples": demo.draws}
-    return HeldOut(
-        before=scored.get_posterior_diagnostics(**draws),
-        after=scored.get_posterior_diagnostics(**draws, proposal="adapted", progress=False),
+    return (
+        scored.get_posterior_diagnostics(**draws),
+        scored.get_posterior_diagnostics(**draws, proposal="adapted", progress=False),
     )
 
 
@@ -230,10 +230,10 @@ def compare(
                 # The same estimator for both: scVI is MixSCVI with one component.
                 scored = model if model_cls is MixSCVI else MixSCVI.from_scvi_model(model)
                 adata.obsm[latent] = model.get_latent_representation()
-                cells = _diagnose(scored, demo)
+                before, after = _diagnose(scored, demo)
                 record = {"model": name, "seed": seed, "seconds": seconds}
-                record["log_likelihood"] = cells.after["log_likelihood"].mean()
-                record["trusted"] = (cells.after["pareto_k"] < 0.7).mean()
+                record["log_likelihood"] = after["log_likelihood"].mean()
+                record["trusted"] = (after["pareto_k"] < 0.7).mean()
                 bar.update(_EPOCHS_TO_SCORE)
                 bar.set_description(f"seed {seed}: clusters")
                 clusters = _cluster(adata, latent, umap=seed == 0)
@@ -246,7 +246,7 @@ def compare(
                     diagnostics = scored.get_posterior_diagnostics(n_mc_samples=demo.draws)
                     for column in diagnostics:
                         adata.obs[f"{latent.removeprefix('X_')}_{column}"] = diagnostics[column]
-                    held_out[name] = _with_a_cell(cells, scored, demo)
+                    held_out[name] = _with_a_cell(scored, before, after)
                 bar.update(_EPOCHS_TO_CLUSTER)
         bar.set_description("done")
     return pd.DataFrame(records), held_out

@@ -87,7 +87,15 @@ def posterior(
     plane = directions[:2].T / unit  # (D, 2)
     axes = axes_or_new(axes, size=(4.2, 4))
     points = (draws - center) @ plane
-    axes.scatter(*points.T, s=6, color="0.55", alpha=0.5, linewidth=0, label="exact posterior")
+    axes.scatter(
+        points[:, 0],
+        points[:, 1],
+        s=6,
+        color="0.55",
+        alpha=0.5,
+        linewidth=0,
+        label="exact posterior",
+    )
     for a in range(n_components):
         middle = (encoder.loc[cell, a] - center) @ plane
         covariance = plane.T @ (encoder.scale[cell, a, :, None] ** 2 * plane)
