@@ -102,9 +102,14 @@ def check_counts(
     total = np.zeros(n_cells)
     for cell, value in _entries(x, n_cells):
         finite = np.isfinite(value)
-        not_finite[cell[~finite]] = True
+        if not finite.all():
+            not_finite[cell[~finite]] = True
+            cell, value = cell[finite], value[finite]
         negative[cell[value < 0 if above is None else value <= above]] = True
-        np.add.at(total, cell[finite], value[finite])
+        if len(cell):
+            first = cell.min()
+            of_cell = np.bincount(cell - first, value)
+            total[first : first + len(of_cell)] += of_cell
     empty = total <= 0
     for offending, what, expected in (
         (not_finite, "NaN or infinite values", "finite counts"),

@@ -276,8 +276,7 @@ class ExpressionMixin:
         given.arguments["all_stats"] = False
         table = self.differential_expression(*given.args, **given.kwargs)
         adata = self._validate_anndata(given.arguments.get("adata"))
-        loader = self._make_data_loader(adata, batch_size=given.arguments.get("batch_size"))
-        return with_raw_counts(table, adata, loader, given.arguments)
+        return with_raw_counts(table, adata, self._make_data_loader(adata), given.arguments)
 
     def _adapted_expression(
         self,

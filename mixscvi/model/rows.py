@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import numpy as np
@@ -63,7 +64,7 @@ class RowsOnDisk(Dataset):
         if self._sorts:
             place.sort()
         in_order = len(place) == len(cells) and bool((np.diff(place) > 0).all())
-        rows = self._others[cells]
+        rows: dict[str, np.ndarray] = self._others[cells]
         for key, matrix in self._matrices.items():
             rows[key] = matrix.rows(cells).astype(self._dtypes[key], copy=False)
         return {
@@ -147,7 +148,7 @@ def _offsets(array: h5py.Dataset) -> list[int] | None:
         return None
     offsets = [0] * n_chunks
 
-    def note(chunk) -> None:
+    def note(chunk: Any) -> None:
         offsets[chunk.chunk_offset[0] // array.chunks[0]] = chunk.byte_offset
 
     array.id.chunk_iter(note)
