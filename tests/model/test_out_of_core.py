@@ -310,6 +310,7 @@ class Blocks(LightningDataModule):
 
 @pytest.mark.filterwarnings("ignore:.*after custom Dataloader:UserWarning")  # scvi-tools 1.5
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning:lightning")
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`:UserWarning:lightning")
 @pytest.mark.parametrize("n_components", [1, 4])
 def test_a_data_module_with_a_registry(make_adata, n_components, tmp_path):
     adata = make_adata()

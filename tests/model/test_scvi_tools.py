@@ -14,6 +14,7 @@ def trained(request, make_adata):
     return fit(MixSCVI, make_adata(), n_components=request.param)
 
 
+@pytest.mark.filterwarnings("ignore:Prior to scvi-tools 1.1.3:UserWarning")
 def test_solo_finds_doublets_in_the_latents(trained):
     solo = SOLO.from_scvi_model(trained)
     # Cells and twice as many doublets of them, by their latents and library sizes.
@@ -25,7 +26,7 @@ def test_solo_finds_doublets_in_the_latents(trained):
         atol=1e-6,
     )
     solo.train(max_epochs=2, accelerator="cpu", enable_progress_bar=False, logger=None)
-    predicted = solo.predict(return_logits=True)
+    predicted = solo.predict()
     assert list(predicted.columns) == ["doublet", "singlet"]
     assert len(predicted) == trained.adata.n_obs
 
