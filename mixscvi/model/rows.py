@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import h5py
@@ -107,19 +106,17 @@ class _Entries:
         """The entries from start to stop of each of some runs, one after the other."""
         if self._offsets is None:
             return np.concatenate([self._array[start:stop] for start, stop in runs])
-        file = self._array.file.id.get_vfd_handle()
-        size = self._array.dtype.itemsize
-        parts = [os.pread(file, count * size, offset) for offset, count in self._blocks(runs, size)]
-        return np.frombuffer(b"".join(parts), dtype=self._array.dtype)
-
-    def _blocks(self, runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-        """Offsets in the file of what lies there in one piece, and how many entries it is."""
+        file, size = self._array.file.id.get_vfd_handle(), self._array.dtype.itemsize
+        parts = []
         for start, stop in runs:
             while start < stop:
+                # What lies in one chunk is in one piece.
                 chunk, within = divmod(start, self._n_in_chunk)
                 count = min(stop - start, self._n_in_chunk - within)
-                yield self._offsets[chunk] + within * size, count
+                offset = self._offsets[chunk] + within * size
+                parts.append(os.pread(file, count * size, offset))
                 start += count
+        return np.frombuffer(b"".join(parts), dtype=self._array.dtype)
 
 
 def _offsets(array: h5py.Dataset) -> list[int] | None:
