@@ -371,6 +371,28 @@ class MixSCANVI(MixtureModel, SCANVI):
             **kwargs,
         )
 
+    def _set_indices_and_labels(self, datamodule: LightningDataModule | None = None) -> None:
+        """Note which cells have labels; see scvi-tools, whose version 1.4 needs data for it."""
+        if self.adata is not None or datamodule is not None:
+            super()._set_indices_and_labels(datamodule)
+            return
+        state = self.get_state_registry(REGISTRY_KEYS.LABELS_KEY)
+        self.original_label_key = state.original_key
+        self.unlabeled_category_ = state.unlabeled_category
+        self._label_mapping = state.categorical_mapping
+        self._code_to_label = dict(enumerate(self._label_mapping))
+        self.labels_ = np.asarray(known_labels(self._label_mapping, self.unlabeled_category_))
+        self._labeled_indices = self._unlabeled_indices = np.array([], dtype=int)
+
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
+        key = self.original_label_key
+        if adata is not None and isinstance(adata.obs, pd.DataFrame) and key not in adata.obs:
+            raise KeyError(
+                f"adata.obs has no column {key!r} of labels: for cells without, set "
+                f"adata.obs[{key!r}] = {self.unlabeled_category_!r}"
+            )
+        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+
     @property
     def _data_splitter_cls(self) -> type[SemiSupervisedDataSplitter]:
         normalized = any(isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules())
