@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scvi.model import SCANVI
 
+TABLE = RESULTS / "label_transfer.csv"
 DATA, N_GENES = "ifnb", 2000
 KNOWN, UNKNOWN = "CTRL", "STIM"
 UNLABELED = "unlabeled"
@@ -136,8 +137,9 @@ COLUMNS = tuple(
 )
 
 
-def summary(runs: pd.DataFrame) -> str:
+def summary() -> str:
     """The table, as Markdown."""
+    runs = pd.read_csv(TABLE)
     baseline = runs[runs["model"] == BASELINE].set_index("seed")
     rows = []
     for model in MODELS:
@@ -171,7 +173,6 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    path = RESULTS / "label_transfer.csv"
     if not args.summary:
         adata = read_counts(DATA, N_GENES)
         adata.obs["label"] = (
@@ -190,12 +191,12 @@ def main() -> None:
         run_missing(
             runs,
             lambda name, run, device: row(adata.copy(), run, device),
-            path,
+            TABLE,
             device=args.device,
             identity=Run._asdict,
             report=report,
         )
-    write_beside(RESULTS / "label_transfer.md", summary(pd.read_csv(path)))
+    write_beside(TABLE.with_suffix(".md"), summary())
 
 
 if __name__ == "__main__":

@@ -109,9 +109,10 @@ class LabelPrior(Distribution):
         """Draws of z, `(*sample_shape, D)`."""
         module, shape = self.module, torch.Size(sample_shape)
         with torch.no_grad():
-            y = module.y_prior.expand(max(shape.numel(), 1), -1).multinomial(1)
-            u = torch.randn(len(y), module.n_latent, device=y.device)
-            labels = F.one_hot(y.squeeze(-1), module.n_labels).to(u.dtype)
+            probabilities = module.y_prior.expand(shape.numel(), -1)
+            y = probabilities.multinomial(1).squeeze(-1)
+            labels = F.one_hot(y, module.n_labels).to(probabilities.dtype)
+            u = torch.randn(len(y), module.n_latent, dtype=labels.dtype, device=y.device)
             mean, variance = module.decoder_z1_z2(u, labels)
             return torch.normal(mean, variance.sqrt()).view(*shape, module.n_latent)
 
