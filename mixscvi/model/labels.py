@@ -92,6 +92,8 @@ class LabeledSplitter(SemiSupervisedDataSplitter):
                 "one training cell has a label, and batch normalization needs two: label more "
                 "cells, give train_size=1.0, or use_batch_norm='none'"
             )
+        if self.drop_last:
+            return loader
         given = self.data_loader_kwargs.get("batch_size") or settings.batch_size
         batch_size = given
         while batch_size > 1 and any(n % batch_size == 1 for n in counts):

@@ -82,9 +82,8 @@ class MixSCANVI(MixtureModel, SCANVI):
     Notes
     -----
     There is no choice of prior: p(z) is what labels and u make it. Its density is estimated without
-    bias (:class:`mixscvi.module.LabelPrior`), so :meth:`get_marginal_ll` and exact posteriors are
-    those of this model, and k-hat sees the noise. scANVI itself scores draws under a standard
-    normal there, which is not its p(z).
+    bias, so :meth:`get_marginal_ll` and exact posteriors are those of this model, and k-hat sees
+    the noise. scANVI itself scores draws under a standard normal there, which is not its p(z).
 
     Examples
     --------
@@ -477,7 +476,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         table = torch.cat(probabilities).numpy()
         labels = np.asarray(self._label_mapping)[: table.shape[1]]
         if not soft:
-            return labels[table.argmax(1)]
+            return np.array(labels[table.argmax(1)].tolist())
         names = None
         if dataloader is None:
             names = (self.adata if adata is None else adata).obs_names

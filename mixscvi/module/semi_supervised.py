@@ -128,6 +128,25 @@ class _Labeled:
         """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
         return LabelPrior(self)
 
+    def labeled_among(
+        self, tensors: dict[str, Tensor], labelled_tensors: dict[str, Tensor] | None
+    ) -> dict[str, Tensor] | None:
+        """Cells of a minibatch that have labels, or ``None`` for fewer than two.
+
+        scvi-tools loads them on their own, but where it is given minibatches of a data module, or
+        no cell has a label and there are covariates of both kinds: then it passes all.
+        """
+        if labelled_tensors is not tensors:
+            return labelled_tensors
+        has_label = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1) < self.n_labels
+        # Batch normalization has no variance of a single cell.
+        if has_label.sum() < 2:
+            return None
+        return {
+            name: values[has_label] if len(values) == len(has_label) else values
+            for name, values in tensors.items()
+        }
+
     def on_load(self, model: BaseModelClass, **kwargs: Any) -> None:
         """Mend what scvi-tools saved before its version 1.1; there is nothing without data."""
         if model.adata is not None:
@@ -200,6 +219,7 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
             generative_ouputs,
             library_weight=kl_weight,
         )
+        labelled_tensors = self.labeled_among(tensors, labelled_tensors)
         if labelled_tensors is None:
             return losses
         cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
@@ -298,6 +318,18 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
     >>> module.classify(torch.ones(6, 20), torch.zeros(6, 1)).shape
     torch.Size([6, 5])
     """
+
+    @signed_as(SCANVAE.loss)
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        *args: Any,
+        labelled_tensors: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> LossOutput:
+        """As in scvi-tools, of cells with labels alone."""
+        labeled = self.labeled_among(tensors, labelled_tensors)
+        return super().loss(tensors, *args, labelled_tensors=labeled, **kwargs)
 
     @auto_move_data
     def classify(

@@ -78,7 +78,7 @@ def test_one_component_is_scanvi(configuration, make_labeled, tmp_path):
     assert {"train_accuracy", "validation_accuracy"} <= set(ours.history)
     for arguments in ({}, {"indices": [5, 1]}, {"use_posterior_mean": False}):
         got, expected = (seeded(m.predict, **arguments) for m in (ours, theirs))
-        assert type(got) is type(expected)
+        assert got.dtype == expected.dtype
         assert np.array_equal(got, expected)
         got, expected = (seeded(m.predict, soft=True, **arguments) for m in (ours, theirs))
         pd.testing.assert_frame_equal(got, expected, check_exact=True)
@@ -157,6 +157,10 @@ def test_three_components(options, make_labeled, tmp_path):
     adapted = model.get_posterior_diagnostics(indices=[0, 1, 2], proposal="adapted", progress=False)
     assert np.isfinite(adapted["log_likelihood"]).all()
     np.testing.assert_allclose(adapted["log_likelihood"], log_px[:3], atol=2)
+    expression = model.get_normalized_expression(
+        indices=[0, 1], n_samples=25, weights="adapted", progress=False, return_numpy=True
+    )
+    np.testing.assert_allclose(expression.sum(1), 1, rtol=1e-3)
     table = model.differential_expression(groupby="type", mode="change", silent=True)
     assert len(table) == 3 * adata.n_vars
     assert "n_components: 3" in model._model_summary_string
@@ -303,7 +307,7 @@ def test_bad_input(make_labeled):
         model.predict(foreign)
 
 
-@pytest.mark.filterwarnings("ignore:Last batch will have a small size")
+@pytest.mark.filterwarnings("ignore:Last batch will have a small size", "ignore:Category 0")
 @pytest.mark.parametrize("n_components", [1, 2])
 def test_no_training_minibatch_is_a_single_cell(n_components, make_labeled):
     """65 cells in minibatches of 32 would leave one; of 33 labeled cells, too."""

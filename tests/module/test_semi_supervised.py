@@ -319,3 +319,19 @@ def test_one_component_of_ours_has_scanvi_s_loss():
     error = math.sqrt(sum(value.var().item() for value in values) / 3000)
     assert abs(values[0].mean() - values[1].mean()).item() < 4 * error
     assert error < 0.1
+
+
+@pytest.mark.parametrize("cls", [MixSCANVAE, ScviSCANVAE, FusedSCANVAE])
+def test_cells_without_labels_have_no_cross_entropy(cls):
+    """A data module's minibatches come with all cells for labeled."""
+    module = in_double(make_module(cls))
+    tensors = make_tensors(module)
+    tensors["labels"][2:5] = N_LABELS
+    known = torch.tensor([0, 1, 5, 6])
+    losses = module(tensors, loss_kwargs={"labelled_tensors": tensors, "classification_ratio": 3})
+    expected, labels, _ = module.classification_loss(take(tensors, known))
+    torch.testing.assert_close(losses[2].classification_loss, expected)
+    assert torch.equal(losses[2].true_labels, labels)
+    tensors["labels"][:] = N_LABELS
+    losses = module(tensors, loss_kwargs={"labelled_tensors": tensors, "classification_ratio": 3})
+    assert losses[2].classification_loss is None
