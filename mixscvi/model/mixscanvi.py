@@ -83,7 +83,7 @@ class MixSCANVI(MixtureModel, SCANVI):
     -----
     There is no choice of prior: p(z) is what labels and u make it. Its density is estimated without
     bias, so :meth:`get_marginal_ll` and exact posteriors are those of this model, and k-hat sees
-    the noise. scANVI itself scores draws under a standard normal there, which is not its p(z).
+    the noise. scANVI's own counts z under a standard normal there, beside p(z | u, y).
 
     Examples
     --------
