@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scvi.model import SCVI
 from torch import Tensor
@@ -18,6 +18,7 @@ from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.inputs import check_known_categories
 from mixscvi.model.latents import LatentsMixin
+from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin, counts_are_gone
 from mixscvi.model.runner import Runner
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["MixtureModel", "naming_what_takes_memory"]
 
 
-def _once_trained(method: Callable) -> Callable:
+def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
 
     @functools.wraps(method)
-    def checked(self, *args, **kwargs):
+    def checked(self: MixtureModel, *args: Any, **kwargs: Any) -> Any:
         self._check_if_trained(warn=True)
         return method(self, *args, **kwargs)
 
@@ -74,6 +75,7 @@ class MixtureModel(
     var_names_: list[str] | None = None
     """Names of the genes trained on."""
     _train_runner_cls = Runner
+    _data_loader_cls = LeanDataLoader
 
     get_elbo = _once_trained(SCVI.get_elbo)
     get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
@@ -93,7 +95,7 @@ class MixtureModel(
             f"n_samples: {mixture.n_samples}, objective: {mixture.objective}."
         )
 
-    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         if adata is not None and self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)
             if self.adata is not None and adata is not self.adata:
@@ -110,7 +112,13 @@ class MixtureModel(
         """Whether data have counts, and not the parameters of posteriors in their place."""
         return MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
 
-    def _make_data_loader(self, adata: AnnData, indices=None, *args, **kwargs):
+    def _make_data_loader(
+        self,
+        adata: AnnData,
+        indices: Sequence[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> LeanDataLoader:
         """Minibatches for every method; their cells are checked here for all of them."""
         if indices is not None:
             check_indices(indices, adata.n_obs)
@@ -126,7 +134,7 @@ class MixtureModel(
         indices: Sequence[int] | None,
         batch_size: int | None,
         dataloader: Iterator[dict[str, Tensor]] | None,
-        data_loader_kwargs: dict | None,
+        data_loader_kwargs: dict[str, Any] | None,
     ) -> Iterator[dict[str, Tensor]]:
         """Minibatches of cells in order, from `adata` or the user's own loader."""
         self._check_if_trained(warn=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scvi import REGISTRY_KEYS, settings
 from scvi.dataloaders import SemiSupervisedDataSplitter
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -65,7 +66,7 @@ def check_labels(
         )
 
 
-def known_labels(mapping: np.ndarray, unlabeled_category: Any) -> list:
+def known_labels(mapping: np.ndarray, unlabeled_category: Any) -> list[Any]:
     """The labels of a registry, in the order of their codes, without that of unlabeled cells."""
     return [y for y in np.asarray(mapping).tolist() if y != unlabeled_category]
 
@@ -83,7 +84,7 @@ class LabeledSplitter(SemiSupervisedDataSplitter):
         If a single training cell has a label.
     """
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         """Minibatches of the training cells: all, and those with labels."""
         loader = super().train_dataloader()
         counts = [len(part.indices) for part in getattr(loader, "dataloaders", [loader])]

@@ -124,7 +124,7 @@ class MixSCANVI(MixtureModel, SCANVI):
     def __init__(
         self,
         adata: AnnData | None = None,
-        registry: dict | None = None,
+        registry: dict[str, Any] | None = None,
         n_hidden: int = 128,
         n_latent: int = 10,
         n_layers: int = 1,
@@ -143,7 +143,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         n_samples: int = 1,
         objective: Literal["miselbo", "siwae"] = "miselbo",
         likelihood: Literal["fused", "reference"] = "fused",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self._mixture = MixtureOptions(
             n_components=n_components,
@@ -215,7 +215,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         unlabeled_category: str,
         labels_key: str | None = None,
         adata: AnnData | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Self:
         """Start from a trained :class:`mixscvi.MixSCVI`, or :class:`scvi.model.SCVI`.
 
@@ -313,7 +313,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
         use_minified: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Register the AnnData fields with counts, labels, batches and covariates.
 
@@ -383,7 +383,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         self.labels_ = np.asarray(known_labels(self._label_mapping, self.unlabeled_category_))
         self._labeled_indices = self._unlabeled_indices = np.array([], dtype=int)
 
-    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         key = self.original_label_key
         if adata is not None and isinstance(adata.obs, pd.DataFrame) and key not in adata.obs:
             raise KeyError(
@@ -420,7 +420,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         batch_size: int | None = None,
         use_posterior_mean: bool = True,
         ig_interpretability: bool = False,
-        ig_args: dict | None = None,
+        ig_args: dict[str, Any] | None = None,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
     ) -> np.ndarray | pd.DataFrame | tuple[np.ndarray | pd.DataFrame, pd.DataFrame]:
         r"""Labels of the cells.
@@ -484,7 +484,7 @@ class MixSCANVI(MixtureModel, SCANVI):
         return pd.DataFrame(table, columns=labels, index=names)
 
 
-def _check_same_categories(registry: dict, trained_on: dict) -> None:
+def _check_same_categories(registry: dict[str, Any], trained_on: dict[str, Any]) -> None:
     """Raise if batches or covariates have other codes than in the pretrained model."""
     for field, key in (
         (REGISTRY_KEYS.BATCH_KEY, "categorical_mapping"),

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from scvi.dataloaders import DataSplitter
@@ -123,7 +123,7 @@ class MixSCVI(MixtureModel, ConversionMixin, SCVI, WithoutData):
     def __init__(
         self,
         adata: AnnData | None = None,
-        registry: dict | None = None,
+        registry: dict[str, Any] | None = None,
         n_hidden: int = 128,
         n_latent: int = 10,
         n_layers: int = 1,
@@ -143,7 +143,7 @@ class MixSCVI(MixtureModel, ConversionMixin, SCVI, WithoutData):
         n_samples: int = 1,
         objective: Literal["miselbo", "siwae"] = "miselbo",
         likelihood: Literal["fused", "reference"] = "fused",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self._mixture = MixtureOptions(
             n_components=n_components,
@@ -208,7 +208,7 @@ class MixSCVI(MixtureModel, ConversionMixin, SCVI, WithoutData):
         size_factor_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Register the AnnData fields with counts, batches and covariates.
 
@@ -307,6 +307,6 @@ class MixSCVI(MixtureModel, ConversionMixin, SCVI, WithoutData):
         return WithoutSingleCells if normalized else LeanDataSplitter
 
     def _initialize_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
-        chosen = torch.randperm(adata.n_obs)[:n_pseudo].numpy()
-        loader = self._make_data_loader(adata=adata, indices=chosen, batch_size=n_pseudo)
+        chosen = torch.randperm(adata.n_obs)[:n_pseudo]
+        loader = self._make_data_loader(adata=adata, indices=chosen.tolist(), batch_size=n_pseudo)
         self.module.initialize_pseudo_cells(next(iter(loader)))

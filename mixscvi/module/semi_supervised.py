@@ -29,13 +29,12 @@ from mixscvi.module.vae import MixVAE
 if TYPE_CHECKING:
     from scvi.model.base import BaseModelClass
 
-    from mixscvi.module.decoding import CountLikelihood
-
 __all__ = ["FusedSCANVAE", "LabelPrior", "MixSCANVAE", "ScviSCANVAE"]
 
 _DEFAULT = MixtureOptions()
 _DRAWS_OF_U = 4
 _ROWS_AT_ONCE = 2**15
+_NOTHING_TO_CLASSIFY = "give x and batch_index, or qzm and qzv of minified data"
 
 
 class BelowZ(NamedTuple):
@@ -105,7 +104,7 @@ class LabelPrior(Distribution):
             values.append(joint.logsumexp(-1) - math.log(self.n_draws))
         return torch.cat(values).view(value.shape[:-1])
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws of z, `(*sample_shape, D)`."""
         module, shape = self.module, torch.Size(sample_shape)
         with torch.no_grad():
@@ -128,19 +127,18 @@ class _Labeled:
         """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
         return LabelPrior(self)
 
-    def labeled_among(
-        self, tensors: dict[str, Tensor], labelled_tensors: dict[str, Tensor] | None
-    ) -> dict[str, Tensor] | None:
-        """Cells of a minibatch that have labels, or ``None`` for fewer than two.
+    def labeled_among(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Those cells of a minibatch that have labels, or ``None`` if fewer than two do.
 
-        scvi-tools loads them on their own, but where it is given minibatches of a data module, or
-        no cell has a label and there are covariates of both kinds: then it passes all.
+        scvi-tools passes cells with labels, but for minibatches of a data module, and where no
+        cell has a label and there are covariates of both kinds: then it passes all.
         """
-        if labelled_tensors is not tensors:
-            return labelled_tensors
+        if tensors is None:
+            return None
         has_label = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1) < self.n_labels
-        # Batch normalization has no variance of a single cell.
-        if has_label.sum() < 2:
+        if has_label.all():
+            return tensors
+        if has_label.sum() < 2:  # batch normalization has no variance of a single cell
             return None
         return {
             name: values[has_label] if len(values) == len(has_label) else values
@@ -185,8 +183,8 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
     def loss(
         self,
         tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Tensor | Distribution | None],
-        generative_ouputs: dict[str, CountLikelihood | Distribution | None],
+        inference_outputs: dict[str, Any],
+        generative_ouputs: dict[str, Any],
         kl_weight: Tensor | float = 1.0,
         labelled_tensors: dict[str, Tensor] | None = None,
         classification_ratio: float | None = None,
@@ -219,7 +217,7 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
             generative_ouputs,
             library_weight=kl_weight,
         )
-        labelled_tensors = self.labeled_among(tensors, labelled_tensors)
+        labelled_tensors = self.labeled_among(labelled_tensors)
         if labelled_tensors is None:
             return losses
         cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
@@ -282,11 +280,13 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
         -------
         log q(y | x), `(B, C)`; its exponential if the classifier gives probabilities.
         """
-        if qzm is None:
+        if qzm is not None and qzv is not None:
+            posterior = self.stored_posterior(qzm, qzv)
+        elif x is not None and batch_index is not None:
             dense, categories = encoder_input(self, x, batch_index, cont_covs, cat_covs)
             posterior = self._encode_components(dense, categories, None)
         else:
-            posterior = self.stored_posterior(qzm, qzv)
+            raise ValueError(_NOTHING_TO_CLASSIFY)
         log_y = _average(self._log_labels_of(posterior, use_posterior_mean=use_posterior_mean))
         return log_y if self.classifier.logits else log_y.exp()
 
@@ -328,7 +328,7 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         **kwargs: Any,
     ) -> LossOutput:
         """As in scvi-tools, of cells with labels alone."""
-        labeled = self.labeled_among(tensors, labelled_tensors)
+        labeled = self.labeled_among(labelled_tensors)
         return super().loss(tensors, *args, labelled_tensors=labeled, **kwargs)
 
     @auto_move_data
@@ -345,12 +345,14 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         observed_lib_size: Tensor | None = None,
     ) -> Tensor:
         """As in scvi-tools, also for embedded batches and minified data, `(B, C)`."""
-        if qzm is None:
+        if qzm is not None and qzv is not None:
+            qz = Normal(qzm, qzv.sqrt())
+            z = qz.sample()
+        elif x is not None and batch_index is not None:
             dense, categories = encoder_input(self, x, batch_index, cont_covs, cat_covs)
             qz, z = self.z_encoder(dense, *categories)
         else:
-            qz = Normal(qzm, qzv.sqrt())
-            z = qz.sample()
+            raise ValueError(_NOTHING_TO_CLASSIFY)
         return self.classify_helper(qz.loc if use_posterior_mean else z)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["signed_as"]
 
+T = TypeVar("T")
 
-def signed_as(original: Callable, **keywords: Any) -> Callable:
+
+def signed_as(original: Callable[..., Any], **keywords: Any) -> Callable[[T], T]:
     """Show the signature of a function or class, with further keywords and their defaults.
 
     scvi-tools reads signatures: that of ``generative`` for ``transform_batch``, and that of the
@@ -29,7 +31,7 @@ def signed_as(original: Callable, **keywords: Any) -> Callable:
         for name, default in keywords.items()
     ]
 
-    def decorate(own: Callable) -> Callable:
+    def decorate(own: T) -> T:
         named = list(signature.parameters.values())
         is_open = bool(named) and named[-1].kind is inspect.Parameter.VAR_KEYWORD
         end = len(named) - is_open
