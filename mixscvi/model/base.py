@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scvi.data import AnnDataManager
 
-__all__ = ["MixtureModel", "naming_what_takes_memory"]
+__all__ = ["MixtureMixin", "naming_what_takes_memory"]
 
 
 def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
 
     @functools.wraps(method)
-    def checked(self: MixtureModel, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: MixtureMixin, *args: Any, **kwargs: Any) -> Any:
         self._check_if_trained(warn=True)
         return method(self, *args, **kwargs)
 
@@ -57,7 +57,7 @@ def naming_what_takes_memory(mixture: MixtureOptions, n_hidden: int) -> Iterator
         ) from error
 
 
-class MixtureModel(
+class MixtureMixin(
     LatentsMixin,
     EvaluationMixin,
     ExpressionMixin,

@@ -14,7 +14,7 @@ from scvi.dataloaders import SemiSupervisedDataSplitter
 from scvi.model import SCANVI, SCVI
 from torch import Tensor
 
-from mixscvi.model.base import MixtureModel, naming_what_takes_memory
+from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
 from mixscvi.model.conversion import arguments_of, check_convertible
 from mixscvi.model.data import check_data
 from mixscvi.model.inputs import check_network, check_setup
@@ -33,7 +33,7 @@ __all__ = ["MixSCANVI"]
 _NEW = ("classifier.", "encoder_z2_z1.", "decoder_z1_z2.", "y_prior")
 
 
-class MixSCANVI(MixtureModel, SCANVI):
+class MixSCANVI(MixtureMixin, SCANVI):
     r"""scANVI with a mixture of Gaussians as posterior: some cells have labels, all get them.
 
     The generative model is that of :class:`scvi.model.SCANVI`: a label y and a latent u stand below
@@ -334,9 +334,13 @@ class MixSCANVI(MixtureModel, SCANVI):
 
         Raises
         ------
-        TypeError, ValueError, KeyError
+        ValueError
             As :meth:`mixscvi.MixSCVI.setup_anndata`; or if there are fewer than two labels, or
-            some that the model which the data are for was not trained on.
+            labels that the model of the data was not trained on.
+        TypeError
+            If counts or covariates are no numbers, or an argument is of another type.
+        KeyError
+            If there is no such layer or column.
 
         Examples
         --------

@@ -14,7 +14,7 @@ from scvi.model import SCANVI, SCVI
 from scvi.train import TrainingPlan
 
 from mixscvi.mixture import Prior
-from mixscvi.model.base import MixtureModel, naming_what_takes_memory
+from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.inputs import check_network, check_setup
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MixSCVI"]
 
 
-class MixSCVI(MixtureModel, ConversionMixin, SCVI, WithoutData):
+class MixSCVI(MixtureMixin, ConversionMixin, SCVI, WithoutData):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is
