@@ -346,9 +346,7 @@ class MixSCANVI(MixtureMixin, SCANVI):
         --------
         >>> import mixscvi
         >>> adata = mixscvi.datasets.pbmc68k()
-        >>> mixscvi.MixSCANVI.setup_anndata(
-        ...     adata, labels_key="cell_type", unlabeled_category="Unknown"
-        ... )
+        >>> mixscvi.MixSCANVI.setup_anndata(adata, "cell_type", unlabeled_category="Unknown")
         """
         check_setup(
             adata,
