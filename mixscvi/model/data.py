@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,10 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnTorchDataset
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mixscvi.checks import check_counts, check_finite, check_positive
+from mixscvi.model.distributed import n_ranks, of_first_rank
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -103,12 +105,24 @@ def _dense_rows(
 class LeanDataSplitter(DataSplitter):
     """scvi-tools' splitter, whose training minibatches take less time if the data allow it.
 
-    They are the same minibatches: the sampler is scvi-tools'.
+    They are the same minibatches: the sampler is scvi-tools'. Several ranks split the cells alike,
+    and shuffle them by the user's seed.
     """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the cells into training, validation and test."""
+        super().setup(stage)
+        if n_ranks() > 1:
+            # Without a seed, each would draw a split of its own.
+            split = self.train_idx, self.val_idx, self.test_idx, int(torch.randint(2**31, ()))
+            split = of_first_rank(split)
+            self.train_idx, self.val_idx, self.test_idx, self.shuffle_seed = split
 
     def train_dataloader(self):
         """Minibatches of the training cells."""
         loader = super().train_dataloader()
+        if isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.seed = self.shuffle_seed
         in_memory = not self.adata_manager.adata.isbacked and not self.load_sparse_tensor
         if type(loader) is not AnnDataLoader or loader.num_workers > 0 or not in_memory:
             return loader
@@ -131,7 +145,8 @@ class WithoutSingleCells(LeanDataSplitter):
     def train_dataloader(self):
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
-        if self.n_train > 1 and self.n_train % batch_size == 1:
+        n_train = math.ceil(self.n_train / n_ranks())  # the sampler gives each as many
+        if n_train > 1 and n_train % batch_size == 1:
             self.drop_last = True
         return super().train_dataloader()
 
