@@ -179,7 +179,7 @@ class Checkpoints(Callback):
             ],
         }
         try:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
         finally:
             self._writing = None
 
