@@ -22,6 +22,7 @@ from scvi.train._logger import SimpleLogger
 
 from mixscvi.checkpoint_io import read_checkpoint
 from mixscvi.checks import check_positive_int
+from mixscvi.model.distributed import of_all_ranks
 from mixscvi.model.identity import (
     SEEDED_BELOW,
     differences,
@@ -169,7 +170,7 @@ class Checkpoints(Callback):
             "versions": versions(),
             "epochs": trainer.current_epoch,
             "stopped": bool(trainer.should_stop),
-            "random": _of_all_ranks(get_random_states(pl_module.device)),
+            "random": of_all_ranks(get_random_states(pl_module.device), trainer.world_size),
             "split": {k: getattr(cells, k) for k in _SPLIT if hasattr(cells, k)},
             "metrics": dict(trainer.callback_metrics),
             "history": history,
@@ -213,14 +214,6 @@ def _own_part(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     values = _own_part(read_checkpoint(path), path)
     return {name: values[name] for name in ("identity", "versions", "epochs", "stopped")}
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 @rank_zero_only

@@ -12,7 +12,7 @@ from scvi.dataloaders import DataSplitter
 from torch.utils.data import DistributedSampler
 
 from mixscvi.checks import check_counts, check_finite, check_positive
-from mixscvi.model.distributed import n_ranks, of_first_rank
+from mixscvi.model.distributed import of_first_rank
 from mixscvi.model.loaders import LeanDataLoader
 
 if TYPE_CHECKING:
@@ -39,10 +39,16 @@ class LeanDataSplitter(DataSplitter):
     data_loader_cls = LeanDataLoader
     shuffle_seed = 0
 
+    @property
+    def _n_ranks(self) -> int:
+        # Processes that once trained together may each train alone afterwards.
+        shared = self.data_loader_kwargs.get("distributed_sampler", False)
+        return torch.distributed.get_world_size() if shared else 1
+
     def setup(self, stage: str | None = None) -> None:
         """Split the cells into training, validation and test."""
         super().setup(stage)
-        if n_ranks() > 1:
+        if self._n_ranks > 1:
             # Without a seed, each would draw a split of its own.
             split = self.train_idx, self.val_idx, self.test_idx, int(torch.randint(2**31, ()))
             split = of_first_rank(split)
@@ -66,7 +72,7 @@ class WithoutSingleCells(LeanDataSplitter):
     def train_dataloader(self):
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
-        n_train = math.ceil(self.n_train / n_ranks())  # the sampler gives each as many
+        n_train = math.ceil(self.n_train / self._n_ranks)  # the sampler gives each as many
         if n_train > 1 and n_train % batch_size == 1:
             self.drop_last = True
         return super().train_dataloader()

@@ -15,20 +15,7 @@ from mixscvi.model.random_states import get_random_states, set_random_states
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Ranks", "n_ranks", "of_first_rank"]
-
-
-def n_ranks() -> int:
-    """Number of processes that train together.
-
-    Examples
-    --------
-    >>> n_ranks()
-    1
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
+__all__ = ["Ranks", "of_all_ranks", "of_first_rank"]
 
 
 def of_first_rank(value: Any) -> Any:
@@ -36,6 +23,21 @@ def of_first_rank(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def of_all_ranks(value: Any, n_ranks: int) -> list[Any]:
+    """What each rank gives; all ranks must call it.
+
+    Examples
+    --------
+    >>> of_all_ranks("alone", 1)
+    ['alone']
+    """
+    if n_ranks == 1:
+        return [value]
+    values = [None] * n_ranks
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class Ranks(Callback):
