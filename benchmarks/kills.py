@@ -9,7 +9,7 @@ Runs: a process trains with checkpoints, or makes a sweep or an evaluation of im
 files must load. The same call goes on, and may be killed as well, until one ends: then its numbers
 must be those of a run that was never killed, and there must be no other files than its own.
 
-    python benchmarks/kills.py --kills 350   # writes results/kills.csv
+    python benchmarks/kills.py --kills 50   # of each kind; writes results/kills.csv
 """
 
 from __future__ import annotations
@@ -281,9 +281,11 @@ def make_images(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=350, help="of all kinds together")
+    parser.add_argument("--kills", type=int, default=50, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="kinds whose names start so")
+    parser.add_argument(
+        "--only", default="", help="kinds whose names start so; the others keep their rows"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -291,20 +293,21 @@ def main() -> None:
     import mixscvi.images.experiments.sweep
     import mixscvi.model  # noqa: F401  # once, for all processes
 
-    rng, rows = random.Random(options.seed), []
+    results = RESULTS / "kills.csv"
+    rng, rows = random.Random(options.seed), read_rows(results)
     with tempfile.TemporaryDirectory() as folder:
         kinds = {f"save, {kind}": None for kind in SAVES} | work_of(make_images(Path(folder)))
-        share = options.kills // len(kinds) + 1
         chosen = {name: work for name, work in kinds.items() if name.startswith(options.only)}
         # The processes of runs are forked before this one computes anything.
         for name, work in sorted(chosen.items(), key=lambda item: item[1] is None):
             if work is not None:
-                row = kill_runs(name, work, share, rng)
+                row = kill_runs(name, work, options.kills, rng)
             else:
-                row = kill_saves(name.removeprefix("save, "), share, make_models(), rng)
+                row = kill_saves(name.removeprefix("save, "), options.kills, make_models(), rng)
+            rows = [other for other in rows if other["what"] != name]
             rows.append(row | {"seed": options.seed} | machine())
             print(rows[-1], flush=True)
-    write_beside(RESULTS / "kills.csv", csv_text(rows))
+            write_beside(results, csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
-from scvi.train._logger import SimpleLogger
 
 from mixscvi.checkpoint_io import read_checkpoint
 from mixscvi.checks import check_positive_int
@@ -135,7 +134,7 @@ class Checkpoints(Callback):
             progress.ready = progress.started  # the epoch that was about to start
         trainer.should_stop = state["stopped"]
         trainer.callback_metrics.update(state["metrics"])
-        if trainer.is_global_zero and isinstance(trainer.logger, SimpleLogger):
+        if _has_history(trainer):
             trainer.logger.experiment.data = state["history"]
         for callback, values in zip(
             trainer.early_stopping_callbacks, state["stopping"], strict=True
@@ -161,9 +160,6 @@ class Checkpoints(Callback):
         self._to_restore = None
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        history = {}
-        if trainer.is_global_zero and isinstance(trainer.logger, SimpleLogger):
-            history = trainer.logger.history
         cells = trainer.datamodule
         self._writing = {
             "identity": self.identity,
@@ -173,7 +169,7 @@ class Checkpoints(Callback):
             "random": of_all_ranks(get_random_states(pl_module.device), trainer.world_size),
             "split": {k: getattr(cells, k) for k in _SPLIT if hasattr(cells, k)},
             "metrics": dict(trainer.callback_metrics),
-            "history": history,
+            "history": trainer.logger.history if _has_history(trainer) else {},
             "stopping": [
                 {k: v for k, v in vars(callback).items() if k in _STOPPING}
                 for callback in trainer.early_stopping_callbacks
@@ -214,6 +210,11 @@ def _own_part(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     values = _own_part(read_checkpoint(path), path)
     return {name: values[name] for name in ("identity", "versions", "epochs", "stopped")}
+
+
+def _has_history(trainer: Trainer) -> bool:
+    """Whether scvi-tools' own logger keeps tables of the history, and in this process."""
+    return trainer.is_global_zero and isinstance(getattr(trainer.logger, "history", None), dict)
 
 
 @rank_zero_only

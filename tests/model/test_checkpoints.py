@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import scvi
@@ -12,6 +13,8 @@ import torch
 import killed_training
 from fitting import assert_same_history, assert_same_state
 from killed_training import CASES, make_model, train
+from mixscvi import MixSCVI
+from mixscvi.model.identity import differences, training_identity
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +209,23 @@ def test_checkpoints_change_nothing(tmp_path):
     options = {k: v for k, v in killed_training.TRAINED.items() if k != "checkpoint_every"}
     model.train(**options, check_val_every_n_epoch=1)
     assert_same_state(trained(tmp_path, max_epochs=7), model)
+
+
+def test_data_on_disk_are_told_apart_by_some_of_their_cells(tmp_path, make_adata):
+    path = tmp_path / "cells.h5ad"
+    make_adata(sparse=True).write_h5ad(path)
+
+    def identity():
+        adata = anndata.read_h5ad(path, backed="r")
+        MixSCVI.setup_anndata(adata)
+        found = training_identity(MixSCVI(adata, n_components=2), {}, None)
+        adata.file.close()
+        return found
+
+    first = identity()
+    assert differences(first, identity()) == []
+    changed = make_adata(sparse=True)
+    changed.X[5, 3] += 1
+    changed.write_h5ad(path)
+    (difference,) = differences(first, identity())
+    assert difference.startswith("data: X is ")
