@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,9 +96,11 @@ def compiles() -> bool:
 
 @lru_cache(1)
 def _import_kernels() -> ModuleType:
-    from mixscvi.likelihoods import compiling, kernels
+    import numba
 
-    if compiling.numba.config.DISABLE_JIT:
+    from mixscvi.likelihoods import kernels
+
+    if vars(numba.config)["DISABLE_JIT"]:
         raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
     return kernels
 
@@ -203,7 +205,7 @@ def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tup
     ]
 
 
-def _array(tensor: Tensor | None):
+def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
@@ -246,9 +248,8 @@ def evaluate(
     n_threads = torch.get_num_threads()
 
     theta_strides, table = (0, 0, 0), None
-    if theta is None:
-        theta_rows = None
-    else:
+    theta_rows: Any = None
+    if theta is not None:
         theta_rows = _array(theta).reshape(-1, n_genes)
         if theta.dim() == 3:
             theta_strides = (0, 1, 0)
@@ -261,7 +262,8 @@ def evaluate(
         x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
     rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
     tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads)
-    written, sums = (None,) * 4, None
+    written: tuple[Any, ...] = (None,) * 4
+    sums = None
     if gradients is not None:
         written = tuple(
             None if tensor is None else tensor.detach().view(-1, n_genes).numpy()
@@ -293,7 +295,7 @@ def evaluate(
     except _errors() as error:
         _give_up(error)
         return None
-    if sums is not None:
+    if gradients is not None and sums is not None:
         torch.sum(sums, 0, out=gradients.sums)
     return value
 
@@ -330,7 +332,7 @@ def dense_rows(
 
     if rows.size and not (0 <= rows.min() and rows.max() < len(indptr) - 1):
         raise IndexError(f"rows must lie in [0, {len(indptr) - 1})")
-    out = np.zeros((len(rows), n_columns), dtype)
+    out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
     try:
         inside = add_rows(rows, indptr, indices, data, out)
     except _errors() as error:

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import warnings
 
+import numba
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -70,7 +71,7 @@ def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
     expected = head_log_prob(*given)
 
     def fail(*args):
-        raise compiling.numba.core.errors.NumbaError("no")
+        raise numba.core.errors.NumbaError("no")
 
     monkeypatch.setattr(kernels, "rows", fail)
     with pytest.warns(RuntimeWarning, match="numba"):
