@@ -128,7 +128,7 @@ class Checkpoints(Callback):
             return
         loop = trainer.fit_loop
         loop.load_state_dict(state["loops"]["fit_loop"])
-        loop.restarting = False
+        loop.restarting = loop.epoch_loop.restarting = False
         loop.on_iteration_done()
         for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
             progress.ready = progress.started  # the epoch that was about to start
@@ -256,7 +256,11 @@ class CheckpointsMixin:
             raise ValueError(f"checkpoint_dir {str(path.parent)!r} is a file: choose a folder")
         given = inspect.signature(train).bind(*args, **kwargs)
         given.apply_defaults()
-        if self._interrupted is not None and self._interrupted[0] == path.absolute():
+        if (
+            path.exists()
+            and self._interrupted is not None
+            and self._interrupted[0] == path.absolute()
+        ):
             start = self._interrupted[1]
         elif torch.initial_seed() < SEEDED_BELOW and self.module is not None:
             start = hash_of(*self.module.state_dict().values())

@@ -41,7 +41,6 @@ class LeanDataSplitter(DataSplitter):
 
     @property
     def _n_ranks(self) -> int:
-        # Processes that once trained together may each train alone afterwards.
         shared = self.data_loader_kwargs.get("distributed_sampler", False)
         return torch.distributed.get_world_size() if shared else 1
 

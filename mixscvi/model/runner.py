@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import DDPStrategy
 from scvi.dataloaders import DataSplitter
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
@@ -42,6 +43,7 @@ class Runner(TrainRunner):
             )
         if ranks > 1:
             self._check_distributed(ranks)
+        if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         # scvi-tools asks this of its own splitter alone, which it knows by name.
         stopping = self.trainer.early_stopping_callback
