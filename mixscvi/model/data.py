@@ -53,7 +53,7 @@ class LeanDataSplitter(DataSplitter):
             split = of_first_rank(split)
             self.train_idx, self.val_idx, self.test_idx, self.shuffle_seed = split
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> LeanDataLoader:
         """Minibatches of the training cells."""
         loader = super().train_dataloader()
         if isinstance(loader.sampler, DistributedSampler):
