@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from mixscvi.checks import check_counts, check_finite, check_positive
 from mixscvi.model.distributed import of_first_rank
-from mixscvi.model.loaders import LeanDataLoader
+from mixscvi.model.loaders import TrainingLoader
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -36,7 +36,7 @@ class LeanDataSplitter(DataSplitter):
     Several ranks split the cells alike, and shuffle them by the user's seed.
     """
 
-    data_loader_cls = LeanDataLoader
+    data_loader_cls = TrainingLoader
     shuffle_seed = 0
 
     @property
@@ -53,7 +53,7 @@ class LeanDataSplitter(DataSplitter):
             split = of_first_rank(split)
             self.train_idx, self.val_idx, self.test_idx, self.shuffle_seed = split
 
-    def train_dataloader(self) -> LeanDataLoader:
+    def train_dataloader(self) -> TrainingLoader:
         """Minibatches of the training cells."""
         loader = super().train_dataloader()
         if isinstance(loader.sampler, DistributedSampler):
@@ -68,7 +68,7 @@ class WithoutSingleCells(LeanDataSplitter):
     Shuffling makes it another cell in every epoch.
     """
 
-    def train_dataloader(self) -> LeanDataLoader:
+    def train_dataloader(self) -> TrainingLoader:
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
         n_train = math.ceil(self.n_train / self._n_ranks)  # the sampler gives each as many
