@@ -104,6 +104,25 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     )
 
 
+@pytest.mark.parametrize("engine", ["sequential", "ray"])
+def test_a_sweep_with_a_failed_run_shows_it_and_fails(engine, tmp_path, ray_cluster, capsys):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((80, 6, 5)))
+    runs = tmp_path / "runs"
+    arguments = ["sweep", "--output", str(runs), "--dataset", str(tmp_path / "mine.npy")]
+    arguments += ["--presets", "vanilla", "--components", "1", "2", "--seeds", "1", *SMOKE]
+    arguments += ["--engine", engine, "--device", "cpu"]
+    (runs / "vanilla-A1-seed0").mkdir(parents=True)
+    (runs / "vanilla-A1-seed0" / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        main(arguments)
+    shown = capsys.readouterr()
+    assert "vanilla-A2-seed0: NLL" in shown.out
+    assert shown.err.splitlines()[-1].startswith("vanilla-A1-seed0 failed: ValueError: ")
+    (runs / "vanilla-A1-seed0" / "config.json").unlink()
+    main(arguments)
+    assert [row["components"] for row in read_rows(runs / "sweep.csv")] == ["1", "2"]
+
+
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])
 def test_controls(tmp_path, folder, control, capsys):
     run = str(tmp_path / "run")

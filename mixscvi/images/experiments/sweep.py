@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mixscvi.engines import Engine, sequential
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
 from mixscvi.images.experiments.evaluation import evaluate
@@ -84,13 +85,16 @@ def sweep(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     progress: Callable[[str], object] | None = None,
+    failed: Callable[[str, Exception], object] | None = None,
+    engine: Engine = sequential,
     command: str | None = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every combination; runs that are finished are read, not run again.
 
-    After each run, the table of all that are finished is written, as CSV, Markdown and figure.
+    After each run, the table of all that are finished is written, as CSV, Markdown and figure. A run
+    that fails does not keep the others from being made; the same call repeats it.
 
     Parameters
     ----------
@@ -109,6 +113,12 @@ def sweep(
         As in :func:`~mixscvi.images.experiments.training.train`.
     progress
         Called with a line of text after each run.
+    failed
+        Called with the name and the exception of a run that has failed.
+    engine
+        Where the runs are made: here, one after the other, or side by side with a
+        :class:`~mixscvi.engines.RayEngine`, whose machines must share `folder`. The images are sent
+        to them.
     command
         The command that made the results, written below their table.
     device
@@ -124,8 +134,10 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds runs of other configurations, or a run has fewer test images than
-        `images`.
+        If an argument is none of its choices, or a run has fewer test images than `images`.
+    ExceptionGroup
+        The exceptions of the runs that failed, if any did: such as a ValueError where the folder
+        holds a run of another configuration.
 
     Examples
     --------
@@ -152,10 +164,17 @@ def sweep(
     for config in configs.values():  # before the first run, not hours later
         first_images(run_data(config, data), images)
 
+    runs = folder.absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+
     def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
+        if not runs.is_dir():
+            raise FileNotFoundError(
+                f"{runs} is not on {platform.node()}: the machines must share the folder of the runs"
+            )
         return run_once(
             config,
-            folder / name,
+            runs / name,
             data,
             proposal=proposal,
             draws=draws,
@@ -174,7 +193,15 @@ def sweep(
                 f"{percent(trusted(row))} of the images), JSD {row['jsd']:.2f}"
             )
 
-    return run_missing(configs, run, with_ending(results, ".csv"), device=device, report=report)
+    return run_missing(
+        configs,
+        run,
+        with_ending(results, ".csv"),
+        device=device,
+        report=report,
+        failed=failed,
+        engine=engine,
+    )
 
 
 def run_once(
