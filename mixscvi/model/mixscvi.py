@@ -19,6 +19,7 @@ from torch import Tensor
 from mixscvi.checks import check_genes, check_indices
 from mixscvi.mixture import Prior
 from mixscvi.model.adapted import AdaptedMixin
+from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import MINIFY_UNS_KEY, LeanDataSplitter, WithoutSingleCells, check_data
@@ -74,6 +75,7 @@ class MixSCVI(
     ConversionMixin,
     QueriesMixin,
     PersistenceMixin,
+    CheckpointsMixin,
     SCVI,
     WithoutData,
 ):

@@ -8,6 +8,9 @@ from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
 from torch import nn
 
+from mixscvi.checkpoint_io import AtomicCheckpointIO
+from mixscvi.model.checkpoints import Checkpoints
+
 __all__ = ["Runner", "WithoutData"]
 
 
@@ -27,7 +30,7 @@ class Runner(TrainRunner):
         are not held out.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         n_train = getattr(self.data_splitter, "n_train", None)
         if n_train is not None and n_train < 2:
@@ -47,6 +50,20 @@ class Runner(TrainRunner):
                 f"early_stopping=True watches {stopping.monitor!r}, but no cells are held out for "
                 "validation: choose a train_size below 1, or a validation_size above 0"
             )
+        if checkpoints is not None:
+            self._use(checkpoints)
+
+    def _use(self, checkpoints: Checkpoints) -> None:
+        if self.ckpt_path is not None:
+            raise ValueError(
+                f"give either checkpoint_dir or ckpt_path={self.ckpt_path!r}, got both"
+            )
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # The first, so that the others find the epoch and the random numbers that they had.
+        self.trainer.callbacks.insert(0, checkpoints)
+        if checkpoints.found is not None:
+            checkpoints.tell(self.trainer.max_epochs)
+            self.ckpt_path = checkpoints.path
 
     def __call__(self) -> Any:
         """Train."""

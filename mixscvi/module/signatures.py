@@ -29,8 +29,13 @@ def signed_as(original: Callable, **keywords: Any) -> Callable:
         for name, default in keywords.items()
     ]
 
+    given = list(signature.parameters.values())
+    # What takes all other keywords comes last.
+    others = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
+    named = [p for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD]
+
     def decorate(own: Callable) -> Callable:
-        own.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *further])
+        own.__signature__ = signature.replace(parameters=[*named, *further, *others])
         return own
 
     return decorate
