@@ -8,11 +8,12 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import tyro
+from tqdm import tqdm
 
 from mixscvi.system import keep_freed_memory, write_beside
 from mixscvi.tables import mean_and_spread
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scvi.model import SCVI
 
-__all__ = ["Demo", "compare", "main"]
+    from mixscvi.model import AdaptedPosterior, LatentMixture, MixSCVI
+
+__all__ = ["Demo", "HeldOut", "compare", "main"]
 
 _BATCH_SIZE = 128
 _HELD_OUT = 0.2
+# How long they take, about, in epochs of the cells that come with the package.
+_EPOCHS_TO_SCORE, _EPOCHS_TO_CLUSTER = 100, 20
 _COLUMNS = {
     "log_likelihood": "held-out log-likelihood per cell",
     "trusted": "cells with k-hat < 0.7",
@@ -60,7 +65,7 @@ class Demo:
     batch_key: str | None = None
     """Column of obs with the batches to integrate over."""
     output: Path = Path("mixscvi-demo")
-    """Folder for the .h5ad with latents and diagnostics, the figure and the table."""
+    """Folder for the .h5ad with latents and diagnostics, the figures and the table."""
 
 
 def _load(demo: Demo) -> tuple[AnnData, str | None]:
@@ -95,9 +100,12 @@ def _check_columns(adata: AnnData, demo: Demo) -> None:
             )
 
 
-def _train(model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, **model_kwargs) -> tuple:
+def _train(
+    model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, bar: tqdm, **model_kwargs: Any
+) -> tuple[SCVI, float]:
     """Train one model; return it with the seconds that training took."""
     import scvi
+    from lightning.pytorch.callbacks import LambdaCallback
 
     scvi.settings.seed = seed
     model_cls.setup_anndata(adata, layer=demo.layer, batch_key=demo.batch_key)
@@ -111,6 +119,7 @@ def _train(model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, **model
         plan_kwargs={"n_epochs_kl_warmup": max(1, demo.epochs // 2)},
         check_val_every_n_epoch=max(1, demo.epochs // 10),
         enable_progress_bar=False,
+        callbacks=[LambdaCallback(on_train_epoch_end=lambda *_: bar.update())],
     )
     return model, time.perf_counter() - start
 
@@ -118,7 +127,9 @@ def _train(model_cls: type[SCVI], adata: AnnData, demo: Demo, seed: int, **model
 def _cluster(adata: AnnData, latent: str, *, umap: bool) -> np.ndarray:
     """Leiden clusters of a latent space; on request with a UMAP of it, left in ``obsm``."""
     import scanpy as sc
+    import torch
 
+    n_threads = torch.get_num_threads()
     key = latent.removeprefix("X_")
     sc.pp.neighbors(adata, use_rep=latent, key_added=key)
     if umap:
@@ -131,10 +142,44 @@ def _cluster(adata: AnnData, latent: str, *, umap: bool) -> np.ndarray:
         n_iterations=2,
         directed=False,
     )
+    torch.set_num_threads(n_threads)  # scanpy's compiled functions have set it to all cores
     return adata.obs[f"leiden_{key}"].to_numpy()
 
 
-def compare(demo: Demo, adata: AnnData, label_key: str | None) -> pd.DataFrame:
+@dataclass
+class HeldOut:
+    """Cells that a model has not seen."""
+
+    before: pd.DataFrame
+    """By the encoder's posterior, a row per cell."""
+    after: pd.DataFrame
+    """By the exact posterior."""
+    cell: tuple[AdaptedPosterior, LatentMixture]
+    """One cell that is ordinary by its k-hat: draws from its exact posterior, and its encoder's."""
+
+
+def _with_a_cell(scored: MixSCVI, before: pd.DataFrame, after: pd.DataFrame) -> HeldOut:
+    by_k = before["pareto_k"].to_numpy().argsort()
+    cell = scored.validation_indices[by_k[[len(by_k) // 2]]]
+    drawn = scored.get_adapted_posterior(
+        indices=cell, n_mc_samples=4000, n_draws=1500, progress=False
+    )
+    return HeldOut(before, after, (drawn, scored.get_latent_mixture(indices=cell)))
+
+
+def _diagnose(scored: MixSCVI, demo: Demo) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The held-out cells, by the encoder's posterior and by the exact one."""
+    cells = scored.validation_indices
+    draws = {"indices": cells, "n_mc_samples": demo.draws}
+    return (
+        scored.get_posterior_diagnostics(**draws),
+        scored.get_posterior_diagnostics(**draws, proposal="adapted", progress=False),
+    )
+
+
+def compare(
+    demo: Demo, adata: AnnData, label_key: str | None
+) -> tuple[pd.DataFrame, dict[str, HeldOut]]:
     """Train both models for every seed.
 
     Parameters
@@ -148,14 +193,17 @@ def compare(demo: Demo, adata: AnnData, label_key: str | None) -> pd.DataFrame:
 
     Returns
     -------
-    One row per model and seed.
+    One row per model and seed; and by model, what seed 0 says of the held-out cells.
 
     Examples
     --------
     >>> import mixscvi
     >>> adata = mixscvi.datasets.pbmc68k()
-    >>> compare(Demo(components=2, seeds=1, epochs=1, draws=25), adata, "cell_type").shape
-    (2, 7)
+    >>> runs, held_out = compare(
+    ...     Demo(components=2, seeds=1, epochs=1, draws=25), adata, "cell_type"
+    ... )
+    >>> runs.shape, [*held_out]
+    ((2, 7), ['scVI', 'MixSCVI, A = 2'])
     """
     from scvi.model import SCVI
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -163,37 +211,45 @@ def compare(demo: Demo, adata: AnnData, label_key: str | None) -> pd.DataFrame:
     from mixscvi import MixSCVI
 
     mixture = f"MixSCVI, A = {demo.components}"
-    records = []
-    for seed in reversed(range(demo.seeds)):  # seed 0 last: its latents are the ones to be kept
-        for name, latent, model_cls, kwargs in (
-            ("scVI", "X_scvi", SCVI, {}),
-            (mixture, "X_mixscvi", MixSCVI, {"n_components": demo.components}),
-        ):
-            _say(f"seed {seed}: training {name}")
-            model, seconds = _train(model_cls, adata, demo, seed, **kwargs)
-            # The same estimator for both: scVI is MixSCVI with one component, weight for weight.
-            scored = model if model_cls is MixSCVI else MixSCVI.from_scvi_model(model)
-            adata.obsm[latent] = model.get_latent_representation()
-            record = {"model": name, "seed": seed, "seconds": seconds}
-            cells = scored.get_posterior_diagnostics(
-                indices=model.validation_indices,
-                n_mc_samples=demo.draws,
-                proposal="adapted",
-                progress=False,
-            )
-            record["log_likelihood"] = cells["log_likelihood"].mean()
-            record["trusted"] = (cells["pareto_k"] < 0.7).mean()
-            clusters = _cluster(adata, latent, umap=seed == 0)
-            if label_key is not None:
-                labels = adata.obs[label_key].astype(str).to_numpy()
-                record["ari"] = adjusted_rand_score(labels, clusters)
-                record["nmi"] = normalized_mutual_info_score(labels, clusters)
-            records.append(record)
-            if seed == 0:
-                diagnostics = scored.get_posterior_diagnostics(n_mc_samples=demo.draws)
-                for column in diagnostics:
-                    adata.obs[f"{latent.removeprefix('X_')}_{column}"] = diagnostics[column]
-    return pd.DataFrame(records)
+    records, held_out = [], {}
+    # In units of an epoch, which is what tells how long the rest will take.
+    per_model = demo.epochs + _EPOCHS_TO_SCORE + _EPOCHS_TO_CLUSTER
+    with tqdm(
+        total=2 * demo.seeds * per_model,
+        bar_format="{desc:<34} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}",
+        file=sys.stderr,
+    ) as bar:
+        for seed in reversed(range(demo.seeds)):  # seed 0 last: its latents are to be kept
+            for name, latent, model_cls, kwargs in (
+                ("scVI", "X_scvi", SCVI, {}),
+                (mixture, "X_mixscvi", MixSCVI, {"n_components": demo.components}),
+            ):
+                bar.set_description(f"seed {seed}: training {name}")
+                model, seconds = _train(model_cls, adata, demo, seed, bar, **kwargs)
+                bar.set_description(f"seed {seed}: exact posteriors")
+                # The same estimator for both: scVI is MixSCVI with one component.
+                scored = model if model_cls is MixSCVI else MixSCVI.from_scvi_model(model)
+                adata.obsm[latent] = model.get_latent_representation()
+                before, after = _diagnose(scored, demo)
+                record = {"model": name, "seed": seed, "seconds": seconds}
+                record["log_likelihood"] = after["log_likelihood"].mean()
+                record["trusted"] = (after["pareto_k"] < 0.7).mean()
+                bar.update(_EPOCHS_TO_SCORE)
+                bar.set_description(f"seed {seed}: clusters")
+                clusters = _cluster(adata, latent, umap=seed == 0)
+                if label_key is not None:
+                    labels = adata.obs[label_key].astype(str).to_numpy()
+                    record["ari"] = adjusted_rand_score(labels, clusters)
+                    record["nmi"] = normalized_mutual_info_score(labels, clusters)
+                records.append(record)
+                if seed == 0:
+                    diagnostics = scored.get_posterior_diagnostics(n_mc_samples=demo.draws)
+                    for column in diagnostics:
+                        adata.obs[f"{latent.removeprefix('X_')}_{column}"] = diagnostics[column]
+                    held_out[name] = _with_a_cell(scored, before, after)
+                bar.update(_EPOCHS_TO_CLUSTER)
+        bar.set_description("done")
+    return pd.DataFrame(records), held_out
 
 
 def _format(runs: pd.DataFrame) -> str:
@@ -223,11 +279,8 @@ def _format(runs: pd.DataFrame) -> str:
     )
 
 
-def _draw(adata: AnnData, label_key: str | None, path: Path) -> None:
+def _draw_umaps(adata: AnnData, label_key: str | None, path: Path) -> None:
     """Both UMAPs by cell type, and MixSCVI's by the divergence of each cell's components."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import scanpy as sc
 
@@ -259,6 +312,37 @@ def _draw(adata: AnnData, label_key: str | None, path: Path) -> None:
     plt.close(fig)
 
 
+def _draw_why(held_out: dict[str, HeldOut], path: Path) -> None:
+    """A held-out cell's posterior in both models; what exact posteriors say of all, by scVI."""
+    import matplotlib.pyplot as plt
+
+    from mixscvi import pl
+
+    fig = plt.figure(figsize=(14, 4.1), layout="constrained")
+    axes = fig.subplots(1, 4, width_ratios=(1, 1, 1.25, 1.25))
+    for ax, (name, cells) in zip(axes, held_out.items(), strict=False):
+        pl.posterior(*cells.cell, axes=ax)
+        ax.set_title(f"a cell that {name.partition(',')[0]}\nhas not seen", fontsize=11)
+    scvi = held_out["scVI"]
+    pl.adaptation(scvi.before, scvi.after, axes=(axes[2], axes[3]))
+    axes[2].set_title(f"all cells unseen by scVI\n{axes[2].get_title()}", fontsize=11)
+    axes[3].set_title("can they be trusted?\nonly left of the dotted line", fontsize=11)
+    fig.savefig(path, dpi=110, format="png")
+    plt.close(fig)
+
+
+def _table(held_out: dict[str, HeldOut]) -> pd.DataFrame:
+    """What the first figure shows: a row per model and held-out cell."""
+    columns = ["log_likelihood", "pareto_k", "effective_sample_size"]
+    tables = {
+        name: cells.before[columns].join(
+            cells.after[columns], lsuffix="_encoder", rsuffix="_adapted"
+        )
+        for name, cells in held_out.items()
+    }
+    return pd.concat(tables, names=["model", "cell"])
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -281,13 +365,21 @@ def main(args: list[str] | None = None) -> None:
     keep_freed_memory()
     adata, label_key = _load(demo)
     demo.output.mkdir(parents=True, exist_ok=True)
-    runs = compare(demo, adata, label_key)
+    runs, held_out = compare(demo, adata, label_key)
 
-    h5ad, png, csv = (demo.output / name for name in ("cells.h5ad", "umap.png", "runs.csv"))
+    h5ad, why, umap, csv, cells = (
+        demo.output / name
+        for name in ("cells.h5ad", "why.png", "umap.png", "runs.csv", "held_out.csv")
+    )
+    import matplotlib
+
+    matplotlib.use("Agg")
     for path, write in (
-        (png, lambda p: _draw(adata, label_key, p)),
+        (why, lambda p: _draw_why(held_out, p)),
+        (umap, lambda p: _draw_umaps(adata, label_key, p)),
         (h5ad, adata.write_h5ad),
         (csv, lambda p: runs.to_csv(p, index=False)),
+        (cells, lambda p: _table(held_out).to_csv(p, float_format="%.5g")),
     ):
         write_beside(path, write)
 
@@ -300,7 +392,8 @@ def main(args: list[str] | None = None) -> None:
     print(
         f"\nLog-likelihood in nats, by adaptive importance sampling: {demo.draws} draws per cell "
         "from its adapted posterior.\n"
-        f"Wrote {h5ad} (latents, UMAPs, per-cell diagnostics), {png} and {csv}."
+        f"Wrote {h5ad} (latents, UMAPs, per-cell diagnostics), {why} and what it shows, {cells}, "
+        f"{umap} and {csv}."
     )
 
 

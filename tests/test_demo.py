@@ -12,13 +12,24 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
         + ["--output", str(output)]
     )
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in output.iterdir()) == ["cells.h5ad", "runs.csv", "umap.png"]
-    assert (output / "umap.png").read_bytes().startswith(b"\x89PNG")
+    figures = ["umap.png", "why.png"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "cells.h5ad",
+        "held_out.csv",
+        "runs.csv",
+        *figures,
+    ]
+    for figure in figures:
+        assert (output / figure).read_bytes().startswith(b"\x89PNG")
     runs = pd.read_csv(output / "runs.csv")
     assert set(zip(runs["model"], runs["seed"], strict=True)) == {
         (model, seed) for model in ("scVI", "MixSCVI, A = 2") for seed in (0, 1)
     }
     assert runs.notna().all(axis=None)
+    held_out = pd.read_csv(output / "held_out.csv")
+    scored = held_out.groupby("model")["log_likelihood_adapted"].mean()
+    of_seed_0 = runs[runs["seed"] == 0].set_index("model")["log_likelihood"]
+    assert scored.to_dict() == pytest.approx(of_seed_0.to_dict(), abs=0.01)
     cells = anndata.read_h5ad(output / "cells.h5ad")
     assert cells.obsm["X_scvi"].shape == cells.obsm["X_mixscvi"].shape == (700, 10)
     assert cells.obsm["X_umap_mixscvi"].shape == (700, 2)

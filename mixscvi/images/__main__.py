@@ -38,7 +38,8 @@ class Data:
     """Where the images come from."""
 
     data_folder: Path | None = None
-    """Folder of the idx files, or its parent; downloaded when not given."""
+    """Folder of the idx files, or its parent; downloaded when not given. Of a .npy file, the folder
+    that it was moved to."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,11 @@ def _training_changes(
         "n_train": train_images,
     }
     return {name: value for name, value in changes.items() if value is not None}
+
+
+def _absolute(dataset: str) -> str:
+    """The path of own images, so that the run finds them from whatever folder it is scored in."""
+    return str(Path(dataset).absolute()) if dataset.endswith(".npy") else dataset
 
 
 @dataclass
@@ -111,7 +117,7 @@ class Train(Data, Device):
             training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
             objective=self.objective,
             ensemble=self.ensemble,
-            dataset=self.dataset,
+            dataset=_absolute(self.dataset),
             seed=self.seed,
         )
 
@@ -288,7 +294,7 @@ class Sweep(Scoring, Data, Device):
             engine=engine,
             command=self.command,
             device=self.device,
-            dataset=self.dataset,
+            dataset=_absolute(self.dataset),
             budget=self.budget,
             component_encoder=self.component_encoder,
             training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),

@@ -7,6 +7,8 @@ numba is missing. Away from the CPU no operation waits for a result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,7 +79,7 @@ def dense_terms(
     zero = counts <= _EPS
     if zi_logits is None:
         value = value + kept
-        certain = 1.0
+        certain: Tensor | float = 1.0
     else:
         kept = kept - zi_logits
         softplus = torch.where(zero, F.softplus(kept), kept) - F.softplus(-zi_logits)
@@ -108,13 +110,13 @@ class _DenseTerms(torch.autograd.Function):
         return dense_terms(x, mean, theta, zi_logits, with_gradients)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(inputs[2], *output[1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         theta, d_mean, d_theta, *d_zi = ctx.saved_tensors
         return (
             None,

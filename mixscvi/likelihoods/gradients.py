@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def gradient_buffers(
     if overwrite and mean.is_contiguous() and (zi is None or zi.is_contiguous()):
         d_mean, d_zi = mean.detach(), None if zi is None else zi.detach()
     else:
-        d_mean, d_zi = room(mean), room(zi)
+        d_mean, d_zi = torch.empty(mean.shape, dtype=mean.dtype), room(zi)
     return Gradients(d_mean, None if theta is None else room(mean), d_zi, room(log_library))
 
 
@@ -62,7 +64,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         computed: tuple[Tensor, Gradients],
         mean: Tensor,
         theta: Tensor | None,
@@ -75,7 +77,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, d_mean, d_theta, d_zi, d_log_library = ctx.saved_tensors
         _, by_mean, by_theta, by_zi, by_library = ctx.needs_input_grad
         return (

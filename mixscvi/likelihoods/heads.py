@@ -22,6 +22,8 @@ For other activations of the scale than softmax use :func:`~mixscvi.likelihoods.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,7 +203,9 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, computed: tuple[Tensor | SparseCounts, Tensor, Gradients], *parameters: Tensor | None
+        ctx: Any,
+        computed: tuple[Tensor | SparseCounts, Tensor, Gradients],
+        *parameters: Tensor | None,
     ) -> Tensor:
         ctx.x, value, gradients = computed
         ctx.save_for_backward(*parameters, *gradients)
@@ -209,8 +213,9 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters, gradients = ctx.saved_tensors[:7], Gradients(*ctx.saved_tensors[7:])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors[:7]
+        gradients: Any = Gradients(*ctx.saved_tensors[7:])
         hidden, scale_weight, _, zi_weight, _, theta, _ = parameters
         _, _, *by_layers, by_theta, by_library = ctx.needs_input_grad
         weights = grad.reshape(-1)
@@ -220,7 +225,8 @@ class _Head(torch.autograd.Function):
             alike = len(weights) > 0 and bool((weights == weights[0]).all())
             sums = weights[0] * sums if alike else None
         weighted = hidden.flatten(0, -2) * weights.unsqueeze(-1)
-        d_hidden, layers = torch.zeros_like(weighted), []
+        d_hidden = torch.zeros_like(weighted)
+        layers: list[Tensor | None] = []
         for i, d_logits, weight, by_weight, by_bias in (
             (0, gradients.mean, scale_weight, *by_layers[:2]),
             (2, gradients.zi, zi_weight, *by_layers[2:]),
@@ -254,10 +260,8 @@ class _Head(torch.autograd.Function):
         )
 
 
-def _logits(units: Tensor, weight: Tensor | None, room: Tensor | None) -> Tensor | None:
+def _logits(units: Tensor, weight: Tensor, room: Tensor) -> Tensor:
     """Outputs of a linear layer without its bias, written to the first rows of `room`."""
-    if weight is None or room is None:
-        return None
     rows = units.flatten(0, -2)
     product = torch.mm(rows, weight.t(), out=room[: len(rows)])
     return product.view(*units.shape[:-1], -1)
@@ -279,10 +283,11 @@ def _in_blocks(
     n_rows = max(1, _ELEMENTS_PER_BLOCK // n_genes)
     cells = min(n_cells, max(1, n_rows // (n_strata * n_per_stratum)))
     strata = min(n_strata, max(1, n_rows // (cells * n_per_stratum)))
-    room = [
-        None if weight is None else hidden.new_empty(strata * cells * n_per_stratum, n_genes)
+    room, *zi_room = (
+        hidden.new_empty(strata * cells * n_per_stratum, n_genes)
         for weight in (scale_weight, zi_weight)
-    ]
+        if weight is not None
+    )
     values = hidden.new_empty(hidden.shape[:-1])
     for cell in range(0, n_cells, cells):
         some_cells = slice(cell, cell + cells)
@@ -292,9 +297,9 @@ def _in_blocks(
             units = hidden[block]
             value = evaluate(
                 counts,
-                _logits(units, scale_weight, room[0]),
+                _logits(units, scale_weight, room),
                 theta if theta is None or theta.dim() == 1 else theta[block[4 - theta.dim() :]],
-                _logits(units, zi_weight, room[1]),
+                None if zi_weight is None else _logits(units, zi_weight, *zi_room),
                 mean_bias=scale_bias,
                 zi_bias=zi_bias,
                 log_library=log_library[block],

@@ -18,10 +18,10 @@ from __future__ import annotations
 import pkgutil
 import zlib
 
-import numba
 import numpy as np
 from numba import njit
 
+from mixscvi.likelihoods.compiling import cached
 from mixscvi.likelihoods.vector_math import (
     add,
     exp,
@@ -32,10 +32,7 @@ from mixscvi.likelihoods.vector_math import (
     softmax_exp,
 )
 
-__all__ = ["ERRORS", "TABLE_SIZE", "fill_table", "rows", "table_length"]
-
-# What numba raises when it cannot compile, cache or load a function.
-ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError)
+__all__ = ["TABLE_SIZE", "fill_table", "rows", "table_length"]
 
 # Counts below it look their log-gamma terms up.
 TABLE_SIZE = 16
@@ -55,22 +52,10 @@ def table_length(n_genes: int) -> int:
     return -(-n_genes // _TILE) * 2 * _TABLE
 
 
-def _cached(**options):
-    """Compile and keep the machine code across processes, if there is a folder to keep it in."""
-
-    def decorate(function):
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written to
-            return njit(**options)(function)
-
-    return decorate
-
-
 _inlined = njit(error_model="numpy", forceinline=True)
 
 
-@_cached(error_model="numpy", nogil=True)
+@cached(error_model="numpy", nogil=True)
 def fill_table(theta, table, sources=_SOURCES):
     """Log-gamma terms of the counts 0, 1, ... under the dispersion of each gene.
 
@@ -232,7 +217,7 @@ def _tile_of_genes(
     return total, total_slope
 
 
-@_cached(error_model="numpy", nogil=True)
+@cached(error_model="numpy", nogil=True)
 def rows(
     first_cell,
     last_cell,

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "SparseCounts", "evaluate", "usable"]
+__all__ = ["Gradients", "SparseCounts", "compiles", "dense_rows", "evaluate", "usable"]
 
 _ELEMENTS_PER_TASK = 2**16
 _TASKS_PER_THREAD = 4  # a thread that is late leaves its share to the others
@@ -88,13 +89,26 @@ def usable(counts: Tensor | SparseCounts, *tensors: Tensor | None) -> bool:
     )
 
 
+def compiles() -> bool:
+    """Whether compiled functions can be used, as far as is known."""
+    return _kernels() is not None
+
+
 @lru_cache(1)
 def _import_kernels() -> ModuleType:
+    import numba
+
     from mixscvi.likelihoods import kernels
 
-    if kernels.numba.config.DISABLE_JIT:
+    if vars(numba.config)["DISABLE_JIT"]:
         raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
     return kernels
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from mixscvi.likelihoods.compiling import ERRORS
+
+    return ERRORS
 
 
 def _kernels() -> ModuleType | None:
@@ -191,7 +205,7 @@ def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tup
     ]
 
 
-def _array(tensor: Tensor | None):
+def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
@@ -234,9 +248,8 @@ def evaluate(
     n_threads = torch.get_num_threads()
 
     theta_strides, table = (0, 0, 0), None
-    if theta is None:
-        theta_rows = None
-    else:
+    theta_rows: Any = None
+    if theta is not None:
         theta_rows = _array(theta).reshape(-1, n_genes)
         if theta.dim() == 3:
             theta_strides = (0, 1, 0)
@@ -249,7 +262,8 @@ def evaluate(
         x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
     rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
     tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads)
-    written, sums = (None,) * 4, None
+    written: tuple[Any, ...] = (None,) * 4
+    sums = None
     if gradients is not None:
         written = tuple(
             None if tensor is None else tensor.detach().view(-1, n_genes).numpy()
@@ -278,9 +292,52 @@ def evaluate(
             tasks,
             n_threads,
         )
-    except kernels.ERRORS as error:
+    except _errors() as error:
         _give_up(error)
         return None
-    if sums is not None:
+    if gradients is not None and sums is not None:
         torch.sum(sums, 0, out=gradients.sums)
     return value
+
+
+def dense_rows(
+    rows: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    n_columns: int,
+    dtype: type,
+) -> np.ndarray | None:
+    """Some rows of a CSR matrix, `(len(rows), n_columns)`, or ``None`` if it cannot be compiled.
+
+    Parameters
+    ----------
+    rows
+        Which rows, in which order.
+    indptr, indices, data
+        The matrix, its indices of any integer type; entries of one place are added up.
+    n_columns
+        Of the matrix.
+    dtype
+        Of the result.
+
+    Raises
+    ------
+    IndexError
+        If a row or a column is not one of the matrix.
+    """
+    if _kernels() is None:
+        return None
+    from mixscvi.likelihoods.rows import add_rows
+
+    if rows.size and not (0 <= rows.min() and rows.max() < len(indptr) - 1):
+        raise IndexError(f"rows must lie in [0, {len(indptr) - 1})")
+    out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
+    try:
+        inside = add_rows(rows, indptr, indices, data, out)
+    except _errors() as error:
+        _give_up(error)
+        return None
+    if not inside:
+        raise IndexError(f"the matrix of {n_columns} columns has entries in others")
+    return out

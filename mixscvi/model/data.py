@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import torch
-from scipy import sparse
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnTorchDataset
-from scvi.dataloaders import AnnDataLoader, DataSplitter
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from scvi.dataloaders import DataSplitter
 
 from mixscvi.checks import check_counts, check_finite, check_positive
+from mixscvi.model.loaders import LeanDataLoader
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -23,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MINIFY_UNS_KEY",
     "LeanDataSplitter",
-    "Minibatches",
     "WithoutSingleCells",
     "check_data",
 ]
@@ -32,93 +26,10 @@ __all__ = [
 MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
-class Minibatches(Dataset):
-    """Registered data that lie in memory, by lists of cells.
-
-    It gives the tensors that scvi-tools' dataset gives, in less time: what can be looked up or
-    converted for all cells is not for each minibatch.
-
-    Parameters
-    ----------
-    dataset
-        scvi-tools' dataset.
-    cells
-        Which cells there are, and in which order, `(n,)`.
-
-    Raises
-    ------
-    TypeError
-        If a field is neither an array, a data frame nor a CSR matrix in memory.
-    """
-
-    def __init__(self, dataset: AnnTorchDataset, cells: np.ndarray) -> None:
-        self._cells = np.asarray(cells)
-        self._arrays: dict[str, np.ndarray] = {}
-        self._sparse: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
-        for key, dtype in dataset.keys_and_dtypes.items():
-            data = dataset.data[key]
-            if isinstance(data, pd.DataFrame):
-                data = data.to_numpy()
-            if isinstance(data, np.ndarray):
-                # Counts may be large: those of a minibatch are converted when it is made.
-                self._arrays[key] = data if key == REGISTRY_KEYS.X_KEY else data.astype(dtype)
-            elif isinstance(data, sparse.csr_matrix):
-                values = data.data.astype(dtype, copy=False)
-                parts = (data.indptr.astype(np.int64), data.indices, values)
-                self._sparse[key] = (*map(torch.from_numpy, parts), data.shape[1])
-            else:
-                raise TypeError(f"{key} is a {type(data).__name__}")
-        self._dtypes = dataset.keys_and_dtypes
-
-    def __len__(self) -> int:
-        return len(self._cells)
-
-    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
-        """A minibatch of the cells at some positions."""
-        cells = self._cells[positions]
-        minibatch = {}
-        for key, dtype in self._dtypes.items():
-            if key in self._sparse:
-                minibatch[key] = _dense_rows(torch.from_numpy(cells), *self._sparse[key])
-            else:
-                rows = self._arrays[key][cells].astype(dtype, copy=False)
-                minibatch[key] = torch.from_numpy(rows)
-        return minibatch
-
-
-def _dense_rows(
-    rows: Tensor, indptr: Tensor, indices: Tensor, data: Tensor, n_columns: int
-) -> Tensor:
-    """Rows of a CSR matrix, entries of one place added up."""
-    start = indptr[rows]
-    n_entries = indptr[rows + 1] - start
-    row = torch.repeat_interleave(n_entries)
-    first = n_entries.cumsum(0) - n_entries
-    entry = torch.arange(len(row)) + (start - first)[row]
-    dense = data.new_zeros(len(rows) * n_columns)
-    dense.scatter_add_(0, row * n_columns + indices[entry], data[entry])
-    return dense.view(len(rows), n_columns)
-
-
 class LeanDataSplitter(DataSplitter):
-    """scvi-tools' splitter, whose training minibatches take less time if the data allow it.
+    """scvi-tools' splitter, to the same minibatches in less time if the data allow it."""
 
-    They are the same minibatches: the sampler is scvi-tools'.
-    """
-
-    def train_dataloader(self):
-        """Minibatches of the training cells."""
-        loader = super().train_dataloader()
-        in_memory = not self.adata_manager.adata.isbacked and not self.load_sparse_tensor
-        if type(loader) is not AnnDataLoader or loader.num_workers > 0 or not in_memory:
-            return loader
-        try:
-            dataset = Minibatches(self.adata_manager.create_torch_dataset(), loader.indices)
-        except TypeError:  # data of other kinds are scvi-tools' to read
-            return loader
-        return DataLoader(
-            dataset, batch_size=None, sampler=loader.sampler, pin_memory=loader.pin_memory
-        )
+    data_loader_cls = LeanDataLoader
 
 
 class WithoutSingleCells(LeanDataSplitter):

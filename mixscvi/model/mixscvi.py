@@ -27,6 +27,7 @@ from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.inputs import check_known_categories, check_network, check_setup
 from mixscvi.model.latents import LatentsMixin
+from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin, counts_are_gone
 from mixscvi.model.runner import Runner, WithoutData
@@ -368,6 +369,8 @@ class MixSCVI(
     @property
     def _training_plan_cls(self) -> type[TrainingPlan]:
         return LeanTrainingPlan if self._mixture.likelihood == "fused" else TrainingPlan
+
+    _data_loader_cls = LeanDataLoader
 
     @property
     def _data_splitter_cls(self) -> type[DataSplitter]:

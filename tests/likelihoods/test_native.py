@@ -2,11 +2,19 @@ import subprocess
 import sys
 import warnings
 
+import numba
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixscvi.likelihoods import eager, head_log_prob, kernels, native, zinb_log_prob
+from mixscvi.likelihoods import (
+    compiling,
+    eager,
+    head_log_prob,
+    kernels,
+    native,
+    zinb_log_prob,
+)
 
 L, B, S, G = 1, 3, 2, 5
 
@@ -38,7 +46,7 @@ def test_importing_the_likelihoods_does_not_import_numba():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("error", kernels.ERRORS)
+@pytest.mark.parametrize("error", compiling.ERRORS)
 def test_a_compiler_that_fails_is_named_once(error, fresh, monkeypatch):
     expected = value_and_gradient(*draw_inputs())
 
@@ -63,7 +71,7 @@ def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
     expected = head_log_prob(*given)
 
     def fail(*args):
-        raise kernels.numba.core.errors.NumbaError("no")
+        raise numba.core.errors.NumbaError("no")
 
     monkeypatch.setattr(kernels, "rows", fail)
     with pytest.warns(RuntimeWarning, match="numba"):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
-from torch.utils.data import DataLoader
 
 from mixscvi import MixSCVI
+from mixscvi.likelihoods import native
 from mixscvi.model.data import LeanDataSplitter
+from mixscvi.model.loaders import LeanDataLoader
 
 
 def registered(convert, n_cells=53):
@@ -62,8 +63,8 @@ KINDS = {
 def test_minibatches_are_those_of_scvi_tools(kind):
     manager = registered(KINDS[kind])
     loader, ours, random = minibatches(LeanDataSplitter, manager)
+    assert (loader._lean is None) == (kind == "csc")
     _, theirs, expected_random = minibatches(DataSplitter, manager)
-    assert isinstance(loader, AnnDataLoader) == (kind == "csc")
     assert random == expected_random
     assert len(ours) == len(theirs) == 2 * 5
     for got, expected in zip(ours, theirs, strict=True):
@@ -92,6 +93,31 @@ def test_entries_of_one_place_are_added_up():
 def test_other_loaders_are_left_alone():
     manager = registered(sparse.csr_matrix)
     loader, *_ = minibatches(LeanDataSplitter, manager, load_sparse_tensor=True)
-    assert type(loader) is AnnDataLoader
+    assert loader._lean is None
     loader, *_ = minibatches(LeanDataSplitter, manager)
-    assert type(loader) is DataLoader
+    assert loader._lean is not None
+
+
+def test_loaders_of_the_methods_give_the_same_minibatches():
+    manager = registered(sparse.csr_matrix)
+    cells = [3, -1, 7]
+    ours = next(iter(LeanDataLoader(manager, indices=cells, batch_size=8)))
+    theirs = next(iter(AnnDataLoader(manager, indices=cells, batch_size=8)))
+    for key in theirs:
+        assert torch.equal(ours[key], theirs[key])
+
+
+def test_nothing_is_compiled_where_numba_is_not(monkeypatch):
+    monkeypatch.setattr(native, "_failed", True)
+    loader, ours, _ = minibatches(LeanDataSplitter, registered(sparse.csr_matrix))
+    _, theirs, _ = minibatches(DataSplitter, registered(sparse.csr_matrix))
+    assert loader._lean is None
+    assert torch.equal(ours[0]["X"], theirs[0]["X"])
+
+
+def test_a_matrix_with_entries_beyond_its_columns_is_refused():
+    indptr, indices, data = np.array([0, 1]), np.array([5], np.int32), np.ones(1, np.float32)
+    with pytest.raises(IndexError, match="3 columns"):
+        native.dense_rows(np.array([0]), indptr, indices, data, 3, np.float32)
+    with pytest.raises(IndexError, match=r"\[0, 1\)"):
+        native.dense_rows(np.array([1]), indptr, indices, data, 6, np.float32)

@@ -24,10 +24,11 @@ from mixscvi.images.experiments.report import (
     with_ending,
 )
 from mixscvi.images.experiments.runs import (
+    check_same,
     evaluation_file,
     first_images,
     load_run,
-    read_config,
+    read_json,
     read_summary,
     resolve_device,
     run_data,
@@ -54,6 +55,7 @@ _RESULTS = (
     "draws",
     "n_images",
 )
+_COST = ("seconds", "device", "threads", "machine", "python", "torch")
 _ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
 
@@ -245,8 +247,8 @@ def run_once(
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
         train(config, folder, data=data, resume=True, device=device)
-    elif read_config(folder) != config:
-        raise ValueError(f"{folder} holds a run of another configuration")
+    else:
+        check_same(folder, config)
     evaluated = first_images(run_data(config, data), images)
     if not _is_evaluated(folder, config, evaluated, proposal, draws, device):
         evaluate(folder, proposal=proposal, data=evaluated, draws=draws, device=device)
@@ -262,11 +264,11 @@ def run_once(
             "torch": torch.__version__,
         }
         write_beside(cost_file, json.dumps(cost) + "\n")
-    result = json.loads(evaluation_file(folder, proposal).read_text())
+    result = read_json(evaluation_file(folder, proposal))
     names = _RESULTS + (_ADAPTED_RESULTS if proposal == "adapted" else ())
     summary = read_summary(folder)
     return {
-        "dataset": result["dataset"],
+        **_values(result, ["dataset"], evaluation_file(folder, proposal)),
         "preset": config.preset,
         "budget": config.budget,
         "components": config.mixture.n_components,
@@ -274,12 +276,19 @@ def run_once(
         "component_encoder": config.mixture.component_encoder,
         "seed": config.seed,
         "proposal": proposal,
-        **{name: result[name] for name in names},
+        **_values(result, names, evaluation_file(folder, proposal)),
         "epochs": summary["epochs"],
         "validation_bound": summary["best_validation_bound"],
         "parameters": summary["parameters"]["total"],
-        **json.loads(cost_file.read_text()),
+        **_values(read_json(cost_file), _COST, cost_file),
     }
+
+
+def _values(values: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, Any]:
+    """Some values of a file; a ValueError names those that it lacks."""
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it to have it made anew")
+    return {name: values[name] for name in names}
 
 
 def _is_evaluated(
@@ -295,7 +304,7 @@ def _is_evaluated(
     if not path.exists():
         return False
     # Earlier versions knew the encoder's proposal alone, and did not name it.
-    result = {"proposal": "encoder"} | json.loads(path.read_text())
+    result = {"proposal": "encoder"} | read_json(path)
     wanted = config.draws if draws is None else draws
     identity = {
         "proposal": proposal,
@@ -304,6 +313,5 @@ def _is_evaluated(
         "images": data.fingerprint("test"),
         "device": resolve_device(device).type,
     }
-    return identity.items() <= result.items() and (
-        0 <= result["draws"] - wanted < config.mixture.n_components
-    )
+    (draws,) = _values(result, ["draws"], path).values()
+    return identity.items() <= result.items() and 0 <= draws - wanted < config.mixture.n_components

@@ -1,0 +1,118 @@
+"""Minibatches of registered data: scvi-tools' own, in less time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnTorchDataset
+from scvi.dataloaders import AnnDataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mixscvi.likelihoods import native
+
+__all__ = ["LeanDataLoader", "Minibatches"]
+
+
+class Minibatches(Dataset):
+    """Registered data that lie in memory, by lists of cells.
+
+    It gives the tensors that scvi-tools' dataset gives, in less time: what can be looked up or
+    converted for all cells is not for each minibatch, and rows of sparse counts are put together
+    by a compiled function.
+
+    Parameters
+    ----------
+    dataset
+        scvi-tools' dataset.
+    cells
+        Which cells there are, and in which order, `(n,)`.
+
+    Raises
+    ------
+    TypeError
+        If a field is neither an array, a data frame nor a CSR matrix in memory, or if sparse rows
+        cannot be put together as numba compiles nothing.
+    """
+
+    def __init__(self, dataset: AnnTorchDataset, cells: np.ndarray) -> None:
+        self._cells = np.arange(len(dataset))[cells]
+        self._dtypes = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._sparse: dict[str, sparse.csr_matrix | sparse.csr_array] = {}
+        for key, dtype in dataset.keys_and_dtypes.items():
+            data = dataset.data[key]
+            if isinstance(data, pd.DataFrame):
+                data = data.to_numpy()
+            if isinstance(data, str) and key == REGISTRY_KEYS.MINIFY_TYPE_KEY:
+                continue
+            self._dtypes[key] = dtype
+            if isinstance(data, np.ndarray):
+                # Counts may be large: those of a minibatch are converted when it is made.
+                self._arrays[key] = data if key == REGISTRY_KEYS.X_KEY else data.astype(dtype)
+            elif isinstance(data, sparse.csr_matrix | sparse.csr_array) and native.compiles():
+                self._sparse[key] = data
+            else:
+                raise TypeError(f"{key} is a {type(data).__name__}")
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
+        """A minibatch of the cells at some positions."""
+        cells = self._cells[positions]
+        minibatch = {}
+        for key, dtype in self._dtypes.items():
+            if key in self._sparse:
+                matrix = self._sparse[key]
+                rows = native.dense_rows(
+                    cells, matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], dtype
+                )
+                if rows is None:  # numba failed at this function alone
+                    rows = matrix[cells].astype(dtype, copy=False).toarray()
+            else:
+                rows = self._arrays[key][cells].astype(dtype, copy=False)
+            minibatch[key] = torch.from_numpy(rows)
+        return minibatch
+
+
+class LeanDataLoader(AnnDataLoader):
+    """scvi-tools' loader, to the same minibatches in less time if the data allow it.
+
+    The sampler is scvi-tools', and random numbers are drawn alike. Data on disk, loaders with
+    worker processes or a collation of their own, and sparse tensors are left to scvi-tools.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Go through the minibatches once."""
+        return super().__iter__() if self._lean is None else iter(self._lean)
+
+    @cached_property
+    def _lean(self) -> DataLoader | None:
+        dataset = self.dataset.dataset  # of all cells; the loader's own remaps positions
+        if (
+            type(dataset) is not AnnTorchDataset
+            or dataset.load_sparse_tensor
+            or dataset.adata_manager.adata.isbacked
+            or self.num_workers > 0
+            or self.batch_size is not None
+            or "collate_fn" in self.kwargs
+        ):
+            return None
+        try:
+            minibatches = Minibatches(dataset, self.indices)
+        except TypeError:  # data of other kinds are scvi-tools' to read
+            return None
+        return DataLoader(
+            minibatches,
+            batch_size=None,
+            sampler=self.sampler,
+            pin_memory=self.pin_memory,
+            generator=self.generator,
+        )
