@@ -71,7 +71,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         # torch reads over damaged bytes; the archive has a checksum of each of its records.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is truncated, or no checkpoint ({error}): {remedy}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged at its record {damaged!r}: {remedy}")

@@ -131,7 +131,9 @@ class RayEngine:
         gpus = self.gpus
         if gpus is None:
             gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
-        if not any(node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        if not any(
+            node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= gpus for node in nodes
+        ):
             warnings.warn(
                 f"no machine of the cluster has {self.cpus:g} CPUs and {gpus:g} GPUs: the runs "
                 "wait until one has joined",
@@ -155,7 +157,9 @@ def _check_reachable(address: str | None) -> None:
     try:
         socket.create_connection((found[1], int(found[2])), timeout=20).close()
     except (OSError, OverflowError) as error:
-        raise ConnectionError(f"no cluster of Ray answers at address={address!r}: {error}") from error
+        raise ConnectionError(
+            f"no cluster of Ray answers at address={address!r}: {error}"
+        ) from error
 
 
 def _import_ray() -> Any:

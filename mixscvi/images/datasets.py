@@ -226,13 +226,11 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
             images = np.load(path)  # which refuses objects
             if images.ndim and len(images) < _LEAST_OWN:
                 raise ValueError(
-                    f"there are {len(images)}, and it takes at least {_LEAST_OWN}, of which a sixth "
-                    "is for validation and another for the test"
+                    f"there are {len(images)}, and it takes at least {_LEAST_OWN}: a sixth is for "
+                    "validation, another for the test"
                 )
             sixth = len(images) // 6
-            return ImageData.from_arrays(
-                images, n_validation=sixth, n_test=sixth, name=path.stem
-            )
+            return ImageData.from_arrays(images, n_validation=sixth, n_test=sixth, name=path.stem)
         except (EOFError, MemoryError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no (n, height, width) images: {error}") from error
     arrays = read_files(name, folder)

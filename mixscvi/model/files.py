@@ -157,7 +157,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
         # torch reads over damaged bytes; the archive has a checksum of each of its records.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
         if allow_pickle:  # as torch wrote files before they were archives
             damaged = None
         else:

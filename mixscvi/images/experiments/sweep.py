@@ -95,8 +95,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train and evaluate every combination; runs that are finished are read, not run again.
 
-    After each run, the table of all that are finished is written, as CSV, Markdown and figure. A run
-    that fails does not keep the others from being made; the same call repeats it.
+    After each run, the table of all that are finished is written, as CSV, Markdown and figure. A
+    run that fails does not keep the others from being made; the same call repeats it.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def sweep(
     def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
         if not runs.is_dir():
             raise FileNotFoundError(
-                f"{runs} is not on {platform.node()}: the machines must share the folder of the runs"
+                f"{runs} is not on {platform.node()}: the machines must share this folder"
             )
         return run_once(
             config,

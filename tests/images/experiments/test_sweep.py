@@ -219,7 +219,7 @@ def test_machines_that_do_not_share_the_folder_are_told(tmp_path, swept_by):
 
     with pytest.raises(ExceptionGroup) as raised:
         swept_by(tmp_path / "runs", engine=elsewhere)
-    assert all("must share the folder" in str(error) for error in raised.value.exceptions)
+    assert all("must share this folder" in str(error) for error in raised.value.exceptions)
 
 
 @pytest.fixture
