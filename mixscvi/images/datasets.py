@@ -75,6 +75,10 @@ def _gray_levels(images: ArrayLike, name: str) -> Tensor:
     return levels[:, None]
 
 
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Images in three parts: gray levels for training, binary images for validation and test.
@@ -97,7 +101,7 @@ class ImageData:
     """Zeros and ones, `(n, 1, height, width)`: binarized once."""
     test: Tensor
     """Zeros and ones, `(n, 1, height, width)`: binarized once."""
-    labels: dict[Literal["train", "validation", "test"], np.ndarray] | None = None
+    labels: dict[Part, np.ndarray] | None = None
     """Class of every image, `(n,)` for each part."""
 
     def __post_init__(self) -> None:
@@ -118,7 +122,7 @@ class ImageData:
         """Height and width in pixels."""
         return self.train.shape[-2], self.train.shape[-1]
 
-    def fingerprint(self, *parts: Literal["train", "validation", "test"]) -> str:
+    def fingerprint(self, *parts: Part) -> str:
         """Hash of the images of some parts: distinguishes data of the same name and shape."""
         return content_hash(*(getattr(self, part).contiguous().numpy() for part in parts))
 
@@ -172,19 +176,27 @@ class ImageData:
     ) -> ImageData:
         """From the gray levels and labels of train, validation and test."""
         train, validation, test = levels
-        if labels is not None:
-            labels = dict(zip(("train", "validation", "test"), labels, strict=True))
+        by_part = labels if labels is None else dict(zip(PARTS, labels, strict=True))
         generator = torch.Generator().manual_seed(_BINARIZATION_SEED)
-        return cls(name, train, binarize(validation, generator), binarize(test, generator), labels)
+        return cls(name, train, binarize(validation, generator), binarize(test, generator), by_part)
 
     def subset(
         self, n_train: int | None, n_validation: int | None, n_test: int | None
     ) -> ImageData:
         """The first images of each part; all of them where ``None``."""
-        sizes = {"train": n_train, "validation": n_validation, "test": n_test}
-        parts = {part: getattr(self, part)[:n] for part, n in sizes.items()}
+        sizes: dict[Part, int | None] = {
+            "train": n_train,
+            "validation": n_validation,
+            "test": n_test,
+        }
         labels = self.labels and {part: self.labels[part][:n] for part, n in sizes.items()}
-        return replace(self, **parts, labels=labels)
+        return replace(
+            self,
+            train=self.train[:n_train],
+            validation=self.validation[:n_validation],
+            test=self.test[:n_test],
+            labels=labels,
+        )
 
 
 def load(name: str, folder: str | Path | None = None) -> ImageData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class AdaptedMixin:
         indices: Sequence[int] | None,
         batch_size: int | None,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
-        data_loader_kwargs: dict | None = None,
+        data_loader_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[tuple[dict[str, Tensor], Adapted]]:
         """Each minibatch in turn, with the adapted proposals of its cells."""
         check_enough_for_k(n_mc_samples)
@@ -177,7 +177,7 @@ class AdaptedMixin:
         """
         if n_draws is not None:
             check_positive_int("n_draws", n_draws)
-        parts, draws, dof = [], [], None
+        parts, draws, dof = [], [], 0
         for _, adapted in self._adaptations(
             n_mc_samples,
             n_mc_samples_per_pass,
@@ -188,7 +188,8 @@ class AdaptedMixin:
             batch_size,
             dataloader,
         ):
-            proposal, dof = adapted.proposal, adapted.proposal.dof
+            proposal = adapted.proposal
+            dof = cast(int, proposal.dof)  # its tails are never Gaussian
             of_minibatch = (
                 proposal.weights,
                 proposal.loc,

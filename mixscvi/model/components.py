@@ -93,7 +93,7 @@ class ComponentsMixin:
     def _name_dead_components(self) -> str:
         named = ", ".join(
             f"{component} (in {share:.0%} of the cells)"
-            for component, share in self.dead_components_.items()
+            for component, share in (self.dead_components_ or {}).items()
         )
         return (
             f"components are dead, of n_components={self.module.n_components}: {named}. Their "

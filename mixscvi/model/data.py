@@ -39,7 +39,7 @@ class WithoutSingleCells(LeanDataSplitter):
     Shuffling makes it another cell in every epoch.
     """
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> LeanDataLoader:
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
         if self.n_train > 1 and self.n_train % batch_size == 1:

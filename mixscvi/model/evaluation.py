@@ -77,7 +77,7 @@ class EvaluationMixin:
         batch_size: int | None = None,
         return_mean: bool = True,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
-        data_loader_kwargs: dict | None = None,
+        data_loader_kwargs: dict[str, Any] | None = None,
         n_mc_samples_per_pass: int | None = None,
         form: Literal["siwae", "iw_miselbo"] = "siwae",
         return_std_error: bool = False,

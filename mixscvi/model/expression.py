@@ -60,7 +60,9 @@ class _Decoding:
 
     def __init__(self, module: Adaptation, library_size: float | Literal["latent"]) -> None:
         self.module = module
-        self.key, self.factor = ("mu", 1) if library_size == "latent" else ("scale", library_size)
+        self.key, self.factor = "mu", 1.0
+        if library_size != "latent":
+            self.key, self.factor = "scale", library_size
 
     def __call__(self, tensors: dict[str, Tensor], draws: Tensor) -> np.ndarray:
         """Expression `(..., B, G)` of draws `(..., B, D)`, averaged over batches."""
@@ -97,7 +99,7 @@ class ExpressionMixin:
         return_numpy: bool | None = None,
         silent: bool = True,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
-        data_loader_kwargs: dict | None = None,
+        data_loader_kwargs: dict[str, Any] | None = None,
         **importance_weighting_kwargs: Any,
     ) -> np.ndarray | pd.DataFrame:
         r"""Expression frequencies of the genes, decoded from draws of the posterior.
@@ -268,7 +270,7 @@ class ExpressionMixin:
         n_samples_overall: int | None,
         return_mean: bool,
         return_numpy: bool | None,
-        loading: tuple[int | None, Iterator[dict[str, Tensor]] | None, dict | None],
+        loading: tuple[int | None, Iterator[dict[str, Tensor]] | None, dict[str, Any] | None],
         *,
         n_mc_samples: int = 1_000,
         n_mc_samples_per_pass: int | None = None,
@@ -290,28 +292,28 @@ class ExpressionMixin:
         decoding = _Decoding(self.module, library_size)
         if gene_list is not None:
             decoding.genes = np.isin(self.get_var_names(), list(gene_list))
-        data = None
+        data, cells = None, None
         if dataloader is None:
             data = self._validate_anndata(adata)
             decoding.batches = _get_batch_code_from_category(
                 self.get_anndata_manager(data, required=True), transform_batch
             )
-            indices = np.arange(data.n_obs) if indices is None else np.asarray(indices)
-            indices = np.flatnonzero(indices) if indices.dtype == bool else indices
+            given = np.arange(data.n_obs) if indices is None else np.asarray(indices)
+            cells = np.flatnonzero(given) if given.dtype == bool else given
         elif transform_batch is not None:
             raise ValueError(
                 f"transform_batch needs adata, got a dataloader and {transform_batch!r}"
             )
         budget = (n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress)
-        if n_samples_overall is not None and dataloader is None:
-            cells = np.random.choice(indices, n_samples_overall)
-            n_per_cell = n_samples_overall // len(indices) + 1
+        if n_samples_overall is not None and cells is not None:
+            some = np.random.choice(cells, n_samples_overall)
+            n_per_cell = n_samples_overall // len(cells) + 1
             return self._expression_of_cells(
-                cells, n_per_cell, decoding, known_draws, budget, data, loading
+                some, n_per_cell, decoding, known_draws, budget, data, loading
             )
 
         minibatches, pareto_k = [], []
-        for tensors, adapted in self._adaptations(*budget, adata, indices, *loading):
+        for tensors, adapted in self._adaptations(*budget, adata, cells, *loading):
             draws = resample(adapted, n_samples)
             minibatches.append(
                 decoding.mean(tensors, draws) if return_mean else decoding(tensors, draws)

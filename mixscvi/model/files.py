@@ -28,7 +28,7 @@ from mixscvi.model.plain import from_plain, to_plain
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["StoredModel", "data_file", "put_in_place", "read_model", "staged", "write_model"]
 
@@ -112,7 +112,7 @@ class StoredModel(NamedTuple):
 
 
 def read_model(
-    folder: str | os.PathLike, prefix: str | None = None, *, allow_pickle: bool = False
+    folder: str | os.PathLike[str], prefix: str | None = None, *, allow_pickle: bool = False
 ) -> StoredModel:
     """Read the file of a model.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class LatentsMixin:
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
-        **data_loader_kwargs,
+        **data_loader_kwargs: Any,
     ) -> LatentMixture:
         """Means and standard deviations of every component of every cell's posterior.
 
@@ -111,7 +111,7 @@ class LatentsMixin:
         return_dist: bool = False,
         dataloader: Iterator[dict[str, Tensor]] | None = None,
         representation: Literal["mean", "components", "parameters"] = "mean",
-        **data_loader_kwargs,
+        **data_loader_kwargs: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Latent representation of the cells.
 
@@ -200,7 +200,14 @@ class LatentsMixin:
         return means, torch.cat([variance.cpu() for _, variance in moments]).numpy()
 
     def get_importance_weights(
-        self, adata, indices, qz: Distribution, px: Distribution, zs: Tensor, *args, **kwargs
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        qz: Distribution,
+        px: Distribution,
+        zs: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> np.ndarray:
         """As in scvi-tools, with this model's prior, flow and mixture posterior.
 

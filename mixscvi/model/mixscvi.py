@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 __all__ = ["MixSCVI"]
 
 
-def _once_trained(method: Callable) -> Callable:
+def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
 
     @functools.wraps(method)
-    def checked(self, *args, **kwargs):
+    def checked(self: MixSCVI, *args: Any, **kwargs: Any) -> Any:
         self._check_if_trained(warn=True)
         return method(self, *args, **kwargs)
 
@@ -179,7 +179,7 @@ class MixSCVI(
     def __init__(
         self,
         adata: AnnData | None = None,
-        registry: dict | None = None,
+        registry: dict[str, Any] | None = None,
         n_hidden: int = 128,
         n_latent: int = 10,
         n_layers: int = 1,
@@ -199,7 +199,7 @@ class MixSCVI(
         n_samples: int = 1,
         objective: Literal["miselbo", "siwae"] = "miselbo",
         likelihood: Literal["fused", "reference"] = "fused",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self._mixture = MixtureOptions(
             n_components=n_components,
@@ -272,7 +272,7 @@ class MixSCVI(
         size_factor_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Register the AnnData fields with counts, batches and covariates.
 
@@ -380,11 +380,11 @@ class MixSCVI(
         return WithoutSingleCells if normalized else LeanDataSplitter
 
     def _initialize_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
-        chosen = torch.randperm(adata.n_obs)[:n_pseudo].numpy()
-        loader = self._make_data_loader(adata=adata, indices=chosen, batch_size=n_pseudo)
+        chosen = torch.randperm(adata.n_obs)[:n_pseudo]
+        loader = self._make_data_loader(adata=adata, indices=chosen.tolist(), batch_size=n_pseudo)
         self.module.initialize_pseudo_cells(next(iter(loader)))
 
-    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True):
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         if adata is not None and self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)
             if self.adata is not None and adata is not self.adata:
@@ -401,7 +401,13 @@ class MixSCVI(
         """Whether data have counts, and not the parameters of posteriors in their place."""
         return MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
 
-    def _make_data_loader(self, adata: AnnData, indices=None, *args, **kwargs):
+    def _make_data_loader(
+        self,
+        adata: AnnData,
+        indices: Sequence[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> LeanDataLoader:
         """Minibatches for every method; their cells are checked here for all of them."""
         if indices is not None:
             check_indices(indices, adata.n_obs)
@@ -417,7 +423,7 @@ class MixSCVI(
         indices: Sequence[int] | None,
         batch_size: int | None,
         dataloader: Iterator[dict[str, Tensor]] | None,
-        data_loader_kwargs: dict | None,
+        data_loader_kwargs: dict[str, Any] | None,
     ) -> Iterator[dict[str, Tensor]]:
         """Minibatches of cells in order, from `adata` or the user's own loader."""
         self._check_if_trained(warn=False)

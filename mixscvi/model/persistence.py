@@ -34,14 +34,14 @@ class PersistenceMixin:
 
     def save(
         self,
-        dir_path: str | os.PathLike,
+        dir_path: str | os.PathLike[str],
         prefix: str | None = None,
         overwrite: bool = False,
         save_anndata: bool = False,
-        save_kwargs: dict | None = None,
+        save_kwargs: dict[str, Any] | None = None,
         legacy_mudata_format: bool = False,
         datamodule: LightningDataModule | None = None,
-        **anndata_write_kwargs,
+        **anndata_write_kwargs: Any,
     ) -> None:
         """Save the model; see ``SCVI.save``.
 
@@ -108,7 +108,7 @@ class PersistenceMixin:
     @classmethod
     def load(
         cls,
-        dir_path: str | os.PathLike,
+        dir_path: str | os.PathLike[str],
         adata: AnnData | Literal[False] | None = None,
         accelerator: str = "auto",
         device: int | str = "auto",
@@ -198,7 +198,7 @@ class PersistenceMixin:
 
     @staticmethod
     def load_registry(
-        dir_path: str | os.PathLike, prefix: str | None = None, *, allow_pickle: bool = False
+        dir_path: str | os.PathLike[str], prefix: str | None = None, *, allow_pickle: bool = False
     ) -> dict:
         """Registry of a saved model; see ``SCVI.load_registry``.
 
@@ -216,7 +216,11 @@ class PersistenceMixin:
 
     @classmethod
     def view_setup_args(
-        cls, dir_path: str | os.PathLike, prefix: str | None = None, *, allow_pickle: bool = False
+        cls,
+        dir_path: str | os.PathLike[str],
+        prefix: str | None = None,
+        *,
+        allow_pickle: bool = False,
     ) -> None:
         """Print the arguments that set up the data of a saved model.
 
@@ -236,13 +240,13 @@ class PersistenceMixin:
     @classmethod
     def convert_legacy_save(
         cls,
-        dir_path: str | os.PathLike,
-        output_dir_path: str | os.PathLike,
+        dir_path: str | os.PathLike[str],
+        output_dir_path: str | os.PathLike[str],
         overwrite: bool = False,
         prefix: str | None = None,
         *,
         allow_pickle: bool = False,
-        **save_kwargs,
+        **save_kwargs: Any,
     ) -> None:
         """Convert a model saved before scvi-tools 0.15; see ``SCVI.convert_legacy_save``.
 
@@ -270,7 +274,7 @@ class PersistenceMixin:
 
 def read_for(
     cls: type,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     prefix: str | None = None,
     allow_pickle: bool = False,

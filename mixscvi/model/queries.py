@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from mixscvi.checks import check_unique
 from mixscvi.mixture import VampPrior
 from mixscvi.model.files import read_model
 from mixscvi.model.persistence import read_for
+from mixscvi.module.pseudo_cells import PseudoCells
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,7 +40,7 @@ class QueriesMixin:
     @staticmethod
     def prepare_query_anndata(
         adata: AnnData,
-        reference_model: str | os.PathLike | SCVI,
+        reference_model: str | os.PathLike[str] | SCVI,
         return_reference_var_names: bool = False,
         inplace: bool = True,
         *,
@@ -62,7 +63,7 @@ class QueriesMixin:
             As :meth:`MixSCVI.load`; or if the query has none of the genes, or one of them twice.
         """
         check_unique(adata.var_names, source="adata.var_names")
-        source = nullcontext(reference_model)
+        source: AbstractContextManager[Any] = nullcontext(reference_model)
         if isinstance(reference_model, (str, os.PathLike)):
             source = read_model(reference_model, allow_pickle=allow_pickle).as_written_by_scvi()
         with source as reference:
@@ -74,18 +75,18 @@ class QueriesMixin:
     def load_query_data(
         cls,
         adata: AnnData | None = None,
-        reference_model: str | os.PathLike | SCVI | None = None,
-        registry: dict | None = None,
+        reference_model: str | os.PathLike[str] | SCVI | None = None,
+        registry: dict[str, Any] | None = None,
         inplace_subset_query_vars: bool = False,
         accelerator: str = "auto",
         device: int | str = "auto",
         unfrozen: bool = False,
         freeze_dropout: bool = False,
         freeze_expression: bool = True,
-        *args,
+        *args: Any,
         allow_pickle: bool = False,
         arguments: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Self:
         """Map query cells onto a trained reference (scArches); see ``SCVI.load_query_data``.
 
@@ -111,7 +112,7 @@ class QueriesMixin:
         """
         if inplace_subset_query_vars and adata is not None:
             check_unique(adata.var_names, source="adata.var_names")
-        source = nullcontext(reference_model)
+        source: AbstractContextManager[Any] = nullcontext(reference_model)
         if isinstance(reference_model, (str, os.PathLike)):
             stored = read_for(cls, reference_model, allow_pickle=allow_pickle, arguments=arguments)
             state_dict, source = stored.state_dict, stored.as_written_by_scvi()
@@ -136,7 +137,8 @@ class QueriesMixin:
         _order_covariates(model.module, state_dict, known, _n_columns(model.registry))
         if isinstance(model.module.prior, VampPrior):
             # The pseudo-cells are the reference's: none of them is of a batch that is new.
-            model.module.prior.pseudo_inputs.hide_categories(_n_categories(state_dict))
+            pseudo_cells = cast(PseudoCells, model.module.prior.pseudo_inputs)
+            pseudo_cells.hide_categories(_n_categories(state_dict))
         if not unfrozen:
             model.module.train_covariates_only(freeze_expression=freeze_expression)
             if isinstance(model.module.prior, VampPrior) and freeze_expression:
@@ -243,7 +245,9 @@ def _order_covariates(
     """
     if module.batch_representation == "embedding":
         known, new = known[1:], new[1:]
-    order, zero, start, added = [], [], 0, sum(known)
+    order: list[int] = []
+    zero: list[int] = []
+    start, added = 0, sum(known)
     for n_known, n_new in zip(known, new, strict=True):
         if n_new and not n_known:
             zero.append(len(order))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -70,7 +70,7 @@ class Adaptation:
         RuntimeError
             In torch's inference mode, which forbids gradients.
         """
-        with _frozen(self), torch.no_grad():
+        with _frozen(cast(nn.Module, self)), torch.no_grad():
             inputs = self._get_inference_input(tensors, full_forward_pass=True)
             posterior, ql, library = self.encode(**inputs)
             if ql is not None:
@@ -109,9 +109,9 @@ class Adaptation:
             prior_of_library = (means, variances.sqrt())
 
         def log_joint(draws: Tensor, cells: Tensor) -> Tensor:
-            def of_cells(values: Tensor | None) -> Tensor | None:
-                # A loader may leave labels out, or empty.
-                left_out = values is None or len(values) != n_cells
+            def of_cells(values: Tensor) -> Tensor:
+                # A loader may leave labels empty.
+                left_out = len(values) != n_cells
                 return values if left_out or len(cells) == n_cells else values[cells]
 
             z, log_det = self.push_forward(draws[..., :n_latent])
@@ -122,7 +122,10 @@ class Adaptation:
                 library = draws[..., n_latent:]
                 p_library = Normal(*map(of_cells, prior_of_library), validate_args=False)
                 log_prob = log_prob + p_library.log_prob(library).squeeze(-1)
-            given = {name: of_cells(values) for name, values in covariates.items()}
+            given: dict[str, Any] = {
+                name: None if values is None else of_cells(values)  # a loader may leave them out
+                for name, values in covariates.items()
+            }
             given |= {"z": self.z_encoder.z_transformation(z), "library": library}
             return log_prob + decode(self, **given, fused=fused).log_prob(of_cells(x))
 

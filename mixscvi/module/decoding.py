@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -197,10 +198,10 @@ def decode(
     elif module.dispersion == "gene-cell":
         theta = module.decoder.px_r_decoder(hidden).exp()
     else:
-        of_cell = batch_index if module.dispersion == "gene-batch" else y
+        of_cell = batch_index if module.dispersion == "gene-batch" else cast(Tensor, y)
         theta = module.px_r.exp().t().index_select(0, of_cell.squeeze(-1).long())
         theta = per_draw(theta)
-    log_size = per_draw(size_factor if module.use_size_factor_key else library)
+    log_size = per_draw(cast(Tensor, size_factor) if module.use_size_factor_key else library)
     return CountLikelihood(
         module.decoder, module.gene_likelihood, hidden, log_size.expand(*lead, 1), theta, fused
     )

@@ -55,10 +55,11 @@ def latent_moments(
     shape = (n_samples, 1, *loc.shape[2:])
     noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
     total = torch.zeros_like(posterior.mean)
-    total_square, center = torch.zeros_like(total), None
-    for some in noise.split(max(1, _ELEMENTS_AT_ONCE // (_FLOW_WIDTH * loc.numel()))):
+    total_square, center = torch.zeros_like(total), torch.zeros_like(total)
+    blocks = noise.split(max(1, _ELEMENTS_AT_ONCE // (_FLOW_WIDTH * loc.numel())))
+    for i, some in enumerate(blocks):
         values = transform(loc + scale * some)
-        if center is None:  # variances are taken about it to avoid cancellation
+        if i == 0:  # variances are taken about it to avoid cancellation
             center = values.mean((0, 2))
         deviation = values - center.unsqueeze(1)
         total += deviation.sum((0, 2))

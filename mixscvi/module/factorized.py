@@ -39,7 +39,7 @@ class FactorizedMixture(MixturePosterior):
         "component_loc": constraints.real,
         "component_scale": constraints.positive,
     }
-    support = constraints.real
+    support = constraints.real  # type: ignore[assignment]
 
     def __init__(self, component_loc: Tensor, component_scale: Tensor) -> None:
         super().__init__(component_loc, component_scale)

@@ -114,7 +114,7 @@ class PseudoCells(nn.Module):
 
     def forward(self) -> tuple[Tensor, ...]:
         """Encoder inputs: `(K, n_dense)`, then weights `(K, n_cat)` for each covariate."""
-        dense = self.dense
+        dense: Tensor = self.dense
         if self.non_negative:
             expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)
             dense = torch.cat((F.softplus(expression, beta=self._SHARPNESS), rest), dim=-1)

@@ -89,8 +89,13 @@ class FusedVAE(ScviVAE):
     mixture = MixtureOptions(n_components=1)
 
     def forward(
-        self, tensors, *args, generative_kwargs: dict | None = None, compute_loss=True, **kwargs
-    ):
+        self,
+        tensors: dict[str, Tensor],
+        *args: Any,
+        generative_kwargs: dict[str, Any] | None = None,
+        compute_loss: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Run inference, the generative model and the loss; see ``BaseModuleClass.forward``."""
         if compute_loss:
             generative_kwargs = {"for_loss": True, **(generative_kwargs or {})}

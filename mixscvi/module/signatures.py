@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["signed_as"]
 
+T = TypeVar("T")
 
-def signed_as(original: Callable, **keywords: Any) -> Callable:
+
+def signed_as(original: Callable[..., Any], **keywords: Any) -> Callable[[T], T]:
     """Show the signature of a function or class, with further keywords and their defaults.
 
     scvi-tools reads signatures: that of ``generative`` for ``transform_batch``, and that of the
@@ -34,7 +36,7 @@ def signed_as(original: Callable, **keywords: Any) -> Callable:
     others = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
     named = [p for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
-    def decorate(own: Callable) -> Callable:
+    def decorate(own: T) -> T:
         own.__signature__ = signature.replace(parameters=[*named, *further, *others])
         return own
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -22,6 +22,7 @@ from mixscvi.mixture import (
     MixturePosterior,
     Prior,
     SeparateEncoder,
+    StackedMLP,
     StandardNormal,
     VampPrior,
     importance_weighted_miselbo,
@@ -144,15 +145,16 @@ class MixVAE(ImportanceSampling, VAE):
         Pseudo-cells beyond their number start as averages of two of them, in random proportions.
         """
         dense, categories = encoder_input(self, **self._get_inference_input(tensors))
-        surplus = len(self.prior.pseudo_inputs.dense) - len(dense)
+        pseudo_cells = cast(PseudoCells, self.prior.pseudo_inputs)
+        surplus = len(pseudo_cells.dense) - len(dense)
         if surplus > 0:
             one, other = torch.randint(len(dense), (2, surplus), device=dense.device)
             if len(dense) > 1:
                 other = torch.where(one == other, (one + 1) % len(dense), other)
             share = 0.25 + 0.5 * torch.rand(surplus, 1, device=dense.device)
             dense = torch.cat((dense, torch.lerp(dense[one], dense[other], share)))
-            categories = [torch.cat((category, category[one])) for category in categories]
-        self.prior.pseudo_inputs.initialize(dense, *categories)
+            categories = tuple(torch.cat((category, category[one])) for category in categories)
+        pseudo_cells.initialize(dense, *categories)
 
     def _encode_components(
         self, dense: Tensor, categories: tuple[Tensor, ...], components: Tensor | None
@@ -161,8 +163,9 @@ class MixVAE(ImportanceSampling, VAE):
 
     def _choose_components(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Components to encode and, counted among those, components to draw from."""
-        estimator = self.mixture.estimator
-        chosen = estimator.choose(self.n_components, self.mixture.n_sampled_components)
+        estimator = Estimator(self.mixture.estimator)
+        n_drawn = estimator.n_drawn(self.n_components, self.mixture.n_sampled_components)
+        chosen = estimator.choose(self.n_components, n_drawn)
         if chosen is None:
             return None, None
         chosen = chosen.to(device)
@@ -171,8 +174,13 @@ class MixVAE(ImportanceSampling, VAE):
         return None, chosen
 
     def forward(
-        self, tensors, *args, inference_kwargs: dict | None = None, compute_loss=True, **kwargs
-    ):
+        self,
+        tensors: dict[str, Tensor],
+        *args: Any,
+        inference_kwargs: dict[str, Any] | None = None,
+        compute_loss: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Run inference, the generative model and the loss; see ``BaseModuleClass.forward``.
 
         The loss takes stratified draws, one for each sampled component; every other caller takes
@@ -228,7 +236,9 @@ class MixVAE(ImportanceSampling, VAE):
                 library = library.expand(n_samples, -1, -1)
         return {**outputs, "ql": None, "library": library}
 
-    def _stratified_draws(self, posterior: MixturePosterior, components: Tensor | None) -> dict:
+    def _stratified_draws(
+        self, posterior: MixturePosterior, components: Tensor | None
+    ) -> dict[str, Any]:
         """Draws `(L, B, S, D)` for the loss, with their log-density under the mixture."""
         z0 = posterior.rsample_stratified(self.mixture.n_samples, components)
         z, log_det = self.push_forward(z0)
@@ -239,7 +249,7 @@ class MixVAE(ImportanceSampling, VAE):
             "log_qz": posterior.stratified_log_prob(z0) - log_det,
         }
 
-    def _plain_draws(self, posterior: MixturePosterior, n_samples: int) -> dict:
+    def _plain_draws(self, posterior: MixturePosterior, n_samples: int) -> dict[str, Any]:
         """Draws for scvi-tools' methods, `(B, D)` or `(n_samples, B, D)`."""
         qz = FactorizedMixture(posterior.component_loc, posterior.component_scale)
         z0 = qz.rsample() if n_samples == 1 else qz.sample((n_samples,))
@@ -266,8 +276,8 @@ class MixVAE(ImportanceSampling, VAE):
     def loss(
         self,
         tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Tensor | Distribution | None],
-        generative_outputs: dict[str, CountLikelihood | Distribution | None],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
         kl_weight: Tensor | float = 1.0,
     ) -> LossOutput:
         r"""Negative bound of the minibatch.
@@ -359,4 +369,5 @@ class MixVAE(ImportanceSampling, VAE):
         freeze_expression
             Whether the first layer's other weights are frozen as well.
         """
-        self.z_encoder.encoder.trunk.train_covariates_only(freeze_first_layer=freeze_expression)
+        trunk = cast(StackedMLP, self.z_encoder.encoder.trunk)
+        trunk.train_covariates_only(freeze_first_layer=freeze_expression)

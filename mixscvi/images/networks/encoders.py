@@ -8,14 +8,14 @@ instead: :mod:`mixscvi.mixture.heads` says why these are two things.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixscvi.images.networks.layers import gate
+from mixscvi.images.networks.layers import Trunk, gate
 from mixscvi.mixture import Encoder, GaussianHeads, MixturePosterior, ShiftedHeads, StackedLinear
 
 __all__ = ["ComponentEncoder", "ConditionalEncoder", "clamped_variance", "make_encoder"]
@@ -42,14 +42,18 @@ def clamped_variance(raw: Tensor) -> Tensor:
 def _make_heads(
     n_components: int, n_hidden: int, n_latent: int, component_encoder: ComponentEncoder
 ) -> GaussianHeads:
-    options = {"activation": gate, "var_activation": clamped_variance, "var_eps": 0.0}
+    options: dict[str, Any] = {
+        "activation": gate,
+        "var_activation": clamped_variance,
+        "var_eps": 0.0,
+    }
     if component_encoder == "shifted":
         return ShiftedHeads(n_components, 2 * n_hidden, n_hidden, n_latent, **options)
     return GaussianHeads(n_components, n_hidden, n_latent, **options)
 
 
 def make_encoder(
-    make_trunk: Callable[[int], nn.Module],
+    make_trunk: Callable[[int], Trunk],
     n_components: int,
     n_latent: int,
     *,
@@ -113,7 +117,7 @@ class ConditionalEncoder(nn.Module):
 
     def __init__(
         self,
-        make_trunk: Callable[[int], nn.Module],
+        make_trunk: Callable[[int], Trunk],
         n_components: int,
         n_latent: int,
         *,
@@ -214,7 +218,7 @@ class ConditionalEncoder(nn.Module):
             upper.shape, dtype=upper.dtype, device=upper.device, generator=generator
         )
 
-        def part(upper: Tensor, noise: Tensor, drawn: Tensor) -> tuple[Tensor, ...]:
+        def part(upper: Tensor, noise: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             conditional = self._condition(image, upper, components)
             own = _own(conditional, drawn)
             base = own.component_loc + own.component_scale * noise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def gated_mlp(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(n_in, n_out))
 
 
-class _Trunk(nn.Module, ABC):
+class Trunk(nn.Module, ABC):
     """`A` gated networks on one image, up to the last layer's pre-activations.
 
     Past a fixed number of hidden units, images are taken in parts, whose hidden units are computed
@@ -68,7 +68,8 @@ class _Trunk(nn.Module, ABC):
         self, x: Tensor, covariates: None = None, components: Tensor | None = None
     ) -> Tensor:
         """Map images `(B, 1, height, width)` to `(B, S, 2 * n_hidden)`."""
-        n_components = self.layers[0].n_components if components is None else len(components)
+        first = cast(StackedLinear | StackedConv2d, self.layers[0])
+        n_components = first.n_components if components is None else len(components)
         n_at_once = max(1, _ELEMENTS_AT_ONCE // (n_components * self.n_units))
         if len(x) <= n_at_once:
             return self._forward(x, components)
@@ -85,7 +86,7 @@ class _Trunk(nn.Module, ABC):
         """Map all images at once."""
 
 
-class DenseTrunk(_Trunk):
+class DenseTrunk(Trunk):
     """`A` gated perceptrons on one image, up to the last layer's pre-activations.
 
     Parameters
@@ -128,7 +129,7 @@ def _check_odd(kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
 
 
-class ConvTrunk(_Trunk):
+class ConvTrunk(Trunk):
     """`A` gated convolutional networks on one image, up to the last pre-activations.
 
     Each layer is one convolution, grouped by component from the second on.
@@ -213,6 +214,8 @@ class MaskedConv2d(nn.Module):
     >>> layer(torch.zeros(5, 1, 28, 28)).shape
     torch.Size([5, 2, 28, 28])
     """
+
+    mask: Tensor
 
     def __init__(
         self, in_channels: int, out_channels: int, *, kernel_size: int, kind: Literal["A", "B"]

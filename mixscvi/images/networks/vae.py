@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,9 @@ class ImageVAE(nn.Module):
         log_prior = (prior or self.prior_distribution()).log_prob(upper)
         if lower is None:
             return log_prior
-        given_upper = self.lower_prior(upper.flatten(0, 2)).log_prob(lower.flatten(0, 2))
+        given_upper = cast(ConditionalPrior, self.lower_prior)(upper.flatten(0, 2)).log_prob(
+            lower.flatten(0, 2)
+        )
         return log_prior + given_upper.view_as(log_prior)
 
     def choose(self, generator: torch.Generator | None = None) -> Tensor | None:
@@ -250,7 +252,7 @@ class ImageVAE(nn.Module):
             drawn = torch.arange(posterior.n_components, device=device)
         if self.lower_encoder is not None:
             lower, log_det, lower_cross = self.lower_encoder.draw(
-                encoded.lower,
+                cast(Tensor, encoded.lower),
                 z,
                 drawn,
                 encoded.components,
@@ -320,7 +322,7 @@ class ImageVAE(nn.Module):
         if self.lower_encoder is None:
             return upper.component_loc, upper.component_scale
         z, _ = self._flow(0, upper.component_loc)
-        loc, scale = self.lower_encoder.own(encoded.lower, z)
+        loc, scale = self.lower_encoder.own(cast(Tensor, encoded.lower), z)
         return (
             torch.cat((upper.component_loc, loc), -1),
             torch.cat((upper.component_scale, scale), -1),
