@@ -141,6 +141,43 @@ def test_images_of_the_users_own(tmp_path):
     main(["sample", run, "--images", "2"])
 
 
+def test_images_of_the_users_own_are_found_from_another_folder(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    np.save("mine.npy", np.random.default_rng(0).random((80, 7, 4)))
+    main(["train", "--output", "../run", "--dataset", "mine.npy", *SMOKE])
+    monkeypatch.chdir(tmp_path / "there")
+    evaluation = ["evaluate", "../run", "--draws", "40"]
+    main(evaluation)
+    # As earlier versions wrote it: relative to a folder that is not known.
+    config = json.loads(Path("../run/config.json").read_text()) | {"dataset": "mine.npy"}
+    Path("../run/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"there is no file mine.npy .*--data-folder"):
+        main(evaluation)
+    main([*evaluation, "--data-folder", "../here"])
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "run" / "summary.json").unlink()
+    main(["train", "--output", "../run", "--dataset", "mine.npy", *SMOKE, "--resume"])
+
+
+def test_images_that_are_too_few_are_refused(tmp_path):
+    np.save(tmp_path / "three.npy", np.random.default_rng(0).random((3, 7, 4)))
+    arguments = ["train", "--output", str(tmp_path / "run"), *SMOKE, "--dataset"]
+    with pytest.raises(SystemExit, match=r"three.npy holds no images.*: there are 3, .* least 60"):
+        main([*arguments, str(tmp_path / "three.npy")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((80, 7, 4)))
+    arguments = ["train", "--output", str(tmp_path / "run"), *SMOKE, "--device", "cuda"]
+    with pytest.raises(SystemExit, match="device='cuda', but this machine has none"):
+        main([*arguments, "--dataset", str(tmp_path / "mine.npy")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume(tmp_path, folder):
     arguments = ["train", "--output", str(tmp_path), *SMOKE, "--data-folder", str(folder)]
     main(arguments)
