@@ -116,8 +116,9 @@ class RayEngine:
                 try:
                     outcome: Result | Exception = ray.get(ended)
                 except ray.exceptions.RayTaskError as error:
-                    outcome = error.cause
-                    outcome.add_note(str(error))  # where it was raised, on the other machine
+                    cause: Exception = error.cause
+                    cause.add_note(str(error))  # where it was raised, on the other machine
+                    outcome = cause
                 except ray.exceptions.RayError as error:
                     outcome = error
                 yield name, outcome

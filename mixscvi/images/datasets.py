@@ -236,7 +236,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         path = _find_own(name, folder)
         try:
             images = np.load(path)  # which refuses objects
-            if images.ndim and len(images) < _LEAST_OWN:
+            if images.ndim == 3 and len(images) < _LEAST_OWN:
                 raise ValueError(
                     f"there are {len(images)}, and it takes at least {_LEAST_OWN}: a sixth is for "
                     "validation, another for the test"
@@ -244,7 +244,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
             sixth = len(images) // 6
             return ImageData.from_arrays(images, n_validation=sixth, n_test=sixth, name=path.stem)
         except (EOFError, MemoryError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no images, (n, height, width): {error}") from error
+            raise ValueError(f"{path} holds no (n, height, width) images: {error}") from error
     arrays = read_files(name, folder)
     n_train = len(arrays["train_images"]) - _N_VALIDATION
     if n_train < 1:
