@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write a checkpoint beside its place, and rename it."""
         if storage_options is not None:
@@ -43,12 +43,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_beside(path, lambda beside: torch.save(checkpoint, beside))
 
-    def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Read a checkpoint onto the CPU; see :func:`read_checkpoint`."""
         return read_checkpoint(path)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without running anything that it holds.
 
     Parameters

@@ -20,6 +20,7 @@ CASES = {
             "plan_kwargs": {"reduce_lr_on_plateau": True, "lr_patience": 1, "lr_threshold": 9.0},
         },
     ),
+    "stopped by steps": ({"n_components": 2}, {"max_steps": 25, "check_val_every_n_epoch": 1}),
     "scVI itself": ({"n_components": 1, "likelihood": "reference"}, {"early_stopping": True}),
     "drawn components, warm-up in steps": (
         {"n_components": 6, "estimator": "some_to_some", "prior": "vamp", "n_prior_components": 5},

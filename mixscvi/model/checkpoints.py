@@ -18,10 +18,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
-from scvi.train._logger import SimpleLogger
 
 from mixscvi.checkpoint_io import read_checkpoint
 from mixscvi.checks import check_positive_int
+from mixscvi.model.distributed import of_all_ranks
 from mixscvi.model.identity import (
     SEEDED_BELOW,
     differences,
@@ -93,13 +93,15 @@ class Checkpoints(Callback):
             )
 
     def tell(self, max_epochs: int) -> None:
-        """Say where training goes on.
+        """Say where training goes on, if it has begun.
 
         Raises
         ------
         ValueError
             If it has gone on for more than `max_epochs` already.
         """
+        if self.found is None:
+            return
         epochs = self.found["epochs"]
         if 0 <= max_epochs < epochs:
             raise ValueError(
@@ -117,8 +119,8 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Give the cells back to training, validation and test; the rest waits for the start."""
-        self._to_restore = _own_part(checkpoint, self.path)
-        for name, value in self._to_restore["split"].items():
+        self._to_restore = state = _own_part(checkpoint, self.path)
+        for name, value in state["split"].items():
             setattr(trainer.datamodule, name, value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,14 +130,14 @@ class Checkpoints(Callback):
             return
         loop = trainer.fit_loop
         loop.load_state_dict(state["loops"]["fit_loop"])
-        loop.restarting = False
+        loop.restarting = loop.epoch_loop.restarting = False
         loop.on_iteration_done()
         for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
             progress.ready = progress.started  # the epoch that was about to start
         trainer.should_stop = state["stopped"]
         trainer.callback_metrics.update(state["metrics"])
-        if trainer.is_global_zero and isinstance(trainer.logger, SimpleLogger):
-            trainer.logger.experiment.data = state["history"]
+        if _history(trainer) is not None:
+            trainer.logger.experiment.data = state["history"]  # type: ignore[union-attr]
         for callback, values in zip(
             trainer.early_stopping_callbacks, state["stopping"], strict=True
         ):
@@ -143,43 +145,41 @@ class Checkpoints(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint, or set the random numbers of the epoch that one was written for."""
-        if self._to_restore is not None:
-            self._restore_random_states(trainer, pl_module)
-        elif trainer.current_epoch > 0 and trainer.current_epoch % self.every == 0:
+        if self._restored_random_states(trainer, pl_module):
+            return
+        if trainer.current_epoch > 0 and trainer.current_epoch % self.every == 0:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last checkpoint, unless that is what was restored."""
-        if self._to_restore is not None:
-            self._restore_random_states(trainer, pl_module)
-        else:
+        if not self._restored_random_states(trainer, pl_module):
             self._write(trainer, pl_module)
 
-    def _restore_random_states(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_random_states(self._to_restore["random"][trainer.global_rank], pl_module.device)
-        self._to_restore = None
+    def _restored_random_states(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Set the random numbers that follow, once; whether there were any to set."""
+        state, self._to_restore = self._to_restore, None
+        if state is not None:
+            set_random_states(state["random"][trainer.global_rank], pl_module.device)
+        return state is not None
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        history = {}
-        if trainer.is_global_zero and isinstance(trainer.logger, SimpleLogger):
-            history = trainer.logger.history
         cells = trainer.datamodule
         self._writing = {
             "identity": self.identity,
             "versions": versions(),
             "epochs": trainer.current_epoch,
             "stopped": bool(trainer.should_stop),
-            "random": _of_all_ranks(get_random_states(pl_module.device)),
+            "random": of_all_ranks(get_random_states(pl_module.device), trainer.world_size),
             "split": {k: getattr(cells, k) for k in _SPLIT if hasattr(cells, k)},
             "metrics": dict(trainer.callback_metrics),
-            "history": history,
+            "history": _history(trainer) or {},
             "stopping": [
                 {k: v for k, v in vars(callback).items() if k in _STOPPING}
                 for callback in trainer.early_stopping_callbacks
             ],
         }
         try:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
         finally:
             self._writing = None
 
@@ -215,12 +215,10 @@ def _read(path: Path) -> dict[str, Any]:
     return {name: values[name] for name in ("identity", "versions", "epochs", "stopped")}
 
 
-def _of_all_ranks(value: Any) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+def _history(trainer: Trainer) -> dict[str, Any] | None:
+    """Tables of scvi-tools' own logger, if it is used, and in this process."""
+    history = getattr(trainer.logger, "history", None)
+    return history if trainer.is_global_zero and isinstance(history, dict) else None
 
 
 @rank_zero_only
@@ -262,7 +260,11 @@ class CheckpointsMixin:
             raise ValueError(f"checkpoint_dir {str(path.parent)!r} is a file: choose a folder")
         given = inspect.signature(train).bind(*args, **kwargs)
         given.apply_defaults()
-        if self._interrupted is not None and self._interrupted[0] == path.absolute():
+        if (
+            path.exists()
+            and self._interrupted is not None
+            and self._interrupted[0] == path.absolute()
+        ):
             start = self._interrupted[1]
         elif torch.initial_seed() < SEEDED_BELOW and self.module is not None:
             start = hash_of(*self.module.state_dict().values())

@@ -99,7 +99,8 @@ def hash_of(*values: Any) -> str:
 
 def _parts(value: Any) -> Iterator[np.ndarray]:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
         value = value.to_numpy()
     if sparse.issparse(value):

@@ -6,7 +6,7 @@ import os
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import anndata
 import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not import it
@@ -31,6 +31,9 @@ __all__ = ["PersistenceMixin", "read_for"]
 
 class PersistenceMixin:
     """Methods of :class:`mixscvi.MixSCVI` that read and write models."""
+
+    _by_scvi_tools: ClassVar[str] = "SCVI"
+    """Name of scvi-tools' model that this one is with one component."""
 
     def save(
         self,
@@ -84,6 +87,11 @@ class PersistenceMixin:
             raise ValueError(f"dir_path {str(dir_path)!r} is a file: choose a folder")
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
+        if save_anndata and not hasattr(self.adata, "X"):
+            raise ValueError(
+                "save_anndata=True saves an AnnData, but the model's data are a collection, whose "
+                "files are left where they are"
+            )
         with staged(target) as staging:
             complete, by_scvi = staging / "complete", staging / "scvi"
             complete.mkdir()
@@ -100,8 +108,9 @@ class PersistenceMixin:
                 **(save_kwargs or {}),
             )
             if save_anndata:
-                self.adata.write_h5ad(
-                    complete / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs
+                # The method of AnnData would back data on disk by the new file, which is moved.
+                anndata.io.write_h5ad(
+                    complete / f"{prefix or ''}adata.h5ad", self.adata, **anndata_write_kwargs
                 )
             put_in_place(staging, target, prefix)
 
@@ -273,19 +282,19 @@ class PersistenceMixin:
 
 
 def read_for(
-    cls: type,
+    cls: type[Any],
     folder: str | os.PathLike[str],
     *,
     prefix: str | None = None,
     allow_pickle: bool = False,
     arguments: dict[str, Any] | None = None,
 ) -> StoredModel:
-    """Read a model to make one of `cls`: what scvi-tools' SCVI saved has one component."""
+    """Read a model to make one of `cls`: what scvi-tools' own saved has one component."""
     stored = read_model(folder, prefix, allow_pickle=allow_pickle)
     stored.give(arguments or {})
     registry, init = stored.attributes["registry_"], stored.attributes["init_params_"]
     given = init.get("non_kwargs", init)
-    if registry.get("model_name") == "SCVI" and "n_components" not in given:
+    if registry.get("model_name") == cls._by_scvi_tools and "n_components" not in given:
         registry["model_name"] = cls.__name__
         given["n_components"] = 1
     return stored

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import DDPStrategy
+from scvi.dataloaders import DataSplitter
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
 from torch import nn
 
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.checkpoints import Checkpoints
+from mixscvi.model.distributed import Ranks
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -32,13 +35,19 @@ class Runner(TrainRunner):
 
     def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
-        if n_train is not None and n_train < 2:
+        if n_train is not None and n_train < 2 * ranks:
             n_obs = f" of {self.model.adata.n_obs}" if self.model.adata is not None else ""
+            least = "two cells" if ranks == 1 else f"two cells for each of {ranks} processes"
             raise ValueError(
-                f"train() needs at least two cells to train on, got {n_train}{n_obs}: give "
+                f"train() needs at least {least} to train on, got {n_train}{n_obs}: give "
                 "train_size=1.0, or more cells"
             )
+        if ranks > 1:
+            self._check_distributed(ranks)
+        if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.callbacks.insert(0, Ranks(self.model.module))
         # scvi-tools asks this of its own splitter alone, which it knows by name.
         stopping = self.trainer.early_stopping_callback
         if (
@@ -52,6 +61,14 @@ class Runner(TrainRunner):
             )
         if checkpoints is not None:
             self._use(checkpoints)
+
+    def _check_distributed(self, ranks: int) -> None:
+        shared = getattr(self.data_splitter, "data_loader_kwargs", {}).get("distributed_sampler")
+        if isinstance(self.data_splitter, DataSplitter) and not shared:
+            raise ValueError(
+                f"{ranks} processes share the cells with strategy='ddp' alone (or 'ddp_spawn', "
+                "'ddp_notebook', an instance of DDPStrategy): give it"
+            )
 
     def _use(self, checkpoints: Checkpoints) -> None:
         if self.ckpt_path is not None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import scvi
@@ -13,6 +14,7 @@ import killed_training
 from fitting import assert_same_history, assert_same_state
 from killed_training import CASES, make_model, train
 from mixscvi import MixSCVI
+from mixscvi.model.identity import differences, training_identity
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def test_killed_and_resumed_is_never_interrupted(name, killed, tmp_path, capsys)
 
 
 def trained(folder, *, max_epochs=3, **train_kwargs):
-    return train(make_model(n_components=2), folder, max_epochs=max_epochs, **train_kwargs)
+    kwargs = {"max_epochs": max_epochs, "check_val_every_n_epoch": 1, **train_kwargs}
+    return train(make_model(n_components=2), folder, **kwargs)
 
 
 def test_what_has_ended_is_restored_and_can_go_on(tmp_path, capsys):
@@ -85,10 +88,11 @@ def test_interrupted_by_the_user_and_called_again(tmp_path):
 
     seen, model = [], make_model(n_components=2)
     hook = model.module.register_forward_hook(lambda *_: interrupt(None))
+    kwargs = {"max_epochs": 5, "check_val_every_n_epoch": 1}
     with pytest.raises(Interrupted):
-        train(model, tmp_path / "a", max_epochs=5)
+        train(model, tmp_path / "a", **kwargs)
     hook.remove()
-    train(model, tmp_path / "a", max_epochs=5)
+    train(model, tmp_path / "a", **kwargs)
     assert_same_state(model, trained(tmp_path / "b", max_epochs=5))
 
 
@@ -137,14 +141,14 @@ def test_checkpoints_of_other_trainings_are_refused(change, kwargs, named, tmp_p
     if change is not None:
         change(model)
     with pytest.raises(ValueError, match=named) as refused:
-        train(model, tmp_path, max_epochs=3, **kwargs)
+        train(model, tmp_path, max_epochs=3, check_val_every_n_epoch=1, **kwargs)
     assert "training.ckpt is of another training" in str(refused.value)
 
 
 def test_a_second_training_is_another_one(tmp_path):
     model = trained(tmp_path)
     with pytest.raises(ValueError, match="epochs trained before is 0 there and 3 here"):
-        train(model, tmp_path, max_epochs=3)
+        train(model, tmp_path, max_epochs=3, check_val_every_n_epoch=1)
 
 
 class _Payload:
@@ -192,7 +196,7 @@ def test_misuse_is_named(tmp_path):
         train(model, None)
     with pytest.raises(ValueError, match="checkpoint_every"):
         train(model, tmp_path, checkpoint_every=0)
-    with pytest.raises(ValueError, match="got ckpt_path='x' too"):
+    with pytest.raises(ValueError, match="ckpt_path='x', got both"):
         train(model, tmp_path, ckpt_path="x")
     file = tmp_path / "file"
     file.touch()
@@ -203,6 +207,25 @@ def test_misuse_is_named(tmp_path):
 def test_checkpoints_change_nothing(tmp_path):
     model = make_model(n_components=2)
     options = {k: v for k, v in killed_training.TRAINED.items() if k != "checkpoint_every"}
-    model.train(**options)
-    assert isinstance(model, MixSCVI)
+    model.train(**options, check_val_every_n_epoch=1)
     assert_same_state(trained(tmp_path, max_epochs=7), model)
+
+
+def test_data_on_disk_are_told_apart_by_some_of_their_cells(tmp_path, make_adata):
+    path = tmp_path / "cells.h5ad"
+    make_adata(sparse=True).write_h5ad(path)
+
+    def identity():
+        adata = anndata.read_h5ad(path, backed="r")
+        MixSCVI.setup_anndata(adata)
+        found = training_identity(MixSCVI(adata, n_components=2), {}, None)
+        adata.file.close()
+        return found
+
+    first = identity()
+    assert differences(first, identity()) == []
+    changed = make_adata(sparse=True)
+    changed.X[5, 3] += 1
+    changed.write_h5ad(path)
+    (difference,) = differences(first, identity())
+    assert difference.startswith("data: X is ")

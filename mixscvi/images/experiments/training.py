@@ -309,13 +309,13 @@ def train(
                 ),
                 recorder,
             ],
-            plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
+            plugins=[AtomicCheckpointIO()],
         )
         trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
     if trainer.interrupted:  # older versions of Lightning return
