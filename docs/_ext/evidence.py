@@ -138,6 +138,30 @@ def likelihoods() -> str:
     return markdown_table(table.rename(columns={"n_components": "A"}).to_dict("records"))
 
 
+def mcmc() -> str:
+    """Adapted posteriors against Hamiltonian Monte Carlo, over cells."""
+    frame = pd.read_csv(RESULTS / "mcmc.csv")
+    columns = {
+        "mean_rms_errors": "means: root mean square of the latents",
+        "mean_most_errors": "means: the latent furthest apart",
+        "sd_rms_errors": "standard deviations: root mean square of the latents",
+        "sd_most_errors": "standard deviations: the latent furthest apart",
+        "r_hat": "largest split R-hat of the chains",
+    }
+    digits = {"r_hat": 3}
+    return markdown_table(
+        [
+            {
+                f"{len(frame)} cells": text,
+                "average": f"{frame[name].mean():.{digits.get(name, 2)}f}",
+                "least": f"{frame[name].min():.{digits.get(name, 2)}f}",
+                "most": f"{frame[name].max():.{digits.get(name, 2)}f}",
+            }
+            for name, text in columns.items()
+        ]
+    )
+
+
 def toy_targets() -> str:
     """The mixtures fitted to densities of the plane."""
     frame = pd.read_csv(ROOT / "docs" / "figures" / "toy_targets.csv")
@@ -157,6 +181,8 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "demo": (("demo_runs.csv",), demo),
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
     "adaptation": (("adaptation.csv",), summary_of("adaptation")),
+    "mcmc": (("mcmc.csv",), mcmc),
+    "features": (("features_*.csv",), summary_of("features")),
     "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
     "speed_profile": (("speed_profile.csv",), speed_profile),
     "likelihoods": (("likelihoods.csv",), likelihoods),
