@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixscvi import datasets, images, pl
-    from mixscvi.model import MixSCVI
+    from mixscvi.model import MixSCANVI, MixSCVI
 
-__all__ = ["MixSCVI", "__version__", "datasets", "images", "pl"]
+__all__ = ["MixSCANVI", "MixSCVI", "__version__", "datasets", "images", "pl"]
 
 __version__ = version("mixscvi")
 
 
 def __getattr__(name: str) -> Any:
     """Import each side of the package when it is first used: neither needs the other's."""
-    if name == "MixSCVI":
-        return importlib.import_module("mixscvi.model").MixSCVI
+    if name in ("MixSCANVI", "MixSCVI"):
+        return getattr(importlib.import_module("mixscvi.model"), name)
     if name in ("datasets", "images", "pl"):
         return importlib.import_module(f"mixscvi.{name}")
     raise AttributeError(f"module 'mixscvi' has no attribute {name!r}")

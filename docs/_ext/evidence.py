@@ -180,6 +180,7 @@ def toy_targets() -> str:
 PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "demo": (("demo_runs.csv",), demo),
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
+    "label_transfer": (("label_transfer.csv",), summary_of("label_transfer")),
     "adaptation": (("adaptation.csv",), summary_of("adaptation")),
     "mcmc": (("mcmc.csv",), mcmc),
     "features": (("features_*.csv",), summary_of("features")),

@@ -2,7 +2,10 @@
 
 | file | holds |
 | --- | --- |
+| base | what all models share |
 | mixscvi | the model: what it is made of, and its data |
+| mixscanvi | the semi-supervised model |
+| labels | its labels, checked, and its minibatches |
 | data | checks of the data, minibatches |
 | training | the training plan |
 | latents | latent representations and mixtures |
@@ -20,6 +23,7 @@
 from mixscvi.model.adapted import AdaptedPosterior
 from mixscvi.model.evaluation import ComponentDiagnostics
 from mixscvi.model.latents import LatentMixture
+from mixscvi.model.mixscanvi import MixSCANVI
 from mixscvi.model.mixscvi import MixSCVI
 
-__all__ = ["AdaptedPosterior", "ComponentDiagnostics", "LatentMixture", "MixSCVI"]
+__all__ = ["AdaptedPosterior", "ComponentDiagnostics", "LatentMixture", "MixSCANVI", "MixSCVI"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from scvi.model import SCVI
 from scvi.module import VAE
 
+from mixscvi.module import ImportanceSampling
+
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scvi.model.base import BaseModelClass
 
-__all__ = ["ConversionMixin"]
+__all__ = ["ConversionMixin", "arguments_of", "check_convertible"]
 
 
 class ConversionMixin:
@@ -54,12 +57,10 @@ class ConversionMixin:
         >>> mixture.get_latent_mixture().loc.shape
         (700, 1, 10)
         """
-        _check(model)
+        check_convertible(model)
         registry, adata = model.registry, model.adata
         cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
-        of_kwargs = model.init_params_["kwargs"].values()
-        kwargs = {name: value for group in of_kwargs for name, value in group.items()}
-        converted = cls(adata, n_components=1, **model.init_params_["non_kwargs"], **kwargs)
+        converted = cls(adata, n_components=1, **arguments_of(model))
         converted.module.load_state_dict(model.module.state_dict())
         converted.to_device(model.device)
         converted.module.eval()
@@ -69,22 +70,41 @@ class ConversionMixin:
         return converted
 
 
-def _check(model: SCVI) -> None:
-    """Raise if a model cannot be converted."""
+def arguments_of(model: BaseModelClass) -> dict[str, Any]:
+    """The arguments that made a model, by name."""
+    init = model.init_params_
+    of_kwargs = {name: value for group in init["kwargs"].values() for name, value in group.items()}
+    return {**init["non_kwargs"], **of_kwargs}
+
+
+def check_convertible(model: Any, *, argument: str = "model", or_mixture: bool = False) -> None:
+    """Raise if a model cannot be converted.
+
+    Parameters
+    ----------
+    model
+        A trained model of scVI.
+    argument
+        What it is called in the message.
+    or_mixture
+        Whether it may be one of ours.
+    """
     if not isinstance(model, SCVI):
-        raise TypeError(f"model must be a scvi.model.SCVI, got {type(model).__name__}")
+        raise TypeError(f"{argument} must be a scvi.model.SCVI, got {type(model).__name__}")
     if not model.is_trained:
-        raise RuntimeError("model is not trained: call its train() first")
-    if type(model.module) is not VAE:
+        raise RuntimeError(f"{argument} is not trained: call its train() first")
+    if type(model.module) is not VAE and not (
+        or_mixture and isinstance(model.module, ImportanceSampling)
+    ):
         raise TypeError(
-            "model must have scvi-tools' own module, scvi.module.VAE, got "
+            f"{argument} must have scvi-tools' own module, scvi.module.VAE, got "
             f"{type(model).__name__} with {type(model.module).__name__}"
         )
     adata: AnnData | None = model.adata
     if adata is None:
-        raise ValueError("model holds no AnnData: load it with adata")
+        raise ValueError(f"{argument} holds no AnnData: load it with adata")
     if model.minified_data_type == "latent_posterior_parameters":
         raise ValueError(
-            "model's data are minified without counts, which importance sampling needs: load it "
+            f"{argument}'s data are minified without counts, which are needed: load it "
             "with the original data, or minify with 'latent_posterior_parameters_with_counts'"
         )

@@ -14,6 +14,7 @@ from mixscvi.checks import (
     check_categories,
     check_choice,
     check_column,
+    check_genes,
     check_numbers,
     check_positive_int,
 )
@@ -30,7 +31,10 @@ def check_setup(
     size_factor_key: str | None,
     categorical_covariate_keys: Sequence[str] | None,
     continuous_covariate_keys: Sequence[str] | None,
-    may_lack_labels: bool,
+    allow_missing_labels: bool = False,
+    source_registry: Mapping[str, Any] | None = None,
+    extend_categories: bool = False,
+    **of_transfer: Any,
 ) -> None:
     """Raise if data cannot be registered with these arguments of ``setup_anndata``.
 
@@ -39,8 +43,14 @@ def check_setup(
     adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, \
     continuous_covariate_keys
         As in :meth:`mixscvi.MixSCVI.setup_anndata`.
-    may_lack_labels
+    allow_missing_labels
         Whether the labels may be missing, as those of a query.
+    source_registry
+        Of the model that the data are for, if there is one.
+    extend_categories
+        Whether they may have categories that it was not trained on.
+    **of_transfer
+        What else scvi-tools takes for data of a model.
 
     Raises
     ------
@@ -49,12 +59,29 @@ def check_setup(
     KeyError
         If there is no such layer or column.
     ValueError
-        If there are no genes, no counts, or categories are missing in cells.
+        If there are no genes, no counts, or categories are missing in cells; or if genes or
+        categories are not those of the model.
     """
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
-    if not isinstance(adata.obs, pd.DataFrame):
-        return  # collections of files, which are not read here
+    if isinstance(adata.obs, pd.DataFrame):  # collections of files are not read here
+        _check_matrix(adata, layer)
+        if allow_missing_labels and labels_key not in adata.obs:
+            labels_key = None
+        _check_columns(
+            adata.obs,
+            {"batch_key": batch_key, "labels_key": labels_key, "size_factor_key": size_factor_key},
+            categorical_covariate_keys,
+            continuous_covariate_keys,
+        )
+    if source_registry is not None:
+        if not extend_categories:
+            check_known_categories(adata, source_registry)
+        trained_on = source_registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
+        check_genes(adata.var_names, trained_on["column_names"])
+
+
+def _check_matrix(adata: AnnData, layer: str | None) -> None:
     if layer is not None and layer not in adata.layers:
         raise KeyError(f"layer={layer!r} is not in adata.layers, which has {[*adata.layers]}")
     x, source = (
@@ -69,12 +96,17 @@ def check_setup(
     if not adata.n_obs:
         raise ValueError(f"adata must have cells, got shape {adata.shape}")
     check_numbers(x, adata.obs_names, adata.var_names, source=source)
-    if batch_key is not None:
-        check_column(adata.obs, batch_key, argument="batch_key")
-    if labels_key is not None and not (may_lack_labels and labels_key not in adata.obs):
-        check_column(adata.obs, labels_key, argument="labels_key")
-    if size_factor_key is not None:
-        check_column(adata.obs, size_factor_key, argument="size_factor_key", numeric=True)
+
+
+def _check_columns(
+    obs: pd.DataFrame,
+    single: Mapping[str, str | None],
+    categorical_covariate_keys: Sequence[str] | None,
+    continuous_covariate_keys: Sequence[str] | None,
+) -> None:
+    for argument, key in single.items():
+        if key is not None:
+            check_column(obs, key, argument=argument, numeric=argument == "size_factor_key")
     for argument, keys, numeric in (
         ("categorical_covariate_keys", categorical_covariate_keys, False),
         ("continuous_covariate_keys", continuous_covariate_keys, True),
@@ -82,7 +114,7 @@ def check_setup(
         if isinstance(keys, str):
             raise TypeError(f"{argument} must be a list of columns, got {keys!r}")
         for key in keys if keys is not None else ():
-            check_column(adata.obs, key, argument=argument, numeric=numeric)
+            check_column(obs, key, argument=argument, numeric=numeric)
 
 
 def check_known_categories(adata: AnnData, registry: Mapping[str, Any]) -> None:

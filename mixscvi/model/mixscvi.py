@@ -4,80 +4,31 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
 from scvi.model import SCANVI, SCVI
 from scvi.train import TrainingPlan
-from torch import Tensor
 
-from mixscvi.checks import check_genes, check_indices
 from mixscvi.mixture import Prior
-from mixscvi.model.adapted import AdaptedMixin
-from mixscvi.model.components import ComponentsMixin
+from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
 from mixscvi.model.conversion import ConversionMixin
-from mixscvi.model.data import MINIFY_UNS_KEY, LeanDataSplitter, WithoutSingleCells, check_data
-from mixscvi.model.evaluation import EvaluationMixin
-from mixscvi.model.expression import ExpressionMixin
-from mixscvi.model.inputs import check_known_categories, check_network, check_setup
-from mixscvi.model.latents import LatentsMixin
-from mixscvi.model.loaders import LeanDataLoader
-from mixscvi.model.persistence import PersistenceMixin
-from mixscvi.model.queries import QueriesMixin, counts_are_gone
-from mixscvi.model.runner import Runner, WithoutData
+from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
+from mixscvi.model.inputs import check_network, check_setup
+from mixscvi.model.runner import WithoutData
 from mixscvi.model.training import LeanTrainingPlan
 from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from scvi.data import AnnDataManager
 
 __all__ = ["MixSCVI"]
 
 
-def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
-
-    @functools.wraps(method)
-    def checked(self: MixSCVI, *args: Any, **kwargs: Any) -> Any:
-        self._check_if_trained(warn=True)
-        return method(self, *args, **kwargs)
-
-    return checked
-
-
-@contextmanager
-def _naming_what_takes_memory(mixture: MixtureOptions, n_hidden: int) -> Iterator[None]:
-    """Say what to choose where a model is too large to be made."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error):
-            raise
-        raise MemoryError(
-            f"a model of n_components={mixture.n_components} with component_encoder="
-            f"{mixture.component_encoder!r} and n_hidden={n_hidden} does not fit into memory: "
-            "choose fewer components, or component_encoder='amortized', which shares one encoder"
-        ) from error
-
-
-class MixSCVI(
-    LatentsMixin,
-    EvaluationMixin,
-    ExpressionMixin,
-    AdaptedMixin,
-    ComponentsMixin,
-    ConversionMixin,
-    QueriesMixin,
-    PersistenceMixin,
-    SCVI,
-    WithoutData,
-):
+class MixSCVI(MixtureMixin, ConversionMixin, SCVI, WithoutData):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is
@@ -169,11 +120,6 @@ class MixSCVI(
             return FusedVAE if self._mixture.likelihood == "fused" else ScviVAE
         return functools.partial(MixVAE, mixture=self._mixture)
 
-    get_elbo = _once_trained(SCVI.get_elbo)
-    get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
-    posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
-    get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
-
     def __init__(
         self,
         adata: AnnData | None = None,
@@ -225,7 +171,7 @@ class MixSCVI(
                 "use_observed_lib_size=False takes its library priors from adata, got a registry "
                 "alone"
             )
-        with _naming_what_takes_memory(self._mixture, n_hidden):
+        with naming_what_takes_memory(self._mixture, n_hidden):
             super().__init__(
                 adata,
                 registry,
@@ -239,15 +185,7 @@ class MixSCVI(
                 latent_distribution=latent_distribution,
                 **kwargs,
             )
-        prior_name = prior if isinstance(prior, str) else type(prior).__name__
-        self._model_summary_string = self._model_summary_string.replace(
-            "SCVI model", "MixSCVI model", 1
-        ).removesuffix(".") + (
-            f", n_components: {n_components}, n_sampled_components: "
-            f"{self._mixture.n_sampled_components}, estimator: {estimator}, component_encoder: "
-            f"{component_encoder}, prior: {prior_name}, n_flow_steps: {n_flow_steps}, n_samples: "
-            f"{n_samples}, objective: {objective}."
-        )
+        self._complete_summary("SCVI model", "MixSCVI model")
         if self._module_init_on_train:
             # scvi-tools forgets this one argument.
             self._module_kwargs["use_observed_lib_size"] = use_observed_lib_size
@@ -312,14 +250,8 @@ class MixSCVI(
             size_factor_key=size_factor_key,
             categorical_covariate_keys=categorical_covariate_keys,
             continuous_covariate_keys=continuous_covariate_keys,
-            may_lack_labels=kwargs.get("allow_missing_labels", False),
+            **kwargs,
         )
-        source = kwargs.get("source_registry")
-        if source is not None:
-            if not kwargs.get("extend_categories"):
-                check_known_categories(adata, source)
-            trained_on = source["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
-            check_genes(adata.var_names, trained_on["column_names"])
         super().setup_anndata(
             adata,
             layer=layer,
@@ -330,8 +262,6 @@ class MixSCVI(
             continuous_covariate_keys=continuous_covariate_keys,
             **kwargs,
         )
-
-    _train_runner_cls = Runner
 
     @property
     def init_params_(self) -> dict[str, dict]:
@@ -354,7 +284,8 @@ class MixSCVI(
             raise TypeError(
                 f"SCANVI has one Gaussian as posterior and a standard normal prior, but this "
                 f"MixSCVI has n_components={self._mixture.n_components}, prior="
-                f"{self._mixture.prior!r}: train one with n_components=1"
+                f"{self._mixture.prior!r}: use mixscvi.MixSCANVI.from_scvi_model, or train one "
+                "with n_components=1"
             )
         names = {field.name for field in fields(MixtureOptions)}
         of_scvi = {k: v for k, v in self._init_params["non_kwargs"].items() if k not in names}
@@ -368,8 +299,6 @@ class MixSCVI(
     def _training_plan_cls(self) -> type[TrainingPlan]:
         return LeanTrainingPlan if self._mixture.likelihood == "fused" else TrainingPlan
 
-    _data_loader_cls = LeanDataLoader
-
     @property
     def _data_splitter_cls(self) -> type[DataSplitter]:
         normalized = self.module is not None and any(
@@ -381,59 +310,3 @@ class MixSCVI(
         chosen = torch.randperm(adata.n_obs)[:n_pseudo]
         loader = self._make_data_loader(adata=adata, indices=chosen.tolist(), batch_size=n_pseudo)
         self.module.initialize_pseudo_cells(next(iter(loader)))
-
-    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
-        if adata is not None and self.var_names_ is not None:
-            check_genes(adata.var_names, self.var_names_)
-            if self.adata is not None and adata is not self.adata:
-                check_known_categories(adata, self.registry)
-        adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
-        if adata is not self.adata:
-            manager = self.get_anndata_manager(adata, required=True)
-            if self._has_counts(manager):
-                check_data(manager, self.module)
-        return adata
-
-    @staticmethod
-    def _has_counts(manager: AnnDataManager) -> bool:
-        """Whether data have counts, and not the parameters of posteriors in their place."""
-        return MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
-
-    def _make_data_loader(
-        self,
-        adata: AnnData,
-        indices: Sequence[int] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> LeanDataLoader:
-        """Minibatches for every method; their cells are checked here for all of them."""
-        if indices is not None:
-            check_indices(indices, adata.n_obs)
-        if counts_are_gone(self.get_anndata_manager(adata, required=True)):
-            raise ValueError(
-                "adata has latent posteriors in place of its counts: call minify_adata() first"
-            )
-        return super()._make_data_loader(adata, indices, *args, **kwargs)
-
-    def _minibatches(
-        self,
-        adata: AnnData | None,
-        indices: Sequence[int] | None,
-        batch_size: int | None,
-        dataloader: Iterator[dict[str, Tensor]] | None,
-        data_loader_kwargs: dict[str, Any] | None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Minibatches of cells in order, from `adata` or the user's own loader."""
-        self._check_if_trained(warn=False)
-        if dataloader is not None:
-            if adata is not None:
-                raise ValueError("give either adata or dataloader, got both")
-            return iter(dataloader)
-        if adata is None and self.adata is None:
-            raise ValueError("the model holds no data: give adata or dataloader")
-        adata = self._validate_anndata(adata)
-        return iter(
-            self._make_data_loader(
-                adata=adata, indices=indices, batch_size=batch_size, **(data_loader_kwargs or {})
-            )
-        )

@@ -6,7 +6,7 @@ import os
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import anndata
 import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not import it
@@ -31,6 +31,9 @@ __all__ = ["PersistenceMixin", "read_for"]
 
 class PersistenceMixin:
     """Methods of :class:`mixscvi.MixSCVI` that read and write models."""
+
+    _by_scvi_tools: ClassVar[str] = "SCVI"
+    """Name of scvi-tools' model that this one is with one component."""
 
     def save(
         self,
@@ -273,19 +276,19 @@ class PersistenceMixin:
 
 
 def read_for(
-    cls: type,
+    cls: type[Any],
     folder: str | os.PathLike[str],
     *,
     prefix: str | None = None,
     allow_pickle: bool = False,
     arguments: dict[str, Any] | None = None,
 ) -> StoredModel:
-    """Read a model to make one of `cls`: what scvi-tools' SCVI saved has one component."""
+    """Read a model to make one of `cls`: what scvi-tools' own saved has one component."""
     stored = read_model(folder, prefix, allow_pickle=allow_pickle)
     stored.give(arguments or {})
     registry, init = stored.attributes["registry_"], stored.attributes["init_params_"]
     given = init.get("non_kwargs", init)
-    if registry.get("model_name") == "SCVI" and "n_components" not in given:
+    if registry.get("model_name") == cls._by_scvi_tools and "n_components" not in given:
         registry["model_name"] = cls.__name__
         given["n_components"] = 1
     return stored

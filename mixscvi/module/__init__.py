@@ -5,6 +5,7 @@
 | options | what posterior, prior and objective are made of |
 | vae | the mixture's module |
 | scvi_vae | scvi-tools' own module with importance sampling |
+| semi_supervised | scANVI's modules: labels of some of the cells |
 | signatures | the signatures that scvi-tools reads |
 | encoding | from scvi-tools' inputs to the core's encoders |
 | decoding | from draws and covariates to the likelihood of the counts |
@@ -21,17 +22,22 @@ from mixscvi.module.options import MixtureOptions
 from mixscvi.module.pseudo_cells import PseudoCells
 from mixscvi.module.sampling import FORMS, ImportanceSampling
 from mixscvi.module.scvi_vae import FusedVAE, ScviVAE
+from mixscvi.module.semi_supervised import FusedSCANVAE, LabelPrior, MixSCANVAE, ScviSCANVAE
 from mixscvi.module.vae import MixVAE
 
 __all__ = [
     "FORMS",
     "CountLikelihood",
     "FactorizedMixture",
+    "FusedSCANVAE",
     "FusedVAE",
     "ImportanceSampling",
+    "LabelPrior",
+    "MixSCANVAE",
     "MixVAE",
     "MixtureOptions",
     "PseudoCells",
+    "ScviSCANVAE",
     "ScviVAE",
     "decode",
 ]

@@ -32,7 +32,11 @@ def signed_as(original: Callable[..., Any], **keywords: Any) -> Callable[[T], T]
     ]
 
     def decorate(own: T) -> T:
-        own.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *further])
+        named = list(signature.parameters.values())
+        is_open = bool(named) and named[-1].kind is inspect.Parameter.VAR_KEYWORD
+        end = len(named) - is_open
+        parameters = [*named[:end], *further, *named[end:]]
+        own.__signature__ = signature.replace(parameters=parameters)
         return own
 
     return decorate

@@ -292,21 +292,55 @@ class MixVAE(ImportanceSampling, VAE):
                 "the loss needs stratified draws: call the module itself, or inference with "
                 "stratified=True"
             )
-        bound = _OBJECTIVES[self.mixture.objective]
-        # With one sample of each component, MISELBO is a mean over draws.
-        equal_rows = self.mixture.objective == "miselbo" and self.mixture.n_samples == 1
-        log_px = generative_outputs["px"].log_prob(
-            tensors[REGISTRY_KEYS.X_KEY], equal_rows=equal_rows
-        )
+        log_px = self._log_likelihood(tensors, generative_outputs)
         log_pz = self.prior_distribution().log_prob(inference_outputs["untransformed_z"])
         log_ratio = log_pz - inference_outputs["log_qz"]
-        reconstruction_loss = -log_px.mean((0, -1))
-        kl_z = -bound(log_px + log_ratio) - reconstruction_loss
+        return self._losses(
+            log_px, log_ratio, kl_weight, tensors, inference_outputs, generative_outputs
+        )
+
+    def _log_likelihood(
+        self, tensors: dict[str, Tensor], generative_outputs: dict[str, Any]
+    ) -> Tensor:
+        """log p(x | z) of the loss's draws, `(L, B, S)`."""
+        # With one sample of each component, MISELBO is a mean over draws.
+        equal_rows = self.mixture.objective == "miselbo" and self.mixture.n_samples == 1
+        x = tensors[REGISTRY_KEYS.X_KEY]
+        return generative_outputs["px"].log_prob(x, equal_rows=equal_rows)
+
+    def _losses(
+        self,
+        log_whole: Tensor,
+        log_warmed: Tensor,
+        kl_weight: Tensor | float,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
+        library_weight: Tensor | float = 1.0,
+    ) -> LossOutput:
+        """Negative bound of log-weights in two parts, `(L, B, S)` each.
+
+        Parameters
+        ----------
+        log_whole
+            The part that counts in full from the start of training: reported as reconstruction
+            loss.
+        log_warmed
+            The part that counts by `kl_weight`: reported as KL divergence, with what the bound
+            takes from putting the logarithm outside.
+        kl_weight, library_weight
+            Of the second part, and of the KL divergence of the library size.
+        tensors, inference_outputs, generative_outputs
+            As in :meth:`loss`.
+        """
+        bound = _OBJECTIVES[self.mixture.objective]
+        reconstruction_loss = -log_whole.mean((0, -1))
+        kl_z = -bound(log_whole + log_warmed) - reconstruction_loss
         if self.use_observed_lib_size:
             kl_library = torch.zeros_like(kl_z)
         else:
             kl_library = kl_divergence(inference_outputs["ql"], generative_outputs["pl"]).sum(1)
-        loss = (kl_library - bound(log_px + kl_weight * log_ratio)).mean()
+        loss = (library_weight * kl_library - bound(log_whole + kl_weight * log_warmed)).mean()
         extra_metrics = {}
         if self.extra_payload_autotune:
             extra_metrics = {

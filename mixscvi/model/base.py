@@ -1,0 +1,152 @@
+"""What :class:`mixscvi.MixSCVI` and :class:`mixscvi.MixSCANVI` have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from scvi.model import SCVI
+from torch import Tensor
+
+from mixscvi.checks import check_genes, check_indices
+from mixscvi.model.adapted import AdaptedMixin
+from mixscvi.model.components import ComponentsMixin
+from mixscvi.model.data import MINIFY_UNS_KEY, check_data
+from mixscvi.model.evaluation import EvaluationMixin
+from mixscvi.model.expression import ExpressionMixin
+from mixscvi.model.inputs import check_known_categories
+from mixscvi.model.latents import LatentsMixin
+from mixscvi.model.loaders import LeanDataLoader
+from mixscvi.model.persistence import PersistenceMixin
+from mixscvi.model.queries import QueriesMixin, counts_are_gone
+from mixscvi.model.runner import Runner
+from mixscvi.module import MixtureOptions
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scvi.data import AnnDataManager
+
+__all__ = ["MixtureMixin", "naming_what_takes_memory"]
+
+
+def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
+
+    @functools.wraps(method)
+    def checked(self: MixtureMixin, *args: Any, **kwargs: Any) -> Any:
+        self._check_if_trained(warn=True)
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+@contextmanager
+def naming_what_takes_memory(mixture: MixtureOptions, n_hidden: int) -> Iterator[None]:
+    """Say what to choose where a model is too large to be made."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        raise MemoryError(
+            f"a model of n_components={mixture.n_components} with component_encoder="
+            f"{mixture.component_encoder!r} and n_hidden={n_hidden} does not fit into memory: "
+            "choose fewer components, or component_encoder='amortized', which shares one encoder"
+        ) from error
+
+
+class MixtureMixin(
+    LatentsMixin,
+    EvaluationMixin,
+    ExpressionMixin,
+    AdaptedMixin,
+    ComponentsMixin,
+    QueriesMixin,
+    PersistenceMixin,
+):
+    """A model of scvi-tools with a mixture posterior: what it does with its cells.
+
+    It comes ahead of scvi-tools' model among the bases.
+    """
+
+    _mixture: MixtureOptions
+    var_names_: list[str] | None = None
+    """Names of the genes trained on."""
+    _train_runner_cls = Runner
+    _data_loader_cls = LeanDataLoader
+
+    get_elbo = _once_trained(SCVI.get_elbo)
+    get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
+    posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
+    get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
+
+    def _complete_summary(self, title: str, own_title: str) -> None:
+        """Put the model's name into scvi-tools' summary, and the mixture behind it."""
+        mixture = self._mixture
+        prior = mixture.prior if isinstance(mixture.prior, str) else type(mixture.prior).__name__
+        self._model_summary_string = self._model_summary_string.replace(
+            title, own_title, 1
+        ).removesuffix(".") + (
+            f", n_components: {mixture.n_components}, n_sampled_components: "
+            f"{mixture.n_sampled_components}, estimator: {mixture.estimator}, component_encoder: "
+            f"{mixture.component_encoder}, prior: {prior}, n_flow_steps: {mixture.n_flow_steps}, "
+            f"n_samples: {mixture.n_samples}, objective: {mixture.objective}."
+        )
+
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
+        if adata is not None and self.var_names_ is not None:
+            check_genes(adata.var_names, self.var_names_)
+            if self.adata is not None and adata is not self.adata:
+                check_known_categories(adata, self.registry)
+        adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
+        if adata is not self.adata:
+            manager = self.get_anndata_manager(adata, required=True)
+            if self._has_counts(manager):
+                check_data(manager, self.module)
+        return adata
+
+    @staticmethod
+    def _has_counts(manager: AnnDataManager) -> bool:
+        """Whether data have counts, and not the parameters of posteriors in their place."""
+        return MINIFY_UNS_KEY not in manager.adata.uns and not counts_are_gone(manager)
+
+    def _make_data_loader(
+        self,
+        adata: AnnData,
+        indices: Sequence[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> LeanDataLoader:
+        """Minibatches for every method; their cells are checked here for all of them."""
+        if indices is not None:
+            check_indices(indices, adata.n_obs)
+        if counts_are_gone(self.get_anndata_manager(adata, required=True)):
+            raise ValueError(
+                "adata has latent posteriors in place of its counts: call minify_adata() first"
+            )
+        return super()._make_data_loader(adata, indices, *args, **kwargs)
+
+    def _minibatches(
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        dataloader: Iterator[dict[str, Tensor]] | None,
+        data_loader_kwargs: dict[str, Any] | None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Minibatches of cells in order, from `adata` or the user's own loader."""
+        self._check_if_trained(warn=False)
+        if dataloader is not None:
+            if adata is not None:
+                raise ValueError("give either adata or dataloader, got both")
+            return iter(dataloader)
+        if adata is None and self.adata is None:
+            raise ValueError("the model holds no data: give adata or dataloader")
+        adata = self._validate_anndata(adata)
+        return iter(
+            self._make_data_loader(
+                adata=adata, indices=indices, batch_size=batch_size, **(data_loader_kwargs or {})
+            )
+        )

@@ -1,0 +1,509 @@
+"""MixSCANVI: labels of some cells in, labels of all out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.dataloaders import SemiSupervisedDataSplitter
+from scvi.model import SCANVI, SCVI
+from torch import Tensor
+
+from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
+from mixscvi.model.conversion import arguments_of, check_convertible
+from mixscvi.model.data import check_data
+from mixscvi.model.inputs import check_network, check_setup
+from mixscvi.model.labels import LabeledSplitter, check_labels, known_labels
+from mixscvi.model.mixscvi import MixSCVI
+from mixscvi.module import FusedSCANVAE, MixSCANVAE, MixtureOptions, ScviSCANVAE
+from mixscvi.module.signatures import signed_as
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from lightning import LightningDataModule
+
+__all__ = ["MixSCANVI"]
+
+# Of scANVI's module, below z: what a pretrained model does not have.
+_NEW = ("classifier.", "encoder_z2_z1.", "decoder_z1_z2.", "y_prior")
+
+
+class MixSCANVI(MixtureMixin, SCANVI):
+    r"""scANVI with a mixture of Gaussians as posterior: some cells have labels, all get them.
+
+    The generative model is that of :class:`scvi.model.SCANVI`: a label y and a latent u stand below
+    the latent z of a cell in batch b,
+
+    .. math:: p(x, z, u, y) = p(y) \, p(u) \, p(z \mid u, y) \, p(x \mid z, b).
+
+    The posterior of z is a mixture,
+
+    .. math:: q(z \mid x) = \frac{1}{A} \sum_{a=1}^{A}
+        \mathcal{N}(z; \mu_a(x), \mathrm{diag}\, \sigma_a(x)^2),
+
+    and training maximizes, over all cells,
+
+    .. math:: \frac{1}{A} \sum_a \mathbb{E}_{q_a(z \mid x)} \Big[ \log p(x \mid z) - \log q(z \mid
+        x) + \sum_y q(y \mid z) \, \mathbb{E}_{q(u \mid z, y)} \Big[ \log \frac{p(z \mid u, y) \,
+        p(u) \, p(y)}{q(u \mid z, y) \, q(y \mid z)} \Big] \Big],
+
+    less the cross-entropy of q(y | z), the classifier, in cells with labels. q(z | x) is the
+    density of the whole mixture, so components are rewarded for covering what the others do not;
+    the classifier sees a draw of each. With ``n_components=1`` it is :class:`scvi.model.SCANVI`.
+
+    Parameters
+    ----------
+    adata
+        Data registered with :meth:`MixSCANVI.setup_anndata`.
+    registry, datamodule
+        Registry of a data module and the module, instead of `adata`.
+    n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
+        As in :class:`scvi.model.SCANVI`.
+    use_observed_lib_size, linear_classifier
+        As in :class:`scvi.model.SCANVI`.
+    n_components, n_sampled_components, estimator, component_encoder, n_flow_steps
+        As in :class:`mixscvi.MixSCVI`.
+    n_samples, objective, likelihood
+        As in :class:`mixscvi.MixSCVI`.
+    **kwargs
+        Passed to :class:`scvi.module.SCANVAE`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above, the counts are negative, NaN, infinite, or all zero in a
+        cell, or dispersions are to be those of labels that some cells do not have.
+
+    Notes
+    -----
+    There is no choice of prior: p(z) is what labels and u make it. Its density is estimated without
+    bias, so :meth:`get_marginal_ll` and exact posteriors are those of this model, and k-hat sees
+    the noise. scANVI's own counts z under a standard normal there, beside p(z | u, y).
+
+    Examples
+    --------
+    >>> import mixscvi, scvi
+    >>> adata = mixscvi.datasets.pbmc68k()
+    >>> labels = adata.obs["cell_type"].astype(str)
+    >>> adata.obs["label"] = labels.where([i % 2 == 0 for i in range(700)], "Unknown")
+    >>> mixscvi.MixSCVI.setup_anndata(adata, labels_key="label")
+    >>> pretrained = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+    >>> pretrained.train(max_epochs=1, enable_progress_bar=False)
+    >>> model = mixscvi.MixSCANVI.from_scvi_model(pretrained, unlabeled_category="Unknown")
+    >>> scvi.settings.verbosity = 30  # warnings, and not that it trains
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> scvi.settings.verbosity = 20
+    >>> model.predict().shape, model.predict(soft=True).shape
+    ((700,), (700, 10))
+    """
+
+    _by_scvi_tools: ClassVar[str] = "SCANVI"
+
+    @property
+    def _module_cls(self) -> Callable[..., MixSCANVAE | ScviSCANVAE]:
+        """The module's class: scvi-tools' own where the options describe scANVI."""
+        if self._mixture.is_scvi:
+            cls = FusedSCANVAE if self._mixture.likelihood == "fused" else ScviSCANVAE
+            fixed: dict[str, Any] = {}
+        else:
+            cls, fixed = MixSCANVAE, {"mixture": self._mixture}
+        labels = known_labels(self._label_mapping, self.unlabeled_category_)
+
+        @signed_as(cls)
+        def make(*args: Any, **kwargs: Any) -> MixSCANVAE | ScviSCANVAE:
+            # scvi-tools takes one more for a query whose cells all have labels.
+            return cls(*args, **{**kwargs, **fixed, "n_labels": len(labels)})
+
+        return make
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict[str, Any] | None = None,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
+        gene_likelihood: Literal["zinb", "nb", "poisson", "normal"] = "zinb",
+        use_observed_lib_size: bool = True,
+        linear_classifier: bool = False,
+        datamodule: LightningDataModule | None = None,
+        *,
+        n_components: int = 4,
+        n_sampled_components: int | None = None,
+        estimator: Literal["all_to_all", "some_to_all", "some_to_some"] = "all_to_all",
+        component_encoder: Literal["separate", "amortized"] = "separate",
+        n_flow_steps: int = 0,
+        n_samples: int = 1,
+        objective: Literal["miselbo", "siwae"] = "miselbo",
+        likelihood: Literal["fused", "reference"] = "fused",
+        **kwargs: Any,
+    ) -> None:
+        self._mixture = MixtureOptions(
+            n_components=n_components,
+            n_sampled_components=n_sampled_components,
+            estimator=estimator,
+            component_encoder=component_encoder,
+            n_flow_steps=n_flow_steps,
+            n_samples=n_samples,
+            objective=objective,
+            likelihood=likelihood,
+        )
+        check_network(
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            gene_likelihood=gene_likelihood,
+            latent_distribution="normal",
+        )
+        self._check_alternatives(kwargs)
+        with naming_what_takes_memory(self._mixture, n_hidden):
+            super().__init__(
+                adata,
+                registry,
+                n_hidden=n_hidden,
+                n_latent=n_latent,
+                n_layers=n_layers,
+                dropout_rate=dropout_rate,
+                dispersion=dispersion,
+                gene_likelihood=gene_likelihood,
+                use_observed_lib_size=use_observed_lib_size,
+                linear_classifier=linear_classifier,
+                datamodule=datamodule,
+                **kwargs,
+            )
+        self.n_labels = self.module.n_labels
+        self._complete_summary("ScanVI Model", "MixSCANVI model")
+        self.var_names_ = [str(gene) for gene in self.get_var_names()]
+        if adata is not None and self._has_counts(self.adata_manager):
+            check_data(self.adata_manager, self.module)
+        if dispersion == "gene-label" and len(self._unlabeled_indices):
+            raise ValueError(
+                "dispersion='gene-label' takes the dispersions of a cell from its label, and "
+                f"{len(self._unlabeled_indices)} cells are {self.unlabeled_category_!r}: choose "
+                "'gene', 'gene-batch' or 'gene-cell'"
+            )
+        self.init_params_ = self._get_init_params(locals())
+
+    @staticmethod
+    def _check_alternatives(kwargs: dict[str, Any]) -> None:
+        """Raise if an argument is of MixSCVI, and has no place here."""
+        if kwargs.get("latent_distribution", "normal") != "normal":
+            raise ValueError(
+                "latent_distribution must be 'normal' in MixSCANVI, whose p(z | u, y) is a "
+                f"Gaussian, got {kwargs['latent_distribution']!r}"
+            )
+        for name in ("prior", "n_prior_components"):
+            if name in kwargs:
+                raise TypeError(
+                    f"MixSCANVI has no argument {name!r}: its p(z) is made of the labels, got "
+                    f"{name}={kwargs[name]!r}"
+                )
+
+    @classmethod
+    def from_scvi_model(
+        cls,
+        scvi_model: MixSCVI | SCVI,
+        unlabeled_category: str,
+        labels_key: str | None = None,
+        adata: AnnData | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Start from a trained :class:`mixscvi.MixSCVI`, or :class:`scvi.model.SCVI`.
+
+        Posterior and decoder start as trained; labels, classifier and what stands below z start
+        anew. The parameters are copied, and `scvi_model` can be used as before.
+
+        Parameters
+        ----------
+        scvi_model
+            A trained model with a standard normal prior, which the labels replace.
+        unlabeled_category
+            Value of the labels in cells without one.
+        labels_key
+            Column of ``obs`` with the labels; by default that which `scvi_model` was set up with.
+        adata
+            Cells to use, with the same genes, batches and covariates; by default those of
+            `scvi_model`.
+        **kwargs
+            Further arguments of the model, such as `linear_classifier`.
+
+        Returns
+        -------
+        The model, to be trained.
+
+        Raises
+        ------
+        TypeError
+            If `scvi_model` is of another class, or there is no key of labels.
+        RuntimeError
+            If `scvi_model` is not trained.
+        ValueError
+            If it has another prior, holds no data with counts, or batches or covariates of
+            `adata` are not those that it was trained on.
+
+        Warns
+        -----
+        UserWarning
+            If an argument is that of `scvi_model` already, which stays.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
+        """
+        check_convertible(scvi_model, argument="scvi_model", or_mixture=True)
+        arguments = arguments_of(scvi_model)
+        if isinstance(scvi_model, MixSCVI):
+            prior = arguments.pop("prior")
+            arguments.pop("n_prior_components")
+            if prior != "normal":
+                raise ValueError(
+                    f"scvi_model has prior={prior!r}, which the labels would replace: train it "
+                    "with prior='normal'"
+                )
+        else:
+            arguments["n_components"] = 1
+        if arguments.get("latent_distribution") == "normal":
+            del arguments["latent_distribution"]
+        for name in [name for name in kwargs if name in arguments]:
+            del kwargs[name]
+            warnings.warn(
+                f"{name} is that of scvi_model, {arguments[name]!r}, and stays",
+                UserWarning,
+                stacklevel=2,
+            )
+        adata = scvi_model.adata if adata is None else adata
+        registry = scvi_model.registry
+        setup = dict(registry["setup_args"])
+        setup["labels_key"] = labels_key if labels_key is not None else setup["labels_key"]
+        cls.setup_anndata(adata, unlabeled_category=unlabeled_category, use_minified=False, **setup)
+        model = cls(adata, **arguments, **kwargs)
+        _check_same_categories(model.registry, registry)
+        model._load_pretrained(scvi_model)
+        return model
+
+    def _load_pretrained(self, scvi_model: SCVI) -> None:
+        """Take the weights of a model of the same posterior and decoder."""
+        missing, unexpected = self.module.load_state_dict(
+            scvi_model.module.state_dict(), strict=False
+        )
+        foreign = [name for name in missing if not name.startswith(_NEW)] + unexpected
+        if foreign:
+            raise ValueError(f"scvi_model does not have the weights of this model, first {foreign}")
+        self.to_device(scvi_model.device)
+        self.was_pretrained = True
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        labels_key: str,
+        unlabeled_category: str,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        use_minified: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Register the AnnData fields with counts, labels, batches and covariates.
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts, `(n, G)`.
+        labels_key
+            Column of ``obs`` with the labels.
+        unlabeled_category
+            Value of that column in cells without a label.
+        layer, batch_key, size_factor_key
+            As in :meth:`mixscvi.MixSCVI.setup_anndata`.
+        categorical_covariate_keys, continuous_covariate_keys
+            As in :meth:`mixscvi.MixSCVI.setup_anndata`.
+        use_minified
+            Whether data that were minified are registered as such.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`mixscvi.MixSCVI.setup_anndata`; or if there are fewer than two labels, or
+            labels that the model of the data was not trained on.
+        TypeError
+            If counts or covariates are no numbers, or an argument is of another type.
+        KeyError
+            If there is no such layer or column.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCANVI.setup_anndata(adata, "cell_type", unlabeled_category="Unknown")
+        """
+        check_setup(
+            adata,
+            layer=layer,
+            batch_key=batch_key,
+            labels_key=labels_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            **kwargs,
+        )
+        check_labels(adata, labels_key, unlabeled_category, kwargs.get("source_registry"))
+        super().setup_anndata(
+            adata,
+            labels_key=labels_key,
+            unlabeled_category=unlabeled_category,
+            layer=layer,
+            batch_key=batch_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            use_minified=use_minified,
+            **kwargs,
+        )
+
+    def _set_indices_and_labels(self, datamodule: LightningDataModule | None = None) -> None:
+        """Note which cells have labels; see scvi-tools, whose version 1.4 needs data for it."""
+        if self.adata is not None or datamodule is not None:
+            super()._set_indices_and_labels(datamodule)
+            return
+        state = self.get_state_registry(REGISTRY_KEYS.LABELS_KEY)
+        self.original_label_key = state.original_key
+        self.unlabeled_category_ = state.unlabeled_category
+        self._label_mapping = state.categorical_mapping
+        self._code_to_label = dict(enumerate(self._label_mapping))
+        self.labels_ = np.asarray(known_labels(self._label_mapping, self.unlabeled_category_))
+        self._labeled_indices = self._unlabeled_indices = np.array([], dtype=int)
+
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
+        key = self.original_label_key
+        if adata is not None and isinstance(adata.obs, pd.DataFrame) and key not in adata.obs:
+            raise KeyError(
+                f"adata.obs has no column {key!r} of labels: for cells without, set "
+                f"adata.obs[{key!r}] = {self.unlabeled_category_!r}"
+            )
+        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+
+    @property
+    def _data_splitter_cls(self) -> type[SemiSupervisedDataSplitter]:
+        normalized = any(isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules())
+        return LabeledSplitter if normalized else SemiSupervisedDataSplitter
+
+    @signed_as(SCANVI.train)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the model; see ``SCANVI.train``.
+
+        ``plan_kwargs={"classification_ratio": ...}`` weighs the cross-entropy of the labels
+        against the bound, 50 by default.
+
+        Warns
+        -----
+        UserWarning
+            If a component is dead in more than a tenth of the cells; see
+            :meth:`mixscvi.MixSCVI.train`.
+        """
+        return super().train(*args, **kwargs)
+
+    def predict(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        soft: bool = False,
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,
+        ig_interpretability: bool = False,
+        ig_args: dict[str, Any] | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+    ) -> np.ndarray | pd.DataFrame | tuple[np.ndarray | pd.DataFrame, pd.DataFrame]:
+        r"""Labels of the cells.
+
+        Probabilities are those of the classifier, averaged over the components of a cell's
+        posterior: :math:`\frac{1}{A} \sum_a q(y \mid z_a)`.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader
+            As in :meth:`get_latent_mixture`.
+        soft
+            Whether to return the probabilities of all labels, or the most probable label.
+        use_posterior_mean
+            Whether :math:`z_a` is the mean of component `a` (ahead of the flow, if there is one,
+            and then sent through it), or a draw from it, which makes predictions random.
+        ig_interpretability, ig_args
+            Whether to attribute predictions to genes by integrated gradients, and how; as in
+            :meth:`scvi.model.SCANVI.predict`. It needs the package captum.
+
+        Returns
+        -------
+        Labels `(n,)`; or a table `(n, C)` of probabilities by cell (by number with a `dataloader`)
+        and label. With attributions, the pair of it and a table of genes.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If the genes are not those trained on, or the counts are bad.
+        """
+        if ig_interpretability:
+            self._check_if_trained(warn=False)
+            return super().predict(
+                adata,
+                indices,
+                soft,
+                batch_size,
+                use_posterior_mean,
+                ig_interpretability,
+                ig_args,
+                dataloader,
+            )
+        probabilities = []
+        for tensors in self._minibatches(adata, indices, batch_size, dataloader, None):
+            scores = self.module.classify(
+                **self.module._get_inference_input(tensors), use_posterior_mean=use_posterior_mean
+            )
+            if self.module.classifier.logits:
+                scores = scores.softmax(-1)
+            probabilities.append(scores.detach().cpu())
+        table = torch.cat(probabilities).numpy()
+        labels = np.asarray(self._label_mapping)[: table.shape[1]]
+        if not soft:
+            return np.array(labels[table.argmax(1)].tolist())
+        names = None
+        if dataloader is None:
+            names = (self.adata if adata is None else adata).obs_names
+            names = names if indices is None else names[indices]
+        return pd.DataFrame(table, columns=labels, index=names)
+
+
+def _check_same_categories(registry: dict[str, Any], trained_on: dict[str, Any]) -> None:
+    """Raise if batches or covariates have other codes than in the pretrained model."""
+    for field, key in (
+        (REGISTRY_KEYS.BATCH_KEY, "categorical_mapping"),
+        (REGISTRY_KEYS.CAT_COVS_KEY, "mappings"),
+    ):
+        ours, theirs = (
+            r["field_registries"].get(field, {}).get("state_registry", {}).get(key)
+            for r in (registry, trained_on)
+        )
+        ours, theirs = (
+            {name: list(values) for name, values in of.items()}
+            if isinstance(of, dict)
+            else list(of if of is not None else ())
+            for of in (ours, theirs)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"adata has other categories of {field} than scvi_model was trained on, {ours} "
+                f"and {theirs}: give all its cells, or map a query with load_query_data"
+            )

@@ -1,0 +1,364 @@
+"""Labels of some of the cells: scANVI's generative model under a mixture posterior.
+
+scANVI puts a label y and a latent u below z: p(y) p(u) p(z | u, y) p(x | z). That is scVI's model
+with another prior of z, :class:`LabelPrior`, so all that importance-samples z works as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scvi import REGISTRY_KEYS
+from scvi.module import SCANVAE
+from scvi.module.base import LossOutput, auto_move_data
+from scvi.utils import unsupported_if_adata_minified
+from torch import Tensor
+from torch.distributions import Distribution, Normal, constraints, kl_divergence
+
+from mixscvi.mixture import MixturePosterior
+from mixscvi.module.encoding import encoder_input
+from mixscvi.module.options import MixtureOptions
+from mixscvi.module.scvi_vae import FusedVAE, ScviVAE
+from mixscvi.module.signatures import signed_as
+from mixscvi.module.vae import MixVAE
+
+if TYPE_CHECKING:
+    from scvi.model.base import BaseModelClass
+
+__all__ = ["FusedSCANVAE", "LabelPrior", "MixSCANVAE", "ScviSCANVAE"]
+
+_DEFAULT = MixtureOptions()
+_DRAWS_OF_U = 4
+_ROWS_AT_ONCE = 2**15
+_NOTHING_TO_CLASSIFY = "give x and batch_index, or qzm and qzv of minified data"
+
+
+class BelowZ(NamedTuple):
+    """What stands below draws of z, for each of `C` labels and one draw of u given each."""
+
+    log_pz: Tensor
+    """log p(z | u, y), `(N, C)`."""
+    log_ratio: Tensor
+    """log p(u) - log q(u | z, y), `(N, C)`."""
+    kl_u: Tensor
+    """KL(q(u | z, y) || p(u)), the mean of the negative ratio, `(N, C)`."""
+
+
+class LabelPrior(Distribution):
+    r"""p(z) of scANVI: a label y and a latent u stand below z, and are integrated out.
+
+    .. math:: p(z) = \sum_y p(y) \, \mathbb{E}_{q(u \mid z, y)} \!\left[
+        \frac{p(z \mid u, y) \, p(u)}{q(u \mid z, y)} \right]
+
+    The sum over labels is exact, the expectation an average over fresh draws of u. So the density
+    is unbiased, and log p(x) that is importance-sampled with it is consistent, as with an exact
+    density. It is noisier, which k-hat sees.
+
+    Parameters
+    ----------
+    module
+        Has the networks ``encoder_z2_z1``, q(u | z, y), and ``decoder_z1_z2``, p(z | u, y), and
+        the probabilities ``y_prior`` of the `C` labels. It is read when densities are asked for.
+    n_draws
+        Draws of u for each z and label.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = ScviSCANVAE(20, n_latent=3, n_labels=5).eval()
+    >>> LabelPrior(module).log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real_vector
+
+    def __init__(self, module: SCANVAE, n_draws: int = _DRAWS_OF_U) -> None:
+        super().__init__(event_shape=torch.Size((module.n_latent,)), validate_args=False)
+        self.module = module
+        self.n_draws = n_draws
+
+    def below(self, z: Tensor) -> BelowZ:
+        """Draw u once for every label of `N` values of z, `(N, D)`."""
+        module, n_labels = self.module, self.module.n_labels
+        rows = z.unsqueeze(1).expand(-1, n_labels, -1).flatten(0, 1)
+        labels = torch.eye(n_labels, dtype=z.dtype, device=z.device).repeat(len(z), 1)
+        qu, u = module.encoder_z2_z1(rows, labels)
+        mean, variance = module.decoder_z1_z2(u, labels)
+        pz = Normal(mean, variance.sqrt(), validate_args=False)
+        pu = Normal(torch.zeros_like(qu.loc), torch.ones_like(qu.scale), validate_args=False)
+        terms = pz.log_prob(rows), pu.log_prob(u) - qu.log_prob(u), kl_divergence(qu, pu)
+        return BelowZ(*(term.sum(-1).unflatten(0, (len(z), n_labels)) for term in terms))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(z) of `(..., D)` with fresh draws of u, `(...)`."""
+        log_py = self.module.y_prior.log()  # (1, C)
+        values = []
+        for z in value.flatten(0, -2).split(max(1, _ROWS_AT_ONCE // self.module.n_labels)):
+            draws = [self.below(z) for _ in range(self.n_draws)]
+            joint = torch.cat([log_py + draw.log_pz + draw.log_ratio for draw in draws], -1)
+            values.append(joint.logsumexp(-1) - math.log(self.n_draws))
+        return torch.cat(values).view(value.shape[:-1])
+
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """Draws of z, `(*sample_shape, D)`."""
+        module, shape = self.module, torch.Size(sample_shape)
+        with torch.no_grad():
+            probabilities = module.y_prior.expand(shape.numel(), -1)
+            y = probabilities.multinomial(1).squeeze(-1)
+            labels = F.one_hot(y, module.n_labels).to(probabilities.dtype)
+            u = torch.randn(len(y), module.n_latent, dtype=labels.dtype, device=y.device)
+            mean, variance = module.decoder_z1_z2(u, labels)
+            return torch.normal(mean, variance.sqrt()).view(*shape, module.n_latent)
+
+
+class _Labeled:
+    """What the modules of scANVI have in common: labels stand below z.
+
+    The module is a :class:`scvi.module.SCANVAE` with
+    :class:`~mixscvi.module.ImportanceSampling`.
+    """
+
+    def prior_distribution(self) -> LabelPrior:
+        """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
+        return LabelPrior(self)
+
+    def labeled_among(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Those cells of a minibatch that have labels, or ``None`` if fewer than two do.
+
+        scvi-tools passes cells with labels, but for minibatches of a data module, and where no
+        cell has a label and there are covariates of both kinds: then it passes all.
+        """
+        if tensors is None:
+            return None
+        has_label = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1) < self.n_labels
+        if has_label.all():
+            return tensors
+        if has_label.sum() < 2:  # batch normalization has no variance of a single cell
+            return None
+        return {
+            name: values[has_label] if len(values) == len(has_label) else values
+            for name, values in tensors.items()
+        }
+
+    def on_load(self, model: BaseModelClass, **kwargs: Any) -> None:
+        """Mend what scvi-tools saved before its version 1.1; there is nothing without data."""
+        if model.adata is not None:
+            super().on_load(model, **kwargs)
+
+
+@signed_as(SCANVAE, mixture=_DEFAULT)
+class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
+    r"""scANVI's generative model with a mixture of `A` Gaussians as its posterior of z.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in :class:`scvi.module.SCANVAE`; they mean the same here.
+    mixture
+        Posterior and objective. Its prior is that of u: ``"normal"``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = MixSCANVAE(20, n_latent=3, n_labels=5, mixture=MixtureOptions(n_components=4))
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> labeled = {"labelled_tensors": tensors, "classification_ratio": 50}
+    >>> _, _, losses = module(tensors, loss_kwargs=labeled)
+    >>> losses.logits.shape
+    torch.Size([6, 5])
+    """
+
+    def log_labels(self, z: Tensor) -> Tensor:
+        """log q(y | z) of draws, `(..., C)` from `(..., D)`."""
+        scores = self.classifier(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        return scores.log_softmax(-1) if self.classifier.logits else scores.log()
+
+    @unsupported_if_adata_minified
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_ouputs: dict[str, Any],
+        kl_weight: Tensor | float = 1.0,
+        labelled_tensors: dict[str, Tensor] | None = None,
+        classification_ratio: float | None = None,
+    ) -> LossOutput:
+        r"""Negative bound of a minibatch, and the cross-entropy of cells with known labels.
+
+        The bound is an average over a draw z of each component, with the density q(z | x) of the
+        whole mixture, of
+
+        .. math:: \log p(x \mid z) - \log q(z \mid x) + \sum_y q(y \mid z) \Big(
+            \mathbb{E}_{q(u \mid z, y)}[\log p(z \mid u, y)] - \mathrm{KL}\big(q(u \mid z, y)
+            \,\|\, p(u)\big)\Big) - \mathrm{KL}\big(q(y \mid z) \,\|\, p(y)\big),
+
+        whose KL divergences count by `kl_weight`, as in scANVI.
+        """
+        log_px = self._log_likelihood(tensors, generative_ouputs)
+        z = inference_outputs["untransformed_z"]
+        draws = self.prior_distribution().below(z.flatten(0, -2))
+        below = BelowZ(*(term.unflatten(0, z.shape[:-1]) for term in draws))
+        log_y = self.log_labels(z)
+        # Importance weights bound log p(x) with what was drawn, not with what is expected of it.
+        kl_u = below.kl_u if self.mixture.n_samples == 1 else -below.log_ratio
+        kl_y = log_y - self.y_prior.log().squeeze(0)
+        losses = self._losses(
+            log_px - inference_outputs["log_qz"] + (log_y.exp() * below.log_pz).sum(-1),
+            -(log_y.exp() * (kl_u + kl_y)).sum(-1),
+            kl_weight,
+            tensors,
+            inference_outputs,
+            generative_ouputs,
+            library_weight=kl_weight,
+        )
+        labelled_tensors = self.labeled_among(labelled_tensors)
+        if labelled_tensors is None:
+            return losses
+        cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
+        return replace(
+            losses,
+            loss=losses.loss + classification_ratio * cross_entropy,
+            classification_loss=cross_entropy,
+            true_labels=labels,
+            logits=logits,
+        )
+
+    @auto_move_data
+    def classification_loss(
+        self, labelled_dataset: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of known labels at the mean of each component, averaged over components.
+
+        Each component learns to classify on its own. From the logarithm of averaged probabilities,
+        which this bounds, a component would learn in proportion to how right it is already.
+
+        Returns
+        -------
+        The cross-entropy, the labels `(B, 1)`, and the logarithm of the averaged probabilities,
+        `(B, C)`.
+        """
+        inputs = self._get_inference_input(labelled_dataset)
+        encode, _ = self._choose_components(inputs["x"].device)
+        posterior = self._encode_components(*encoder_input(self, **inputs), encode)
+        log_labels = self._log_labels_of(posterior, use_posterior_mean=True)
+        labels = labelled_dataset[REGISTRY_KEYS.LABELS_KEY]
+        own = labels.long().expand(-1, log_labels.shape[1])
+        cross_entropy = F.nll_loss(log_labels.flatten(0, 1), own.flatten())
+        return cross_entropy, labels, _average(log_labels)
+
+    @auto_move_data
+    def classify(
+        self,
+        x: Tensor | None = None,
+        batch_index: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        use_posterior_mean: bool = True,
+        *,
+        qzm: Tensor | None = None,
+        qzv: Tensor | None = None,
+        observed_lib_size: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of the labels, with probabilities averaged over the components.
+
+        Parameters
+        ----------
+        x, batch_index, cont_covs, cat_covs
+            As in :meth:`scvi.module.SCANVAE.classify`.
+        use_posterior_mean
+            Whether the mean of each component is classified, or a draw from each.
+        qzm, qzv, observed_lib_size
+            Of minified data, instead of counts.
+
+        Returns
+        -------
+        log q(y | x), `(B, C)`; its exponential if the classifier gives probabilities.
+        """
+        if qzm is not None and qzv is not None:
+            posterior = self.stored_posterior(qzm, qzv)
+        elif x is not None and batch_index is not None:
+            dense, categories = encoder_input(self, x, batch_index, cont_covs, cat_covs)
+            posterior = self._encode_components(dense, categories, None)
+        else:
+            raise ValueError(_NOTHING_TO_CLASSIFY)
+        log_y = _average(self._log_labels_of(posterior, use_posterior_mean=use_posterior_mean))
+        return log_y if self.classifier.logits else log_y.exp()
+
+    def _log_labels_of(self, posterior: MixturePosterior, *, use_posterior_mean: bool) -> Tensor:
+        """log q(y | z) at the mean of each component or at a draw from it, `(B, A, C)`."""
+        z0 = posterior.component_loc
+        if not use_posterior_mean:
+            z0 = posterior.rsample_stratified(1).squeeze(0)
+        z, _ = self.push_forward(z0)
+        return self.log_labels(z)
+
+
+def _average(log_labels: Tensor) -> Tensor:
+    """Logarithm of probabilities averaged over components, `(B, C)` from `(B, A, C)`."""
+    return log_labels.logsumexp(1) - math.log(log_labels.shape[1])
+
+
+@signed_as(SCANVAE)
+class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
+    """scvi-tools' own module, with importance sampling mixed in.
+
+    It is identical to that of :class:`scvi.model.SCANVI`, bit for bit. Its posterior is a mixture
+    of one component.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = ScviSCANVAE(20, n_latent=3, n_labels=5).eval()
+    >>> module.classify(torch.ones(6, 20), torch.zeros(6, 1)).shape
+    torch.Size([6, 5])
+    """
+
+    @signed_as(SCANVAE.loss)
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        *args: Any,
+        labelled_tensors: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> LossOutput:
+        """As in scvi-tools, of cells with labels alone."""
+        labeled = self.labeled_among(labelled_tensors)
+        return super().loss(tensors, *args, labelled_tensors=labeled, **kwargs)
+
+    @auto_move_data
+    def classify(
+        self,
+        x: Tensor | None = None,
+        batch_index: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        use_posterior_mean: bool = True,
+        *,
+        qzm: Tensor | None = None,
+        qzv: Tensor | None = None,
+        observed_lib_size: Tensor | None = None,
+    ) -> Tensor:
+        """As in scvi-tools, also for embedded batches and minified data, `(B, C)`."""
+        if qzm is not None and qzv is not None:
+            qz = Normal(qzm, qzv.sqrt())
+            z = qz.sample()
+        elif x is not None and batch_index is not None:
+            dense, categories = encoder_input(self, x, batch_index, cont_covs, cat_covs)
+            qz, z = self.z_encoder(dense, *categories)
+        else:
+            raise ValueError(_NOTHING_TO_CLASSIFY)
+        return self.classify_helper(qz.loc if use_posterior_mean else z)
+
+
+@signed_as(SCANVAE)
+class FusedSCANVAE(ScviSCANVAE, FusedVAE):
+    """scvi-tools' own module, whose loss takes the likelihood in one go.
+
+    Parameters, draws, loss and gradients are those of :class:`ScviSCANVAE` to rounding.
+    """
