@@ -113,9 +113,9 @@ def test_a_cell_of_stored_zeros_is_empty():
         check_counts(x, names(9), source="adata.X")
 
 
-@pytest.mark.parametrize("form", [np.asarray, csr_matrix])
-def test_rows_beyond_the_first_slice_are_read(form, monkeypatch):
-    monkeypatch.setattr("mixscvi.checks._ROWS_AT_ONCE", 4)
+@pytest.mark.parametrize("form", [np.asarray, csr_matrix, csc_matrix])
+def test_cells_beyond_the_first_block_are_read(form, monkeypatch):
+    monkeypatch.setattr("mixscvi.checks.counts._AT_ONCE", 16)
     x = counts()
     check_counts(form(x), names(9), source="adata.X")
     x[8, 0] = -2

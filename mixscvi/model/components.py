@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scvi.model import SCVI
 from torch import Tensor
 
 from mixscvi.mixture import dead_components
+from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -38,13 +38,30 @@ class ComponentsMixin:
     has looked."""
     _told_of_dead_components = False
 
-    @signed_as(SCVI.train)
+    @signed_as(CheckpointsMixin.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the model; see ``SCVI.train``.
 
         Afterwards a few draws of some of the training cells say whether every component is of use:
         see :func:`mixscvi.mixture.dead_components`. The random numbers that follow are what
         they would be without.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As in ``SCVI.train``, and two more:
+        checkpoint_dir
+            Folder of a checkpoint. The same call with the same folder, in this process or another,
+            goes on from it, and ends with the weights of a training that was not interrupted; a
+            training that had ended is restored. Only `max_epochs` may differ: it may be larger.
+        checkpoint_every
+            Epochs from one checkpoint to the next; 10 by default.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint is of other data, options or seed, naming what differs, or its file is
+            truncated, damaged or holds Python objects.
 
         Warns
         -----

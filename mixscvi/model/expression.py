@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
+from scvi.data import AnnTorchDataset
 from scvi.model import SCVI
 from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from mixscvi.checks import check_choice, check_positive_int
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
+from mixscvi.model.raw_counts import with_raw_counts
+from mixscvi.model.rows import is_on_disk
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -245,6 +248,8 @@ class ExpressionMixin:
         """
         self._check_if_trained(warn=False)
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
+        if self._counts_are_on_disk(given.arguments) and given.arguments.get("all_stats", True):
+            return self._with_raw_counts(given)
         if given.arguments.get("weights") != "adapted":
             return super().differential_expression(*args, **kwargs)
         self._check_counts(given.arguments.get("adata"))
@@ -258,6 +263,20 @@ class ExpressionMixin:
         if draws:
             warn_of_adapted_tails(draws.pareto_k.values(), stacklevel=2)
         return table
+
+    def _counts_are_on_disk(self, arguments: Mapping[str, Any]) -> bool:
+        no_data = self.adata is None and arguments.get("adata") is None
+        if no_data or arguments.get("dataloader") is not None:
+            return False
+        adata = self._validate_anndata(arguments.get("adata"))
+        return is_on_disk(AnnTorchDataset(self.get_anndata_manager(adata, required=True)))
+
+    def _with_raw_counts(self, given: inspect.BoundArguments) -> pd.DataFrame:
+        """Differential expression of cells on disk, whose counts do not fit into memory."""
+        given.arguments["all_stats"] = False
+        table = self.differential_expression(*given.args, **given.kwargs)
+        adata = self._validate_anndata(given.arguments.get("adata"))
+        return with_raw_counts(table, adata, self._make_data_loader(adata), given.arguments)
 
     def _adapted_expression(
         self,

@@ -64,7 +64,7 @@ def check_setup(
     """
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
-    if isinstance(adata.obs, pd.DataFrame):  # collections of files are not read here
+    if isinstance(adata.obs, pd.DataFrame):  # annotation in files is not read here
         _check_matrix(adata, layer)
         if allow_missing_labels and labels_key not in adata.obs:
             labels_key = None
@@ -82,15 +82,17 @@ def check_setup(
 
 
 def _check_matrix(adata: AnnData, layer: str | None) -> None:
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {[*adata.layers]}")
+    # A collection of files passes for an AnnData, and has layers that can only be asked for.
+    layers = [*adata.layers.keys()]
+    if layer is None and not hasattr(adata, "X"):
+        raise ValueError(f"layer must name the counts of a collection, one of {layers}, got None")
+    if layer is not None and layer not in layers:
+        raise KeyError(f"layer={layer!r} is not in adata.layers, which has {layers}")
     x, source = (
         (adata.X, "adata.X") if layer is None else (adata.layers[layer], f"adata.layers[{layer!r}]")
     )
     if x is None:
-        raise ValueError(
-            f"adata.X is empty: give the layer that holds the counts, {[*adata.layers]}"
-        )
+        raise ValueError(f"adata.X is empty: give the layer that holds the counts, {layers}")
     if not adata.n_vars:
         raise ValueError(f"adata must have genes, got shape {adata.shape}")
     if not adata.n_obs:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixscvi.likelihoods import native
+from mixscvi.model.rows import RowsOnDisk, is_on_disk
 
-__all__ = ["LeanDataLoader", "Minibatches"]
+__all__ = ["LeanDataLoader", "Minibatches", "TrainingLoader"]
 
 
 class Minibatches(Dataset):
@@ -85,9 +86,14 @@ class Minibatches(Dataset):
 class LeanDataLoader(AnnDataLoader):
     """scvi-tools' loader, to the same minibatches in less time if the data allow it.
 
-    The sampler is scvi-tools', and random numbers are drawn alike. Data on disk, loaders with
-    worker processes or a collation of their own, and sparse tensors are left to scvi-tools.
+    The sampler is scvi-tools', and random numbers are drawn alike. Data in memory with worker
+    processes or a collation of their own, and sparse tensors are left to scvi-tools.
+
+    Of data on disk, scvi-tools sorts the cells of each minibatch, and results for cells in another
+    order would be those of others. Here they are in the order asked for.
     """
+
+    _sorts = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Go through the minibatches once."""
@@ -99,11 +105,13 @@ class LeanDataLoader(AnnDataLoader):
         if (
             type(dataset) is not AnnTorchDataset
             or dataset.load_sparse_tensor
-            or dataset.adata_manager.adata.isbacked
-            or self.num_workers > 0
             or self.batch_size is not None
-            or "collate_fn" in self.kwargs
         ):
+            return None
+        if is_on_disk(dataset):
+            rows = RowsOnDisk(dataset, self.indices, sorts=self._sorts)
+            return DataLoader(rows, **{**self.kwargs, "generator": self.generator})
+        if self.num_workers > 0 or "collate_fn" in self.kwargs:
             return None
         try:
             minibatches = Minibatches(dataset, self.indices)
@@ -116,3 +124,9 @@ class LeanDataLoader(AnnDataLoader):
             pin_memory=self.pin_memory,
             generator=self.generator,
         )
+
+
+class TrainingLoader(LeanDataLoader):
+    """A loader for training, of scvi-tools' very minibatches: sorted where they are on disk."""
+
+    _sorts = True

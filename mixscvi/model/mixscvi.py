@@ -15,6 +15,7 @@ from scvi.train import TrainingPlan
 
 from mixscvi.mixture import Prior
 from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
+from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.inputs import check_network, check_setup
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MixSCVI"]
 
 
-class MixSCVI(MixtureMixin, ConversionMixin, SCVI, WithoutData):
+class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData):
     r"""scVI with a mixture of Gaussians as posterior, trained with MISELBO.
 
     The generative model is that of :class:`scvi.model.SCVI`. The posterior is

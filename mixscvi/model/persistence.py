@@ -87,6 +87,11 @@ class PersistenceMixin:
             raise ValueError(f"dir_path {str(dir_path)!r} is a file: choose a folder")
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
+        if save_anndata and not hasattr(self.adata, "X"):
+            raise ValueError(
+                "save_anndata=True saves an AnnData, but the model's data are a collection, whose "
+                "files are left where they are"
+            )
         with staged(target) as staging:
             complete, by_scvi = staging / "complete", staging / "scvi"
             complete.mkdir()
@@ -103,8 +108,9 @@ class PersistenceMixin:
                 **(save_kwargs or {}),
             )
             if save_anndata:
-                self.adata.write_h5ad(
-                    complete / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs
+                # The method of AnnData would back data on disk by the new file, which is moved.
+                anndata.io.write_h5ad(
+                    complete / f"{prefix or ''}adata.h5ad", self.adata, **anndata_write_kwargs
                 )
             put_in_place(staging, target, prefix)
 

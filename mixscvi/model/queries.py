@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
+from scvi.data import AnnTorchDataset
 from scvi.model import SCVI
 from torch import Tensor
 
@@ -20,10 +22,10 @@ from mixscvi.checks import check_unique
 from mixscvi.mixture import VampPrior
 from mixscvi.model.files import read_model
 from mixscvi.model.persistence import read_for
+from mixscvi.model.rows import is_on_disk
 from mixscvi.module.pseudo_cells import PseudoCells
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from scvi.data import AnnDataManager
     from scvi.module import VAE
 
@@ -32,6 +34,8 @@ __all__ = ["QueriesMixin", "counts_are_gone"]
 _STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
 # Where scvi-tools looks for the posteriors of data that come without counts.
 _LATENT_KEYS = ("_scvi_latent_qzm", "_scvi_latent_qzv")
+# Where it notes which data they are.
+_SCVI_UUID_KEY = "_scvi_uuid"
 
 
 class QueriesMixin:
@@ -160,11 +164,23 @@ class QueriesMixin:
         `(n, A * D)` each, or the mean and variance of each cell, `(n, D)`: then its posterior is
         taken to be one Gaussian.
 
+        The minified data are in memory. Counts on disk stay in their file, which the model no
+        longer reads.
+
+        Raises
+        ------
+        ValueError
+            If counts on disk are to be kept with the data, or are a collection's.
+
         Warns
         -----
         UserWarning
             If the counts are gone, and with them what is needed for expression at its scale.
         """
+        if is_on_disk(AnnTorchDataset(self.adata_manager)):
+            with self._annotation_in_memory(minified_data_type):
+                self.minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+            return
         gone = counts_are_gone(self.adata_manager)
         library = self.adata.obs.get(self._OBSERVED_LIB_SIZE_KEY)
         stored = use_latent_qzm_key in self.adata.obsm and use_latent_qzv_key in self.adata.obsm
@@ -187,6 +203,49 @@ class QueriesMixin:
             for holder in (original, self.adata):
                 holder.obsm.pop(_STORED_LOC, None)
                 holder.obsm.pop(_STORED_VAR, None)
+
+    @contextmanager
+    def _annotation_in_memory(self, minified_data_type: str) -> Iterator[None]:
+        """Have data on disk replaced by their annotation and latents, for them to be minified."""
+        on_disk, manager = self.adata, self.adata_manager
+        if minified_data_type != "latent_posterior_parameters":
+            raise ValueError(
+                f"minified_data_type={minified_data_type!r} copies the counts, which are on disk: "
+                "choose 'latent_posterior_parameters'"
+            )
+        if not hasattr(on_disk, "X"):
+            raise ValueError(
+                "minify_adata() needs an AnnData, but the model's data are a collection: keep what "
+                "get_latent_mixture() returns"
+            )
+        library = [
+            tensors[REGISTRY_KEYS.X_KEY].sum(1) for tensors in self._make_data_loader(on_disk)
+        ]
+        loc, scale = self.get_latent_mixture()
+        empty = sparse.csr_matrix(on_disk.shape, dtype=np.float32)
+        annotation = AnnData(
+            empty,
+            obs=on_disk.obs.copy(),
+            var=on_disk.var.copy(),
+            uns={key: value for key, value in on_disk.uns.items() if key != _SCVI_UUID_KEY},
+            obsm={
+                **on_disk.obsm,
+                _LATENT_KEYS[0]: loc.reshape(len(loc), -1),
+                _LATENT_KEYS[1]: np.square(scale).reshape(len(loc), -1),
+            },
+            layers=dict.fromkeys(on_disk.layers, empty),
+        )
+        annotation.obs[self._OBSERVED_LIB_SIZE_KEY] = torch.cat(library).numpy()
+        self._register_manager_for_instance(manager.transfer_fields(annotation))
+        self._adata = annotation
+        self._adata_manager = self.get_anndata_manager(annotation, required=True)
+        try:
+            yield
+        except BaseException:
+            self._adata, self._adata_manager = on_disk, manager
+            raise
+        for key in _LATENT_KEYS:
+            del self.adata.obsm[key]
 
     def _warn_of_what_is_gone(self, latent_key: str, has_library: bool) -> None:
         """Say what data without counts lack."""
@@ -216,7 +275,7 @@ class QueriesMixin:
 def counts_are_gone(manager: AnnDataManager) -> bool:
     """Whether data hold latent posteriors in place of their counts, and are not minified yet."""
     obsm = manager.adata.obsm
-    if not all(key in obsm for key in _LATENT_KEYS):
+    if obsm is None or not all(key in obsm for key in _LATENT_KEYS):  # collections may have none
         return False
     if REGISTRY_KEYS.MINIFY_TYPE_KEY in manager.data_registry:
         return False

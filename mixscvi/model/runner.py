@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import DDPStrategy
+from scvi.dataloaders import DataSplitter
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
+
+from mixscvi.checkpoint_io import AtomicCheckpointIO
+from mixscvi.model.checkpoints import Checkpoints
+from mixscvi.model.distributed import Ranks
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -24,15 +30,21 @@ class Runner(TrainRunner):
         are not held out.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
-        if n_train is not None and n_train < 2:
+        if n_train is not None and n_train < 2 * ranks:
             n_obs = f" of {self.model.adata.n_obs}" if self.model.adata is not None else ""
+            least = "two cells" if ranks == 1 else f"two cells for each of {ranks} processes"
             raise ValueError(
-                f"train() needs at least two cells to train on, got {n_train}{n_obs}: give "
+                f"train() needs at least {least} to train on, got {n_train}{n_obs}: give "
                 "train_size=1.0, or more cells"
             )
+        if ranks > 1:
+            self._check_distributed(ranks)
+        if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.callbacks.insert(0, Ranks(self.model.module))
         # scvi-tools asks this of its own splitter alone, which it knows by name.
         stopping = self.trainer.early_stopping_callback
         if (
@@ -44,6 +56,28 @@ class Runner(TrainRunner):
                 f"early_stopping=True watches {stopping.monitor!r}, but no cells are held out for "
                 "validation: choose a train_size below 1, or a validation_size above 0"
             )
+        if checkpoints is not None:
+            self._use(checkpoints)
+
+    def _check_distributed(self, ranks: int) -> None:
+        shared = getattr(self.data_splitter, "data_loader_kwargs", {}).get("distributed_sampler")
+        if isinstance(self.data_splitter, DataSplitter) and not shared:
+            raise ValueError(
+                f"{ranks} processes share the cells with strategy='ddp' alone (or 'ddp_spawn', "
+                "'ddp_notebook', an instance of DDPStrategy): give it"
+            )
+
+    def _use(self, checkpoints: Checkpoints) -> None:
+        if self.ckpt_path is not None:
+            raise ValueError(
+                f"give either checkpoint_dir or ckpt_path={self.ckpt_path!r}, got both"
+            )
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # The first, so that the others find the epoch and the random numbers that they had.
+        self.trainer.callbacks.insert(0, checkpoints)
+        if checkpoints.found is not None:
+            checkpoints.tell(self.trainer.max_epochs)
+            self.ckpt_path = checkpoints.path
 
     def __call__(self) -> Any:
         """Train."""

@@ -31,12 +31,13 @@ def signed_as(original: Callable[..., Any], **keywords: Any) -> Callable[[T], T]
         for name, default in keywords.items()
     ]
 
+    given = list(signature.parameters.values())
+    # What takes all other keywords comes last.
+    others = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
+    named = [p for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD]
+
     def decorate(own: T) -> T:
-        named = list(signature.parameters.values())
-        is_open = bool(named) and named[-1].kind is inspect.Parameter.VAR_KEYWORD
-        end = len(named) - is_open
-        parameters = [*named[:end], *further, *named[end:]]
-        own.__signature__ = signature.replace(parameters=parameters)
+        own.__signature__ = signature.replace(parameters=[*named, *further, *others])
         return own
 
     return decorate

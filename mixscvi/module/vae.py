@@ -77,6 +77,9 @@ class MixVAE(ImportanceSampling, VAE):
     (torch.Size([1, 6, 4, 3]), torch.Size([]))
     """
 
+    # Of the components that a step draws from; torch's own when None.
+    component_generator: torch.Generator | None = None
+
     def __init__(self, *args: Any, mixture: MixtureOptions = _DEFAULT, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         given = inspect.signature(VAE).bind(*args, **kwargs)
@@ -165,7 +168,7 @@ class MixVAE(ImportanceSampling, VAE):
         """Components to encode and, counted among those, components to draw from."""
         estimator = Estimator(self.mixture.estimator)
         n_drawn = estimator.n_drawn(self.n_components, self.mixture.n_sampled_components)
-        chosen = estimator.choose(self.n_components, n_drawn)
+        chosen = estimator.choose(self.n_components, n_drawn, self.component_generator)
         if chosen is None:
             return None, None
         chosen = chosen.to(device)

@@ -340,11 +340,16 @@ def test_hub(trained, tmp_path):
     )
     assert metadata.model_cls_name == "MixSCVI"
     card = ModelCard("---\nlicense: cc-by-4.0\n---\nA model.")
-    hub = HubModel(str(folder), metadata=metadata, model_card=card)
+    HubModel(str(folder), metadata=metadata, model_card=card).save(overwrite=True)
+    hub = HubModel(str(folder))  # as whoever fetches the folder makes it
+    assert hub.metadata.model_parent_module == "mixscvi"
+    assert "A model." in hub.model_card.content
+    assert type(hub.model) is MixSCVI
     np.testing.assert_allclose(
         hub.model.get_latent_representation(), trained.get_latent_representation(), rtol=1e-6
     )
     assert hub.adata.n_obs == trained.adata.n_obs
+    np.testing.assert_array_equal(hub.adata.X, trained.adata.X)
     torch.save(Payload(tmp_path / "ran"), folder / "model.pt")
     again = HubModel(str(folder), metadata=metadata, model_card=card)
     with pytest.raises(ValueError, match="holds Python objects"):

@@ -223,6 +223,8 @@ def run_once(
     evaluated = first_images(run_data(config, data), images)
     if not _is_evaluated(folder, config, evaluated, proposal, draws, device):
         evaluate(folder, proposal=proposal, data=evaluated, draws=draws, device=device)
+    # Left by a process that was killed after it had written the result.
+    evaluation_file(folder, proposal, ".partial.pt").unlink(missing_ok=True)
     if not cost_file.exists():
         # The time of a run that was continued in a second process is unknown.
         seconds = round(time.perf_counter() - started, 3) if untouched else None

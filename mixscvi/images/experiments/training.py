@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
+from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
 from mixscvi.images.experiments.runs import (
@@ -161,7 +162,7 @@ class _Recorder(Callback):
             weights = pl_module.model.state_dict()
             write_beside(self.folder / "best.pt", lambda path: torch.save(weights, path))
         write_beside(self.folder / "log.csv", csv_text(self.rows))
-        write_beside(self.folder / "last.ckpt", lambda path: trainer.save_checkpoint(path, False))
+        trainer.save_checkpoint(self.folder / "last.ckpt", False)
 
 
 class _Patience(EarlyStopping):
@@ -301,6 +302,7 @@ def train(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
+            plugins=[AtomicCheckpointIO()],
         )
         trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
     if trainer.interrupted:  # older versions of Lightning return

@@ -73,11 +73,29 @@ def test_resumed_is_uninterrupted(tmp_path, data, monkeypatch, preset, kwargs, w
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
     whole, killed = weights(tmp_path / "whole/best.pt"), weights(tmp_path / "killed/best.pt")
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    last = [
-        torch.load(tmp_path / run / "last.ckpt", weights_only=False)["state_dict"]
-        for run in ("whole", "killed")
-    ]
+    last = [weights(tmp_path / run / "last.ckpt")["state_dict"] for run in ("whole", "killed")]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the payload ran')",))
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "holds Python objects"])
+def test_spoiled_checkpoints_are_named_and_run_nothing(tmp_path, data, spoil):
+    config = config_of(max_epochs=1)
+    train(config, tmp_path, data=data)
+    (tmp_path / "summary.json").unlink()
+    last = tmp_path / "last.ckpt"
+    if spoil == "truncated":
+        last.write_bytes(last.read_bytes()[:-100])
+    else:
+        torch.save(weights(last) | {"epoch": Payload()}, last)
+    with pytest.raises(ValueError, match=f"last.ckpt .*{spoil}"):
+        train(config, tmp_path, data=data, resume=True)
 
 
 def test_training_improves_and_is_logged(tmp_path, data):

@@ -1,0 +1,26 @@
+"""Checks of user input."""
+
+from mixscvi.checks.annotation import (
+    check_categories,
+    check_column,
+    check_finite,
+    check_genes,
+    check_positive,
+    check_unique,
+)
+from mixscvi.checks.arguments import check_choice, check_indices, check_positive_int
+from mixscvi.checks.counts import check_counts, check_numbers
+
+__all__ = [
+    "check_categories",
+    "check_choice",
+    "check_column",
+    "check_counts",
+    "check_finite",
+    "check_genes",
+    "check_indices",
+    "check_numbers",
+    "check_positive",
+    "check_positive_int",
+    "check_unique",
+]

@@ -1,0 +1,149 @@
+"""Checks of counts."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from mixscvi.checks.annotation import name_cells
+
+__all__ = ["check_counts", "check_numbers"]
+
+# Entries, were the counts dense.
+_AT_ONCE = 2**22
+
+
+def check_numbers(x: Any, obs_names: pd.Index, var_names: pd.Index, *, source: str) -> None:
+    """Raise if a matrix does not hold numbers.
+
+    Parameters
+    ----------
+    x
+        `(n, G)`, of any kind that has a ``dtype``.
+    obs_names, var_names
+        Names of the cells and genes.
+    source
+        Name of the matrix for the message.
+
+    Raises
+    ------
+    TypeError
+        If its type is not that of real numbers, with the first cell and gene that is none.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> check_numbers(np.array([["3"]]), pd.Index(["AAC"]), pd.Index(["CD4"]), source="adata.X")
+    Traceback (most recent call last):
+    ...
+    TypeError: adata.X must hold numbers, but is of type <U1: first '3' of cell 'AAC', gene 'CD4'
+    """
+    if x.dtype.kind in "biuf":
+        return
+    first = ""
+    for i in range(len(obs_names) if isinstance(x, np.ndarray) else 0):
+        wrong = [j for j, value in enumerate(x[i]) if not isinstance(value, numbers.Real)]
+        if wrong:
+            value = x[i, wrong[0]]
+            value = value.item() if isinstance(value, np.generic) else value
+            gene = str(var_names[wrong[0]])
+            first = f": first {value!r} of cell {str(obs_names[i])!r}, gene {gene!r}"
+            break
+    else:
+        first = ": convert it, as with adata.X.astype('float32')"
+    raise TypeError(f"{source} must hold numbers, but is of type {x.dtype}{first}")
+
+
+def check_counts(
+    x: Any,
+    obs_names: pd.Index,
+    *,
+    source: str,
+    above: float | None = None,
+    allow_empty: bool = False,
+) -> None:
+    """Raise if a model of counts cannot be trained on these values.
+
+    Parameters
+    ----------
+    x
+        Counts, `(n, G)`: dense, sparse, or backed by a file; read some at a time.
+    obs_names
+        Names of the cells.
+    source
+        Name of the counts for the message: ``"adata.X"`` or ``"adata.layers['counts']"``.
+    above
+        What values must exceed where negative ones are meaningful (the normal likelihood); by
+        default none may be negative.
+    allow_empty
+        Whether the values of a cell may sum to zero or less (no library size is taken from them).
+
+    Raises
+    ------
+    ValueError
+        If there are NaN, infinite or negative values, or cells with no counts.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> check_counts(np.array([[1.0, -2.0]]), pd.Index(["AAC"]), source="adata.X")
+    Traceback (most recent call last):
+    ...
+    ValueError: adata.X has negative values in 1 of 1 cells, first: 'AAC': expected raw counts
+    """
+    n_cells = len(obs_names)
+    not_finite = np.zeros(n_cells, dtype=bool)
+    negative = np.zeros(n_cells, dtype=bool)
+    total = np.zeros(n_cells)
+    for cell, value in _entries(x, n_cells):
+        finite = np.isfinite(value)
+        if not finite.all():
+            not_finite[cell[~finite]] = True
+            cell, value = cell[finite], value[finite]
+        negative[cell[value < 0 if above is None else value <= above]] = True
+        if len(cell):
+            first = cell.min()
+            of_cell = np.bincount(cell - first, value)
+            total[first : first + len(of_cell)] += of_cell
+    empty = total <= 0
+    for offending, what, expected in (
+        (not_finite, "NaN or infinite values", "finite counts"),
+        (
+            negative,
+            "negative values" if above is None else f"values of {above:g} or less",
+            "raw counts" if above is None else f"values above {above:g}",
+        ),
+        (
+            empty & (not allow_empty),
+            "no counts at all" if above is None else "a sum of zero or less",
+            "at least one count in each cell, for its library size; remove such cells with "
+            "scanpy.pp.filter_cells(adata, min_counts=1)",
+        ),
+    ):
+        if offending.any():
+            raise ValueError(
+                f"{source} has {what} in {name_cells(obs_names, np.flatnonzero(offending))}: "
+                f"expected {expected}"
+            )
+
+
+def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cells and values of the entries that are not zero, or are stored; some at a time."""
+    if getattr(x, "format", "csr") not in ("csr", "csc"):
+        x = x.tocsr()  # others have no rows to slice
+    by_gene = getattr(x, "format", None) == "csc"  # each of its rows would take all of them
+    # Collections of files have no shape, but their rows have.
+    n, n_across = x.shape[::-1] if by_gene else (n_cells, x[:1].shape[1])
+    step = max(1, _AT_ONCE // n_across)
+    for start in range(0, n, step):
+        some = slice(start, min(start + step, n))
+        block = x[:, some] if by_gene else x[some]
+        if not sparse.issparse(block):
+            block = sparse.csr_matrix(np.asarray(block))
+        block = block.tocoo()
+        yield block.row + (0 if by_gene else start), block.data

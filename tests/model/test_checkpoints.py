@@ -1,0 +1,231 @@
+"""Training that is killed and goes on ends with the weights of one that was not interrupted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scvi
+import torch
+
+import killed_training
+from fitting import assert_same_history, assert_same_state
+from killed_training import CASES, make_model, train
+from mixscvi import MixSCVI
+from mixscvi.model.identity import differences, training_identity
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of trainings that were killed in their sixth epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    program = Path(killed_training.__file__)
+    subprocess.run(
+        [sys.executable, str(program), str(folder)],
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_killed_and_resumed_is_never_interrupted(name, killed, tmp_path, capsys):
+    model_kwargs, train_kwargs = CASES[name]
+    whole = train(make_model(**model_kwargs), tmp_path, **train_kwargs)
+    after = torch.rand(3), np.random.rand(3)
+    resumed = make_model(**model_kwargs)
+    capsys.readouterr()
+    train(resumed, killed / name, **train_kwargs)
+    assert "training goes on after 4 of 7 epochs" in capsys.readouterr().out
+    assert_same_state(resumed, whole)
+    assert_same_history(resumed, whole)
+    assert [file.name for file in (killed / name).iterdir()] == ["training.ckpt"]
+    np.testing.assert_array_equal(resumed.train_indices, whole.train_indices)
+    assert (torch.rand(3) == after[0]).all()
+    assert (np.random.rand(3) == after[1]).all()
+
+
+def trained(folder, *, max_epochs=3, **train_kwargs):
+    kwargs = {"max_epochs": max_epochs, "check_val_every_n_epoch": 1, **train_kwargs}
+    return train(make_model(n_components=2), folder, **kwargs)
+
+
+def test_what_has_ended_is_restored_and_can_go_on(tmp_path, capsys):
+    first = trained(tmp_path / "a")
+    capsys.readouterr()
+    restored = trained(tmp_path / "a")
+    assert "finished after 3 epochs" in capsys.readouterr().out
+    assert_same_state(restored, first)
+    assert_same_history(restored, first)
+    longer = trained(tmp_path / "a", max_epochs=5)
+    assert_same_state(longer, trained(tmp_path / "b", max_epochs=5))
+    with pytest.raises(ValueError, match="max_epochs must be at least 5, .* got 4"):
+        trained(tmp_path / "a", max_epochs=4)
+
+
+def test_early_stopping_stays_stopped(tmp_path, capsys):
+    stopping = {"early_stopping": True, "early_stopping_patience": 1, "max_epochs": 20}
+    stopping["early_stopping_min_delta"] = 1e9
+    first = trained(tmp_path, **stopping)
+    assert len(first.history["elbo_train"]) == 2
+    restored = trained(tmp_path, **stopping)
+    assert "this training stopped after 2 epochs" in capsys.readouterr().out
+    assert_same_state(restored, first)
+    assert_same_history(restored, first)
+
+
+def test_interrupted_by_the_user_and_called_again(tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(loss):
+        if model.module.training and len(seen) == 14:
+            raise Interrupted
+        seen.append(loss)
+
+    seen, model = [], make_model(n_components=2)
+    hook = model.module.register_forward_hook(lambda *_: interrupt(None))
+    kwargs = {"max_epochs": 5, "check_val_every_n_epoch": 1}
+    with pytest.raises(Interrupted):
+        train(model, tmp_path / "a", **kwargs)
+    hook.remove()
+    train(model, tmp_path / "a", **kwargs)
+    assert_same_state(model, trained(tmp_path / "b", max_epochs=5))
+
+
+def test_without_a_seed_it_goes_on_as_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(scvi.settings, "_seed", None)
+
+    def model(seed):
+        made = make_model(n_components=2)
+        monkeypatch.setattr(scvi.settings, "_seed", None)
+        torch.manual_seed(2**40 + seed)  # as torch seeds itself
+        with torch.no_grad():
+            next(made.module.parameters()).add_(seed)
+        return made
+
+    first = train(model(1), tmp_path, max_epochs=4)
+    longer = train(model(2), tmp_path, max_epochs=5)
+    assert len(longer.history["elbo_train"]) == 5
+    np.testing.assert_array_equal(longer.train_indices, first.train_indices)
+
+
+def _with_one_count_changed(model):
+    model.adata.X[5, 3] += 1
+
+
+def _with_one_weight_changed(model):
+    with torch.no_grad():
+        model.module.decoder.px_scale_decoder[0].bias[0] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kwargs", "named"),
+    [
+        (_with_one_count_changed, {}, "data: X"),
+        (_with_one_weight_changed, {}, "the starting weights"),
+        (None, {"seed": 1}, "scvi.settings.seed is 0 there and 1 here"),
+        (None, {"n_hidden": 13}, r"model\['n_hidden'\] is 12 there and 13 here"),
+        (None, {"batch_size": 8}, r"train\(batch_size=\) is 16 there and 8 here"),
+        (None, {"plan_kwargs": {"lr": 1e-2}}, r"train\(plan_kwargs=\)\['lr'\] is not given there"),
+        (None, {"train_size": 0.5}, r"train\(train_size=\) is 0.75 there and 0.5 here"),
+    ],
+)
+def test_checkpoints_of_other_trainings_are_refused(change, kwargs, named, tmp_path):
+    trained(tmp_path)
+    of_model = {k: kwargs.pop(k) for k in ("seed", "n_hidden") if k in kwargs}
+    model = make_model(n_components=2, **of_model)
+    if change is not None:
+        change(model)
+    with pytest.raises(ValueError, match=named) as refused:
+        train(model, tmp_path, max_epochs=3, check_val_every_n_epoch=1, **kwargs)
+    assert "training.ckpt is of another training" in str(refused.value)
+
+
+def test_a_second_training_is_another_one(tmp_path):
+    model = trained(tmp_path)
+    with pytest.raises(ValueError, match="epochs trained before is 0 there and 3 here"):
+        train(model, tmp_path, max_epochs=3, check_val_every_n_epoch=1)
+
+
+class _Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the payload ran')",))
+
+
+def _truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _damaged(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def _with_payload(path):
+    torch.save(torch.load(path, weights_only=True) | {"epoch": _Payload()}, path)
+
+
+def _of_something_else(path):
+    torch.save({"weights": torch.ones(2)}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (_truncated, "is truncated, or no checkpoint"),
+        (_damaged, "is damaged at its record"),
+        (_with_payload, "holds Python objects"),
+        (_of_something_else, "is not a checkpoint of a training"),
+    ],
+)
+def test_spoiled_files_are_named(spoil, named, tmp_path):
+    trained(tmp_path)
+    spoil(tmp_path / "training.ckpt")
+    with pytest.raises(ValueError, match=f"training.ckpt {named}"):
+        trained(tmp_path)
+
+
+def test_misuse_is_named(tmp_path):
+    model = make_model(n_components=2)
+    with pytest.raises(ValueError, match="checkpoint_every=2 needs checkpoint_dir"):
+        train(model, None)
+    with pytest.raises(ValueError, match="checkpoint_every"):
+        train(model, tmp_path, checkpoint_every=0)
+    with pytest.raises(ValueError, match="ckpt_path='x', got both"):
+        train(model, tmp_path, ckpt_path="x")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        train(model, file)
+
+
+def test_checkpoints_change_nothing(tmp_path):
+    model = make_model(n_components=2)
+    options = {k: v for k, v in killed_training.TRAINED.items() if k != "checkpoint_every"}
+    model.train(**options, check_val_every_n_epoch=1)
+    assert_same_state(trained(tmp_path, max_epochs=7), model)
+
+
+def test_data_on_disk_are_told_apart_by_some_of_their_cells(tmp_path, make_adata):
+    path = tmp_path / "cells.h5ad"
+    make_adata(sparse=True).write_h5ad(path)
+
+    def identity():
+        adata = anndata.read_h5ad(path, backed="r")
+        MixSCVI.setup_anndata(adata)
+        found = training_identity(MixSCVI(adata, n_components=2), {}, None)
+        adata.file.close()
+        return found
+
+    first = identity()
+    assert differences(first, identity()) == []
+    changed = make_adata(sparse=True)
+    changed.X[5, 3] += 1
+    changed.write_h5ad(path)
+    (difference,) = differences(first, identity())
+    assert difference.startswith("data: X is ")

@@ -1,0 +1,106 @@
+"""Two processes on this machine (gloo) train one model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distributed_training
+from distributed_training import MODELS, TRAINED, make_model
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both processes saw."""
+    folder = tmp_path_factory.mktemp("distributed")
+    program = Path(distributed_training.__file__).resolve()
+    # Without what this process may have been told about processes of its own.
+    env = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PATH", "TMPDIR")}
+    env |= {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_to_the_same_weights_on_both(name, ranks):
+    first, second = (rank[name] for rank in ranks)
+    assert first["state"].keys() == second["state"].keys()
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key]), key
+    assert first["trainable"] and second["trainable"]
+    assert np.isfinite(first["history"]["elbo_train"]).all()
+    assert len(first["history"]["elbo_validation"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("some to")])
+def test_components_are_the_same_on_both_and_noise_differs(name, ranks):
+    first, second = (rank[name] for rank in ranks)
+    assert first["components"] == second["components"]
+    assert len({str(chosen) for chosen in first["components"]}) > 1
+    assert not set(first["noise"]) & set(second["noise"])
+    assert first["seed"] == second["seed"] == 0  # the user's
+
+
+@pytest.mark.slow
+def test_every_training_cell_is_seen_once_in_an_epoch(ranks):
+    for name in ("all to all, normal", "without a seed"):
+        first, second = (rank[name] for rank in ranks)
+        assert first["split"] == second["split"]
+        assert first["steps"] == second["steps"]
+    # 17 cells each in minibatches of 8: the last, of one cell, is left out on both.
+    assert [rank["a last cell alone"]["steps"] for rank in ranks] == [4, 4]
+
+
+@pytest.mark.slow
+def test_bound_is_one_of_those_of_one_process(ranks):
+    kwargs = {**TRAINED, "max_epochs": 12, "batch_size": 32, "train_size": 0.75}
+    kwargs["plan_kwargs"] = {"lr": 1e-2, "n_epochs_kl_warmup": 1}
+    bounds = []
+    for seed in range(5):
+        model = make_model(240, 0)  # the split is that of seed 0
+        torch.manual_seed(seed)
+        model.train(**kwargs)
+        bounds.append(model.history["elbo_validation"].iloc[-1, 0])
+    found = ranks[0]["bound"]["history"]["elbo_validation"][-1]
+    spread = np.std(bounds, ddof=1)
+    assert abs(found - np.mean(bounds)) < 3 * spread, (found, bounds)
+    start = ranks[0]["bound"]["history"]["elbo_validation"][0]
+    assert start - found > 3 * spread  # it has learned
+
+
+@pytest.mark.slow
+def test_checkpoints_of_both_are_restored(ranks):
+    for rank in ranks:
+        whole, resumed = rank["whole"], rank["resumed"]
+        for key, value in whole["state"].items():
+            assert torch.equal(value, resumed["state"][key]), key
+        assert whole["history"] == resumed["history"]
+        assert whole["components"][-len(resumed["components"]) :] == resumed["components"]
+        assert len(resumed["components"]) == 9
+
+
+def test_without_ddp_several_processes_are_refused():
+    with pytest.raises(ValueError, match="2 processes share the cells with strategy='ddp'"):
+        make_model(40, 0).train(accelerator="cpu", devices=2, max_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:early_stopping was automatically disabled")
+def test_few_cells_for_many_processes_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where scvi-tools writes its logs
+    model = make_model(12, 0)
+    message = "at least two cells for each of 8 processes to train on, got 11 of 12"
+    with pytest.raises(ValueError, match=message):
+        model.train(accelerator="cpu", devices=8, strategy="ddp", max_epochs=1)
