@@ -71,7 +71,6 @@ _others = {
 if os.environ.get("MIXSCVI_DOCS_ONLINE"):
     intersphinx_mapping = {name: (url, None) for name, url in _others.items()}
 nitpick_ignore_regex = [
-    (r"py:class", r"mixscvi\.model\.runner\.WithoutData"),  # a base class without a page
     (r"py:.*", r"(anndata|lightning|matplotlib|numpy|pandas|scanpy|scvi|torch|zuko)\..*"),
     # Python's own: builtins, and what annotations are made of
     (r"py:.*", r"(abc|collections|enum|os|pathlib|typing)\..*|Ellipsis|[A-Z]\w+(Error|Warning)"),

@@ -138,6 +138,74 @@ def likelihoods() -> str:
     return markdown_table(table.rename(columns={"n_components": "A"}).to_dict("records"))
 
 
+def mcmc() -> str:
+    """Adapted posteriors against Hamiltonian Monte Carlo, over cells."""
+    frame = pd.read_csv(RESULTS / "mcmc.csv")
+    columns = {
+        "mean_rms_errors": "means: root mean square of the latents",
+        "mean_most_errors": "means: the latent furthest apart",
+        "sd_rms_errors": "standard deviations: root mean square of the latents",
+        "sd_most_errors": "standard deviations: the latent furthest apart",
+        "r_hat": "largest split R-hat of the chains",
+    }
+    digits = {"r_hat": 3}
+    return markdown_table(
+        [
+            {
+                f"{len(frame)} cells": text,
+                "average": f"{frame[name].mean():.{digits.get(name, 2)}f}",
+                "least": f"{frame[name].min():.{digits.get(name, 2)}f}",
+                "most": f"{frame[name].max():.{digits.get(name, 2)}f}",
+            }
+            for name, text in columns.items()
+        ]
+    )
+
+
+def out_of_core() -> str:
+    """Memory and time of training from disk, a column per number of cells."""
+    frame = pd.read_csv(RESULTS / "out_of_core.csv")
+    names = {
+        "A4": "A = 4, on disk",
+        "A1": "A = 1, on disk",
+        "scvi": "SCVI, on disk",
+        "A4-memory": "A = 4, in memory",
+        "annbatch": "A = 4, annbatch",
+    }
+    lines = []
+    for way, rows in frame.groupby("way", sort=False):
+        line = {"": names[way]}
+        for cells in sorted(frame["cells"].unique()):
+            line[f"{cells:,} cells"] = ""
+            for row in rows[rows["cells"] == cells].itertuples():
+                memory = row.peak_after_embedding_mb - row.peak_before_mb
+                line[f"{cells:,} cells"] = (
+                    f"{memory} MB, {row.ms_per_cell_train:.2f} ms, {row.ms_per_cell_embed:.2f} ms"
+                )
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def kills() -> str:
+    """What was killed, and what was lost."""
+    frame = pd.read_csv(RESULTS / "kills.csv")
+    return markdown_table(
+        [
+            {
+                "": row.what,
+                "killed": str(row.killed),
+                "files lost or damaged": str(row.lost),
+                "left over": str(row.litter),
+                "ended": "" if pd.isna(row.ended) else f"{row.ended:.0f}",
+                "with other numbers": ""
+                if pd.isna(row.other_numbers)
+                else f"{row.other_numbers:.0f}",
+            }
+            for row in frame.itertuples()
+        ]
+    )
+
+
 def toy_targets() -> str:
     """The mixtures fitted to densities of the plane."""
     frame = pd.read_csv(ROOT / "docs" / "figures" / "toy_targets.csv")
@@ -158,6 +226,10 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
     "label_transfer": (("label_transfer.csv",), summary_of("label_transfer")),
     "adaptation": (("adaptation.csv",), summary_of("adaptation")),
+    "mcmc": (("mcmc.csv",), mcmc),
+    "features": (("features_*.csv",), summary_of("features")),
+    "kills": (("kills.csv",), kills),
+    "out_of_core": (("out_of_core.csv",), out_of_core),
     "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
     "speed_profile": (("speed_profile.csv",), speed_profile),
     "likelihoods": (("likelihoods.csv",), likelihoods),
