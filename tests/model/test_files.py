@@ -386,7 +386,7 @@ def test_an_interrupted_save_leaves_the_old_model(at, two_models, tmp_path, monk
         if at == "model":
             patch.setattr(files, "to_plain", interrupted)
         else:
-            patch.setattr("anndata.AnnData.write_h5ad", interrupted)
+            patch.setattr("anndata.io.write_h5ad", interrupted)
         for path in (target, tmp_path / "new"):
             with pytest.raises(KeyboardInterrupt):
                 other.save(path, overwrite=True, save_anndata=True)
