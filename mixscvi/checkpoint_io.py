@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from mixscvi.system import write_beside
 
 __all__ = ["AtomicCheckpointIO", "read_checkpoint"]
+
+# What damaged bytes make the readers of archives, and torch in them, raise.
+_UNREADABLE = (
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,7 +88,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         # torch reads over damaged bytes; the archive has a checksum of each of its records.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is truncated, or no checkpoint ({error}): {remedy}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged at its record {damaged!r}: {remedy}")
@@ -84,6 +99,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} holds Python objects, and reading them can run any code: it was not written "
             f"by mixscvi, or a callback keeps such objects as its state; {remedy}"
         ) from error
-    except (EOFError, LookupError, RuntimeError) as error:
+    except _UNREADABLE as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged ({detail}): {remedy}") from error

@@ -6,9 +6,11 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mixscvi.engines import Engine, sequential
 from mixscvi.system import write_beside
 
 __all__ = ["csv_text", "markdown_table", "mean_and_spread", "read_rows", "run_missing"]
@@ -98,8 +100,13 @@ def run_missing(
     device: Any = None,
     identity: Callable[[Configuration], Mapping[str, Any]] | None = None,
     report: Callable[[str, list[Row]], object] | None = None,
+    failed: Callable[[str, Exception], object] | None = None,
+    engine: Engine = sequential,
 ) -> list[Row]:
     """Run the named configurations that are missing; write the table anew after each.
+
+    A run that fails does not keep the others from being made: its row stays missing, so that the
+    same call repeats it, and its exception is raised at the end.
 
     Parameters
     ----------
@@ -118,10 +125,20 @@ def run_missing(
         own and return at once what is done.
     report
         Called as ``report(name, rows)`` whenever a row has been added, the last one.
+    failed
+        Called as ``failed(name, exception)`` when a run has failed.
+    engine
+        Where the runs are made, such as :class:`~mixscvi.engines.RayEngine`. The table is written
+        here, whatever the engine; new rows are in the order of the configurations in the end.
 
     Returns
     -------
     All rows of the table; those read from the file hold text.
+
+    Raises
+    ------
+    ExceptionGroup
+        The exceptions of the runs that failed, if any did.
 
     Examples
     --------
@@ -140,15 +157,49 @@ def run_missing(
     [{'seed': '2', 'score': '4'}, {'seed': 3, 'score': 9}]
     """
     path = Path(path)
-    rows = [] if identity is None else read_rows(path)
-    for name, configuration in configurations.items():
-        if identity is not None:
-            wanted = {column: str(value) for column, value in identity(configuration).items()}
-            if any(wanted.items() <= {k: str(v) for k, v in row.items()}.items() for row in rows):
-                continue
-        rows.append(dict(run(name, configuration, device)))
+    old = [] if identity is None else read_rows(path)
+    missing = {
+        name: configuration
+        for name, configuration in configurations.items()
+        if identity is None or not _has_row(old, identity(configuration))
+    }
+    new: dict[str, Row] = {}
+    errors: dict[str, Exception] = {}
+    for name, outcome in engine(_Call(run, device), missing):
+        if isinstance(outcome, Exception):
+            errors[name] = outcome
+            if failed is not None:
+                failed(name, outcome)
+            continue
+        new[name] = dict(outcome)
+        rows = [*old, *new.values()]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_beside(path, csv_text(rows))
         if report is not None:
             report(name, rows)
+    rows = [*old, *(new[name] for name in missing if name in new)]
+    if new:
+        write_beside(path, csv_text(rows))
+    if errors:
+        raise ExceptionGroup(
+            f"{len(errors)} of {len(configurations)} runs failed ({', '.join(errors)}); the same "
+            "call repeats them alone",
+            [*errors.values()],
+        )
     return rows
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A run with its device, as engines call it."""
+
+    run: Callable[[str, Any, Any], Mapping[str, Any]]
+    device: Any
+
+    def __call__(self, name: str, configuration: Any) -> Mapping[str, Any]:
+        return self.run(name, configuration, self.device)
+
+
+def _has_row(rows: Iterable[Row], identity: Mapping[str, Any]) -> bool:
+    wanted = {column: str(value) for column, value in identity.items()}.items()
+    return any(wanted <= {k: str(v) for k, v in row.items()}.items() for row in rows)

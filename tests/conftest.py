@@ -76,3 +76,12 @@ def synthetic_counts(
 @pytest.fixture(scope="session")
 def make_adata() -> Callable[..., anndata.AnnData]:
     return synthetic_counts
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Ray, with a cluster of two processors in processes of this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()

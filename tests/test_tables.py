@@ -43,7 +43,7 @@ def test_markdown_lines_up_with_its_columns():
     assert lines == ["| a | b |", "| --- | --- |", "| 1 | 2 |", "|  | 3 |"]
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KeyboardInterrupt):
     """Instead of a kill."""
 
 
@@ -96,3 +96,49 @@ def test_without_an_identity_the_table_is_made_anew(tmp_path):
     rows = run_missing(runs, lambda name, value, device: {"name": name, "value": value}, path)
     assert rows == [{"name": "a", "value": 1}, {"name": "b", "value": 2}]
     assert path.read_text() == csv_text(rows)
+
+
+def test_a_failed_run_is_repeated_and_the_others_are_kept(runner, tmp_path):
+    path, broken, calls, told = tmp_path / "table.csv", {1, 3}, [], []
+
+    def run(name, value, device):
+        calls.append(name)
+        if value in broken:
+            raise ValueError(f"no {value}")
+        return {"value": value}
+
+    def again():
+        runs = {f"run {value}": value for value in range(5)}
+        identity = lambda value: {"value": value}  # noqa: E731
+        failed = lambda name, error: told.append((name, str(error)))  # noqa: E731
+        return run_missing(runs, run, path, identity=identity, failed=failed)
+
+    with pytest.raises(ExceptionGroup, match=r"2 of 5 runs failed \(run 1, run 3\)") as raised:
+        again()
+    assert [str(error) for error in raised.value.exceptions] == ["no 1", "no 3"]
+    assert told == [("run 1", "no 1"), ("run 3", "no 3")]
+    assert [row["value"] for row in read_rows(path)] == ["0", "2", "4"]
+    broken.clear()
+    calls.clear()
+    assert {row["value"] for row in again()} == {"0", "2", "4", 1, 3}
+    assert calls == ["run 1", "run 3"]
+
+
+def test_rows_that_come_in_any_order_end_in_that_of_the_configurations(tmp_path):
+    reported = []
+
+    def backwards(run, configurations):
+        for name in reversed(configurations):
+            yield name, run(name, configurations[name])
+
+    rows = run_missing(
+        {"a": 1, "b": 2},
+        lambda name, value, device: {"value": value, "device": device},
+        tmp_path / "new" / "table.csv",
+        device="cpu",
+        report=lambda name, rows: reported.append((name, rows[-1]["value"])),
+        engine=backwards,
+    )
+    assert reported == [("b", 2), ("a", 1)]
+    assert rows == [{"value": 1, "device": "cpu"}, {"value": 2, "device": "cpu"}]
+    assert (tmp_path / "new" / "table.csv").read_text() == csv_text(rows)

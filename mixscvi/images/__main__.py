@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -37,7 +38,8 @@ class Data:
     """Where the images come from."""
 
     data_folder: Path | None = None
-    """Folder of the idx files, or its parent; downloaded when not given."""
+    """Folder of the idx files, or its parent; downloaded when not given. Of a .npy file, the folder
+    that it was moved to."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +64,11 @@ def _training_changes(
         "n_train": train_images,
     }
     return {name: value for name, value in changes.items() if value is not None}
+
+
+def _absolute(dataset: str) -> str:
+    """The path of own images, so that the run finds them from whatever folder it is scored in."""
+    return str(Path(dataset).absolute()) if dataset.endswith(".npy") else dataset
 
 
 @dataclass
@@ -110,7 +117,7 @@ class Train(Data, Device):
             training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
             objective=self.objective,
             ensemble=self.ensemble,
-            dataset=self.dataset,
+            dataset=_absolute(self.dataset),
             seed=self.seed,
         )
 
@@ -250,14 +257,28 @@ class Sweep(Scoring, Data, Device):
     """Epochs of the KL's warm-up, instead of the budget's."""
     train_images: int | None = None
     """Number of images to train on, instead of the budget's."""
+    engine: Literal["sequential", "ray"] = "sequential"
+    """sequential: one run after the other, here. ray: side by side, as tasks of Ray, on machines
+    that share OUTPUT."""
+    ray_address: str | None = None
+    """Cluster for engine ray; when not given, that of RAY_ADDRESS, else one on this machine."""
+    cpus_per_run: float = 1
+    """Processor cores of each run, with engine ray."""
+    gpus_per_run: float | None = None
+    """Accelerators of each run, with engine ray; one, if there are any, when not given."""
 
     command: tyro.conf.Suppress[str | None] = None
 
     def run(self) -> None:
         """Sweep."""
+        from mixscvi.engines import RayEngine, sequential
         from mixscvi.images.experiments.report import sweep_table
         from mixscvi.images.experiments.sweep import sweep
 
+        engine = sequential
+        if self.engine == "ray":
+            gpus = 0 if self.gpus_per_run is None and self.device == "cpu" else self.gpus_per_run
+            engine = RayEngine(self.ray_address, cpus=self.cpus_per_run, gpus=gpus)
         rows = sweep(
             self.output,
             presets=self.presets,
@@ -269,9 +290,11 @@ class Sweep(Scoring, Data, Device):
             images=self.images,
             data_folder=self.data_folder,
             progress=lambda line: print(line, flush=True),
+            failed=_show_failure,
+            engine=engine,
             command=self.command,
             device=self.device,
-            dataset=self.dataset,
+            dataset=_absolute(self.dataset),
             budget=self.budget,
             component_encoder=self.component_encoder,
             training=_training_changes(self.max_epochs, self.warmup_epochs, self.train_images),
@@ -300,6 +323,16 @@ def _show(result: dict) -> None:
     print(json.dumps(result, indent=2))
 
 
+# Errors that the user can correct.
+_EXPECTED = (OSError, ValueError, FloatingPointError)
+
+
+def _show_failure(name: str, error: Exception) -> None:
+    print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, _EXPECTED):
+        traceback.print_exception(error)
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -326,7 +359,9 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     try:
         command.run()
-    except (OSError, ValueError, FloatingPointError) as error:
+    except ExceptionGroup as failures:  # of a sweep, shown when they happened
+        sys.exit(f"mixscvi-images: {failures.message}")
+    except (*_EXPECTED, ImportError) as error:
         sys.exit(f"mixscvi-images: {error}")
 
 

@@ -18,6 +18,8 @@ from mixscvi.images.files import content_hash, read_files
 __all__ = ["ImageBatches", "ImageData", "binarize", "epoch_seed", "load"]
 
 _N_VALIDATION = 10_000
+# Of a user's own: fewer validate and test on less than ten, which chooses and measures nothing.
+_LEAST_OWN = 60
 # Fixed: validation and test images do not depend on the seed of a run.
 _BINARIZATION_SEED = 20220930
 
@@ -207,7 +209,8 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         which the last two sixths are for validation and test.
     folder
         Folder of the four idx files, plain or gzipped, or its parent. When ``None``, they are
-        downloaded once into pooch's cache and their MD5 is checked.
+        downloaded once into pooch's cache and their MD5 is checked. Of a ``.npy`` file, the folder
+        that its name is relative to, or that it was moved to; the current one when ``None``.
 
     Returns
     -------
@@ -230,14 +233,18 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
     ('mine', 40, 10, 10)
     """
     if name.endswith(".npy"):
+        path = _find_own(name, folder)
         try:
-            images = np.load(name)
-            sixth = max(1, len(images) // 6)
-            return ImageData.from_arrays(
-                images, n_validation=sixth, n_test=sixth, name=Path(name).stem
-            )
-        except (EOFError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} holds no (n, height, width) images: {error}") from error
+            images = np.load(path)  # which refuses objects
+            if images.ndim == 3 and len(images) < _LEAST_OWN:
+                raise ValueError(
+                    f"there are {len(images)}, and it takes at least {_LEAST_OWN}: a sixth is for "
+                    "validation, another for the test"
+                )
+            sixth = len(images) // 6
+            return ImageData.from_arrays(images, n_validation=sixth, n_test=sixth, name=path.stem)
+        except (EOFError, MemoryError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no (n, height, width) images: {error}") from error
     arrays = read_files(name, folder)
     n_train = len(arrays["train_images"]) - _N_VALIDATION
     if n_train < 1:
@@ -250,6 +257,22 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
         name,
         (train, validation, _gray_levels(arrays["test_images"], "test images")),
         (*np.split(arrays["train_labels"], [n_train]), arrays["test_labels"]),
+    )
+
+
+def _find_own(name: str, folder: str | Path | None) -> Path:
+    """The ``.npy`` file of a name, which may be relative to another folder than the current."""
+    if folder is None:
+        candidates = [Path(name)]
+    else:
+        candidates = [Path(folder, name), Path(folder, Path(name).name)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    where = f"in {folder}" if folder is not None else f"({Path(name).absolute()} is missing)"
+    raise FileNotFoundError(
+        f"there is no file {name} {where}: name the folder that it is in, data_folder=... or "
+        "--data-folder"
     )
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,20 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["StoredModel", "data_file", "put_in_place", "read_model", "staged", "write_model"]
+
+# What damaged bytes make the readers of archives, and torch in them, raise.
+_UNREADABLE = (
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 _FORMAT = 1
 _MODEL, _DATA = "model.pt", "adata.h5ad"
@@ -157,7 +172,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
         # torch reads over damaged bytes; the archive has a checksum of each of its records.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except _UNREADABLE as error:
         if allow_pickle:  # as torch wrote files before they were archives
             damaged = None
         else:
@@ -178,7 +193,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
                 "written by scvi-tools or an early version of mixscvi, or made to do harm. If you "
                 "trust whoever made it, load it with allow_pickle=True, and save it anew"
             ) from error
-    except (EOFError, LookupError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0] if str(error) else 'empty'}): save or "
             "fetch it again"

@@ -335,8 +335,7 @@ class MixSCANVI(MixtureMixin, SCANVI):
         Raises
         ------
         ValueError
-            As :meth:`mixscvi.MixSCVI.setup_anndata`; or if there are fewer than two labels, or
-            labels that the model of the data was not trained on.
+            If data or categories do not fit, or there are fewer than two labels, or unknown ones.
         TypeError
             If counts or covariates are no numbers, or an argument is of another type.
         KeyError

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from scvi.dataloaders import DataSplitter
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
+from torch import nn
 
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.checkpoints import Checkpoints
@@ -21,7 +22,9 @@ class Runner(TrainRunner):
 
     scvi-tools leaves a model in evaluation mode after training, loading and the mapping of a query,
     and Lightning keeps the mode it finds: without this a second training would have no dropout and
-    would normalize by the running statistics of the first.
+    would normalize by the running statistics of the first. Normalizations that scArches froze keep
+    to the statistics of the reference, as they do after the training: in a query of one batch, its
+    own would take away all that the weights of that batch add, and these would not be trained.
 
     Raises
     ------
@@ -82,6 +85,10 @@ class Runner(TrainRunner):
     def __call__(self) -> Any:
         """Train."""
         self.training_plan.train()
+        for part in self.training_plan.modules():
+            # Thus scvi-tools freezes the running statistics.
+            if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
+                part.eval()
         return super().__call__()
 
 

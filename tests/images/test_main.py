@@ -104,6 +104,25 @@ def test_sweep_goes_on_where_it_stopped(tmp_path, folder, capsys):
     )
 
 
+@pytest.mark.parametrize("engine", ["sequential", "ray"])
+def test_a_sweep_with_a_failed_run_shows_it_and_fails(engine, tmp_path, ray_cluster, capsys):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((80, 6, 5)))
+    runs = tmp_path / "runs"
+    arguments = ["sweep", "--output", str(runs), "--dataset", str(tmp_path / "mine.npy")]
+    arguments += ["--presets", "vanilla", "--components", "1", "2", "--seeds", "1", *SMOKE]
+    arguments += ["--engine", engine, "--device", "cpu"]
+    (runs / "vanilla-A1-seed0").mkdir(parents=True)
+    (runs / "vanilla-A1-seed0" / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        main(arguments)
+    shown = capsys.readouterr()
+    assert "vanilla-A2-seed0: NLL" in shown.out
+    assert shown.err.splitlines()[-1].startswith("vanilla-A1-seed0 failed: ValueError: ")
+    (runs / "vanilla-A1-seed0" / "config.json").unlink()
+    main(arguments)
+    assert [row["components"] for row in read_rows(runs / "sweep.csv")] == ["1", "2"]
+
+
 @pytest.mark.parametrize("control", [("--objective", "iwae"), ("--ensemble",)])
 def test_controls(tmp_path, folder, control, capsys):
     run = str(tmp_path / "run")
@@ -120,6 +139,43 @@ def test_images_of_the_users_own(tmp_path):
     main(["train", "--output", run, "--dataset", str(tmp_path / "mine.npy"), *SMOKE])
     main(["evaluate", run, "--draws", "40"])
     main(["sample", run, "--images", "2"])
+
+
+def test_images_of_the_users_own_are_found_from_another_folder(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    np.save("mine.npy", np.random.default_rng(0).random((80, 7, 4)))
+    main(["train", "--output", "../run", "--dataset", "mine.npy", *SMOKE])
+    monkeypatch.chdir(tmp_path / "there")
+    evaluation = ["evaluate", "../run", "--draws", "40"]
+    main(evaluation)
+    # As earlier versions wrote it: relative to a folder that is not known.
+    config = json.loads(Path("../run/config.json").read_text()) | {"dataset": "mine.npy"}
+    Path("../run/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"there is no file mine.npy .*--data-folder"):
+        main(evaluation)
+    main([*evaluation, "--data-folder", "../here"])
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "run" / "summary.json").unlink()
+    main(["train", "--output", "../run", "--dataset", "mine.npy", *SMOKE, "--resume"])
+
+
+def test_images_that_are_too_few_are_refused(tmp_path):
+    np.save(tmp_path / "three.npy", np.random.default_rng(0).random((3, 7, 4)))
+    arguments = ["train", "--output", str(tmp_path / "run"), *SMOKE, "--dataset"]
+    with pytest.raises(SystemExit, match=r"three.npy holds no .* images: there are 3, .* least 60"):
+        main([*arguments, str(tmp_path / "three.npy")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((80, 7, 4)))
+    arguments = ["train", "--output", str(tmp_path / "run"), *SMOKE, "--device", "cuda"]
+    with pytest.raises(SystemExit, match="device='cuda', but this machine has none"):
+        main([*arguments, "--dataset", str(tmp_path / "mine.npy")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume(tmp_path, folder):

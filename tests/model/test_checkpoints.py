@@ -1,5 +1,6 @@
 """Training that is killed and goes on ends with the weights of one that was not interrupted."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def killed(tmp_path_factory):
     subprocess.run(
         [sys.executable, str(program), str(folder)],
         check=True,
-        env={"PYTHONPATH": ":".join(sys.path)},
+        # As many threads as here: they round sums differently.
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
     )
     return folder
 

@@ -89,6 +89,20 @@ def test_query_data(encode_covariates, component_encoder, make_adata):
     np.testing.assert_array_equal(model.get_latent_representation(), latent)
 
 
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_the_encoder_learns_a_query_of_one_batch(n_components, make_adata):
+    """Normalized by its own statistics, a minibatch of one batch would hide what the batch adds."""
+    kwargs = {"encode_covariates": True, "n_components": n_components}
+    model = fit(MixSCVI, make_adata(), BATCH, **kwargs)
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, model, accelerator="cpu")
+    encoder = mapped.module.z_encoder
+    start = {name: value.clone() for name, value in encoder.named_parameters()}
+    train(mapped, plan_kwargs={"lr": 0.1, "weight_decay": 0.0})
+    moved = [(p.detach() - start[name]).abs().max() for name, p in encoder.named_parameters()]
+    assert max(moved) > 0.01
+
+
 def test_query_data_from_a_saved_reference(make_adata, tmp_path):
     model = fit(MixSCVI, make_adata(), BATCH, n_components=3, prior="mog", n_flow_steps=1)
     model.save(tmp_path / "model")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from mixscvi.checkpoint_io import read_checkpoint
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.experiments.configs import Proposal, check_proposal
 from mixscvi.images.experiments.runs import (
@@ -96,7 +97,9 @@ class _State:
         self.done: list[dict[str, Tensor]] = []
         self.blocks: list[ImportanceDraws] = []
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = read_checkpoint(path)
+            if not isinstance(state, dict) or not {"key", "done", "blocks"} <= state.keys():
+                raise ValueError(f"{path} holds no unfinished evaluation: delete it to start anew")
             if state["key"] == key:
                 self.done = state["done"]
                 self.blocks = [ImportanceDraws(*block) for block in state["blocks"]]
@@ -259,7 +262,8 @@ def evaluate(
         If the folder holds no finished run.
     ValueError
         If there is no such proposal, `draws` are fewer than Pareto k-hat needs, there are fewer
-        test images than `images`, or they are not those of the run.
+        test images than `images`, or they are not those of the run; if a file of the run is
+        truncated, damaged or holds Python objects, or there is no such `device` here.
 
     Examples
     --------

@@ -194,6 +194,19 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     write_beside(Path(path), lambda partial: figure.savefig(partial, dpi=150, format="png"))
 
 
+def _read_log(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: no epoch of this run has ended")
+    try:
+        log = pd.read_csv(path, float_precision="round_trip")
+        numbers = log[["epoch", "kl_weight", "train_bound", "validation_bound"]]
+        if not len(numbers) or not all(pd.api.types.is_numeric_dtype(t) for t in numbers.dtypes):
+            raise ValueError("its columns must hold numbers")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or is not the log of a run: {error}") from error
+    return log
+
+
 def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     """Write the validation bounds by epoch of runs, finished or not, as CSV and figure.
 
@@ -212,7 +225,9 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     Raises
     ------
     FileNotFoundError
-        If a folder holds no run.
+        If a folder holds no run, or no epoch of it has ended.
+    ValueError
+        If the log of a run is damaged.
 
     Examples
     --------
@@ -235,7 +250,7 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     numbers: dict[int, None] = {}
     for folder in map(Path, folders):
         config = read_config(folder)
-        log = pd.read_csv(folder / "log.csv", float_precision="round_trip")
+        log = _read_log(folder / "log.csv")
         n_components = config.mixture.n_components
         run = {
             "dataset": config.dataset,

@@ -16,13 +16,16 @@ A run is a folder:
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mixscvi.checkpoint_io import read_checkpoint
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.files import content_hash
@@ -32,6 +35,7 @@ from mixscvi.system import write_beside
 
 __all__ = [
     "build",
+    "check_same",
     "evaluation_file",
     "finished_run_data",
     "first_images",
@@ -39,6 +43,7 @@ __all__ = [
     "parameter_counts",
     "prepare",
     "read_config",
+    "read_json",
     "read_summary",
     "resolve_device",
     "run_data",
@@ -99,7 +104,13 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
 def run_data(
     config: RunConfig, data: ImageData | None = None, data_folder: str | Path | None = None
 ) -> ImageData:
-    """The images of a run, given or loaded: as many of each part as its configuration says."""
+    """The images of a run, given or loaded: as many of each part as its configuration says.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError
+        As :func:`~mixscvi.images.datasets.load`.
+    """
     data = load(config.dataset, data_folder) if data is None else data
     training = config.training
     return data.subset(training.n_train, training.n_validation, training.n_test)
@@ -169,7 +180,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     FileExistsError
         If the folder holds a finished run, or an unfinished one and `resume` is off.
     ValueError
-        If it holds an unfinished run of another configuration.
+        If it holds an unfinished run of another configuration, or its ``config.json`` is damaged.
     """
     saved = folder / "config.json"
     if (folder / "summary.json").exists():
@@ -182,8 +193,7 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
                 f"{folder} holds an unfinished run: resume it (resume=True, --resume), choose "
                 "another folder, or delete it first"
             )
-        if read_config(folder) != config:
-            raise ValueError(f"{saved} holds another configuration than the one to resume with")
+        check_same(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_beside(saved, config.to_json())
     return (folder / "last.ckpt").exists()
@@ -195,21 +205,65 @@ def evaluation_file(folder: str | Path, proposal: Proposal, ending: str = ".json
     return Path(folder) / f"{stem}{ending}"
 
 
+def check_same(folder: str | Path, config: RunConfig) -> None:
+    """Raise a ValueError if the folder of a run holds one of another configuration.
+
+    The file of own images may be named relative to any folder.
+    """
+    stored = read_config(folder)
+    one, other = (asdict(replace(c, dataset=_absolute(c.dataset))) for c in (stored, config))
+    different = [name for name, value in one.items() if other[name] != value]
+    if different:
+        raise ValueError(
+            f"{folder} holds a run of another configuration: its config.json differs in "
+            f"{', '.join(different)}"
+        )
+
+
+def _absolute(dataset: str) -> str:
+    return os.path.abspath(dataset) if dataset.endswith(".npy") else dataset
+
+
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
     """The given device; by default an accelerator if there is one.
 
+    Raises
+    ------
+    ValueError
+        If it is none that models are trained on, or this machine has none of its kind.
+
     Examples
     --------
-    >>> resolve_device("cuda:1")
-    device(type='cuda', index=1)
+    >>> resolve_device("cpu")
+    device(type='cpu')
     """
     if device is not None:
-        return torch.device(device)
+        return _checked_device(device)
     from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
     if MPSAccelerator.is_available():
         return torch.device("mps")
     return torch.device("cuda" if CUDAAccelerator.is_available() else "cpu")
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    given = device
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {given!r}") from error
+    kinds = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device.type not in kinds:
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {str(given)!r}")
+    here = kinds[device.type]
+    if (device.index or 0) >= here:
+        number = f"has {here} of them" if here else "has none, or torch's build cannot use it"
+        raise ValueError(f"device={str(given)!r}, but this machine {number}: give device='cpu'")
+    return device
 
 
 def weights_hash(model: ImageVAE) -> str:
@@ -223,6 +277,17 @@ def parameter_counts(model: ImageVAE) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n} | {"total": count_parameters(model)}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file; a ValueError names the file if it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+    return values
+
+
 def read_config(folder: str | Path) -> RunConfig:
     """The configuration of a run, finished or not.
 
@@ -230,11 +295,19 @@ def read_config(folder: str | Path) -> RunConfig:
     ------
     FileNotFoundError
         If the folder holds no run.
+    ValueError
+        If the file is damaged, or does not describe a run of this version.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run (config.json is missing)")
-    return RunConfig.from_json(path.read_text())
+    text = json.dumps(read_json(path))
+    try:
+        return RunConfig.from_json(text)
+    except KeyError as error:
+        raise ValueError(f"{path} does not describe a run: {error} is missing") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a run: {error}") from error
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
@@ -244,35 +317,68 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     ------
     FileNotFoundError
         If the folder holds no finished run.
+    ValueError
+        If the file is damaged, or is no summary.
     """
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run (summary.json is missing)")
-    return json.loads(path.read_text())
+    summary = read_json(path)
+    shape = summary.get("image_shape")
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(n, int) and n > 0 for n in shape)
+    ):
+        raise ValueError(f"{path} must hold an image_shape of two numbers, got {shape!r}")
+    for name, kind in {
+        "epochs": int,
+        "best_validation_bound": float,
+        "images": str,
+        "parameters": dict,
+    }.items():
+        if not isinstance(summary.get(name), kind):
+            raise ValueError(f"{path} must hold {name}, got {summary.get(name)!r}")
+    return summary
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
     """Configuration and best model of a finished run, in evaluation mode, on a device.
 
+    Nothing that the files hold is run: they are JSON and tensors, and are read as such.
+
     Raises
     ------
     FileNotFoundError
-        If there is no finished run.
+        If there is no finished run, or its weights are missing.
     ValueError
-        If its weights do not fit the model, as those of another version may not.
+        If a file is truncated, damaged or holds Python objects, or the weights do not fit the
+        model, as those of another version may not.
     """
     folder = Path(folder)
     summary = read_summary(folder)
     config = read_config(folder)
+    path = folder / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}, the weights of the run, is missing")
+    weights = _weights(path)
     model = build(config, tuple(summary["image_shape"]))
-    weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
-    # Earlier versions had the codes in the encoders, not in their heads.
-    weights = {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(
-            f"{folder / 'best.pt'} does not fit the model of config.json: another version of "
-            "mixscvi wrote it. Train again, or use that version"
+            f"{path} does not fit the model of config.json: another version of mixscvi wrote it, "
+            "or one of the two was changed. Train again, or use that version"
         )
     model.load_state_dict(weights)
     return config, model.to(device).eval()
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    weights = read_checkpoint(path)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{path} must hold the weights of a model by name, and holds other values")
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path} holds values of {name} that are not finite")
+    # Earlier versions had the codes in the encoders, not in their heads.
+    return {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mixscvi.engines import Engine, sequential
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
 from mixscvi.images.experiments.evaluation import evaluate
@@ -23,10 +24,11 @@ from mixscvi.images.experiments.report import (
     with_ending,
 )
 from mixscvi.images.experiments.runs import (
+    check_same,
     evaluation_file,
     first_images,
     load_run,
-    read_config,
+    read_json,
     read_summary,
     resolve_device,
     run_data,
@@ -53,6 +55,7 @@ _RESULTS = (
     "draws",
     "n_images",
 )
+_COST = ("seconds", "device", "threads", "machine", "python", "torch")
 _ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
 
@@ -84,13 +87,16 @@ def sweep(
     data: ImageData | None = None,
     data_folder: str | Path | None = None,
     progress: Callable[[str], object] | None = None,
+    failed: Callable[[str, Exception], object] | None = None,
+    engine: Engine = sequential,
     command: str | None = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every combination; runs that are finished are read, not run again.
 
-    After each run, the table of all that are finished is written, as CSV, Markdown and figure.
+    After each run, the table of all that are finished is written, as CSV, Markdown and figure. A
+    run that fails does not keep the others from being made; the same call repeats it.
 
     Parameters
     ----------
@@ -109,6 +115,12 @@ def sweep(
         As in :func:`~mixscvi.images.experiments.training.train`.
     progress
         Called with a line of text after each run.
+    failed
+        Called with the name and the exception of a run that has failed.
+    engine
+        Where the runs are made: here, one after the other, or side by side with a
+        :class:`~mixscvi.engines.RayEngine`, whose machines must share `folder`. The images are sent
+        to them.
     command
         The command that made the results, written below their table.
     device
@@ -124,8 +136,10 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds runs of other configurations, or a run has fewer test images than
-        `images`.
+        If an argument is none of its choices, or a run has fewer test images than `images`.
+    ExceptionGroup
+        The exceptions of the runs that failed, if any did: such as a ValueError where the folder
+        holds a run of another configuration.
 
     Examples
     --------
@@ -152,10 +166,17 @@ def sweep(
     for config in configs.values():  # before the first run, not hours later
         first_images(run_data(config, data), images)
 
+    runs = folder.absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+
     def run(name: str, config: RunConfig, device: torch.device | str | None) -> dict[str, Any]:
+        if not runs.is_dir():
+            raise FileNotFoundError(
+                f"{runs} is not on {platform.node()}: the machines must share this folder"
+            )
         return run_once(
             config,
-            folder / name,
+            runs / name,
             data,
             proposal=proposal,
             draws=draws,
@@ -174,7 +195,15 @@ def sweep(
                 f"{percent(trusted(row))} of the images), JSD {row['jsd']:.2f}"
             )
 
-    return run_missing(configs, run, with_ending(results, ".csv"), device=device, report=report)
+    return run_missing(
+        configs,
+        run,
+        with_ending(results, ".csv"),
+        device=device,
+        report=report,
+        failed=failed,
+        engine=engine,
+    )
 
 
 def run_once(
@@ -218,8 +247,8 @@ def run_once(
     started = time.perf_counter()
     if not (folder / "summary.json").exists():
         train(config, folder, data=data, resume=True, device=device)
-    elif read_config(folder) != config:
-        raise ValueError(f"{folder} holds a run of another configuration")
+    else:
+        check_same(folder, config)
     evaluated = first_images(run_data(config, data), images)
     if not _is_evaluated(folder, config, evaluated, proposal, draws, device):
         evaluate(folder, proposal=proposal, data=evaluated, draws=draws, device=device)
@@ -237,11 +266,11 @@ def run_once(
             "torch": torch.__version__,
         }
         write_beside(cost_file, json.dumps(cost) + "\n")
-    result = json.loads(evaluation_file(folder, proposal).read_text())
+    result = read_json(evaluation_file(folder, proposal))
     names = _RESULTS + (_ADAPTED_RESULTS if proposal == "adapted" else ())
     summary = read_summary(folder)
     return {
-        "dataset": result["dataset"],
+        **_values(result, ["dataset"], evaluation_file(folder, proposal)),
         "preset": config.preset,
         "budget": config.budget,
         "components": config.mixture.n_components,
@@ -249,12 +278,19 @@ def run_once(
         "component_encoder": config.mixture.component_encoder,
         "seed": config.seed,
         "proposal": proposal,
-        **{name: result[name] for name in names},
+        **_values(result, names, evaluation_file(folder, proposal)),
         "epochs": summary["epochs"],
         "validation_bound": summary["best_validation_bound"],
         "parameters": summary["parameters"]["total"],
-        **json.loads(cost_file.read_text()),
+        **_values(read_json(cost_file), _COST, cost_file),
     }
+
+
+def _values(values: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, Any]:
+    """Some values of a file; a ValueError names those that it lacks."""
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it to have it made anew")
+    return {name: values[name] for name in names}
 
 
 def _is_evaluated(
@@ -270,7 +306,7 @@ def _is_evaluated(
     if not path.exists():
         return False
     # Earlier versions knew the encoder's proposal alone, and did not name it.
-    result = {"proposal": "encoder"} | json.loads(path.read_text())
+    result = {"proposal": "encoder"} | read_json(path)
     wanted = config.draws if draws is None else draws
     identity = {
         "proposal": proposal,
@@ -279,6 +315,5 @@ def _is_evaluated(
         "images": data.fingerprint("test"),
         "device": resolve_device(device).type,
     }
-    return identity.items() <= result.items() and (
-        0 <= result["draws"] - wanted < config.mixture.n_components
-    )
+    (draws,) = _values(result, ["draws"], path).values()
+    return identity.items() <= result.items() and 0 <= draws - wanted < config.mixture.n_components

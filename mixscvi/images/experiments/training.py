@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.checkpoint_io import AtomicCheckpointIO
+from mixscvi.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
 from mixscvi.images.experiments.runs import (
@@ -162,7 +162,7 @@ class _Recorder(Callback):
             weights = pl_module.model.state_dict()
             write_beside(self.folder / "best.pt", lambda path: torch.save(weights, path))
         write_beside(self.folder / "log.csv", csv_text(self.rows))
-        trainer.save_checkpoint(self.folder / "last.ckpt", False)
+        trainer.save_checkpoint(self.folder / "last.ckpt")
 
 
 class _Patience(EarlyStopping):
@@ -197,6 +197,14 @@ def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
     if model.prior_encoder is not None:
         model.prior_encoder.load_state_dict(alone.encoder.state_dict())
         model.prior_encoder.requires_grad_(False)
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raise a ValueError if the state of a run is not that."""
+    state = read_checkpoint(path)
+    expected = {"epoch", "global_step", "loops", "callbacks", "optimizer_states", "state_dict"}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise ValueError(f"{path} holds no state of a run: delete it to start the run anew")
 
 
 def train(
@@ -239,6 +247,9 @@ def train(
     ------
     FileExistsError
         If the folder holds a finished run, or an unfinished one and ``resume`` is off.
+    ValueError
+        If it holds a run of another configuration, a file of it is truncated, damaged or holds
+        Python objects, or there is no such `device` here.
     FloatingPointError
         If no validation bound was finite.
 
@@ -260,6 +271,8 @@ def train(
     device = resolve_device(device)
     data = run_data(config, data, data_folder)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint)
     # For an ensemble, the run of its decoder warns.
     if not config.ensemble and training.max_epochs < training.warmup_epochs:
         warnings.warn(

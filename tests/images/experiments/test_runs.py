@@ -49,7 +49,7 @@ def test_a_folder_is_prepared_once(tmp_path):
     assert runs.prepare(config, folder, resume=True) is True
     with pytest.raises(FileExistsError, match="unfinished run: resume it"):
         runs.prepare(config, folder, resume=False)
-    with pytest.raises(ValueError, match="holds another configuration"):
+    with pytest.raises(ValueError, match="config.json differs in seed"):
         runs.prepare(replace(config, seed=9), folder, resume=True)
     (folder / "summary.json").write_text("{}")
     with pytest.raises(FileExistsError, match="holds a finished run"):

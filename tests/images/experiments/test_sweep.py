@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixscvi.engines import RayEngine
 from mixscvi.images import BUDGETS, ImageData, RunConfig
 from mixscvi.images.experiments import sweep as sweep_module
 from mixscvi.images.experiments.sweep import run_once, sweep
@@ -170,6 +171,65 @@ def test_the_table_is_that_of_the_rows(tmp_path, swept):
     assert {"nll", "nll_iw_miselbo", "miselbo", "device", "seconds"} < written.keys()
     text = (tmp_path / "table-v0.2.md").read_text()
     assert "NLL (IW-MISELBO)" in text and text.endswith("\n`mixscvi-images sweep`\n")
+
+
+COST = ("seconds", "threads")
+
+
+def test_ray_makes_the_same_table(tmp_path, swept_by, ray_cluster):
+    swept_by(tmp_path / "here")
+    swept_by(tmp_path / "there", engine=RayEngine())
+    tables = [read_rows(tmp_path / name / "sweep.csv") for name in ("here", "there")]
+    assert [row["components"] for row in tables[0]] == ["1", "2"]
+    for here, there in zip(*tables, strict=True):
+        for column in here.keys() - set(COST):
+            assert here[column] == there[column] or float(here[column]) == pytest.approx(
+                float(there[column]), rel=1e-4
+            ), column
+
+
+@pytest.mark.parametrize("engine", ["sequential", "ray"])
+def test_a_failed_run_is_repeated_alone(engine, tmp_path, swept_by, ray_cluster):
+    kwargs = {} if engine == "sequential" else {"engine": RayEngine()}
+    broken = tmp_path / "runs" / "vanilla-A1-seed0"
+    broken.mkdir(parents=True)
+    (broken / "config.json").write_text("{")
+    told = []
+    with pytest.raises(ExceptionGroup, match=r"1 of 2 runs failed \(vanilla-A1-seed0\)"):
+        swept_by(tmp_path / "runs", failed=lambda *args: told.append(args), **kwargs)
+    ((name, error),) = told
+    assert name == "vanilla-A1-seed0"
+    assert isinstance(error, ValueError)
+    assert [row["components"] for row in read_rows(tmp_path / "runs" / "sweep.csv")] == ["2"]
+    log = tmp_path / "runs" / "vanilla-A2-seed0" / "log.csv"
+    written = log.stat().st_mtime_ns
+
+    (broken / "config.json").unlink()
+    rows = swept_by(tmp_path / "runs", **kwargs)
+    assert [row["components"] for row in rows] == [1, 2]
+    assert log.stat().st_mtime_ns == written
+
+
+def test_machines_that_do_not_share_the_folder_are_told(tmp_path, swept_by):
+    """As on another machine, the folder is gone where the run is made."""
+
+    def elsewhere(run, configurations):
+        (tmp_path / "runs").rename(tmp_path / "moved")
+        yield from sweep_module.sequential(run, configurations)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        swept_by(tmp_path / "runs", engine=elsewhere)
+    assert all("must share this folder" in str(error) for error in raised.value.exceptions)
+
+
+@pytest.fixture
+def swept_by():
+    """A sweep of two runs, by some engine, into some folder."""
+    gray = np.random.default_rng(0).random((80, 6, 5))
+    data = ImageData.from_arrays(gray, n_validation=20, n_test=10, name="mine")
+    arguments = {"presets": ["vanilla"], "components": [1, 2], "seeds": 1, "draws": 40}
+    arguments |= {"data": data, "budget": "smoke", "device": "cpu"}
+    return lambda folder, **kwargs: sweep(folder, **arguments, **kwargs)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
