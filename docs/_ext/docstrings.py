@@ -49,6 +49,16 @@ def _attribute_in_words(self: NumpyDocstring) -> list[str]:
     return self._consume_to_end()
 
 
+def _set_fields_apart(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Put an empty line between a directive and the type that is returned, added right after."""
+    for place in reversed(range(1, len(lines))):
+        if lines[place].startswith(":rtype:") and lines[place - 1].strip():
+            if not lines[place - 1].startswith((":", " ")):
+                lines.insert(place, "")
+
+
 def _skip_inherited(
     app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any
 ) -> bool | None:
@@ -114,6 +124,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register."""
     NumpyDocstring._parse_returns_section = _returns_as_prose
     NumpyDocstring._parse_attribute_docstring = _attribute_in_words
+    # after sphinx-autodoc-typehints
+    app.connect("autodoc-process-docstring", _set_fields_apart, priority=900)
     app.connect("autodoc-skip-member", _skip_inherited)
     app.connect("autodoc-process-bases", _without_mixins)
     app.connect("doctree-read", _in_full)
