@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
-from mixscvi.checkpoint_io import read_checkpoint
+from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.checks import check_positive_int
 from mixscvi.model.distributed import of_all_ranks
 from mixscvi.model.identity import (

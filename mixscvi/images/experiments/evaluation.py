@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from mixscvi.checkpoint_io import read_checkpoint
+from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.experiments.configs import Proposal, check_proposal
 from mixscvi.images.experiments.runs import (

@@ -199,7 +199,7 @@ def _read_log(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{path} is missing: no epoch of this run has ended")
     try:
         log = pd.read_csv(path, float_precision="round_trip")
-        numbers = log[["epoch", "kl_weight", "train_bound", "validation_bound"]]
+        numbers = log[["epoch", "train_bound", "validation_bound"]]
         if not len(numbers) or not all(pd.api.types.is_numeric_dtype(t) for t in numbers.dtypes):
             raise ValueError("its columns must hold numbers")
     except (KeyError, ValueError) as error:

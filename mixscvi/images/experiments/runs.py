@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixscvi.checkpoint_io import read_checkpoint
+from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.files import content_hash

@@ -21,7 +21,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from mixscvi.checkpoint_file import read_checkpoint
+from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
 from mixscvi.images.experiments.runs import (

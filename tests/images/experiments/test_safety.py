@@ -131,7 +131,7 @@ def test_json_that_was_tampered_with(name, content, match, folder):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [("", "No columns"), ("epoch\n1\n", "kl_weight"), ("\x00\x01", "damaged")],
+    [("", "No columns"), ("epoch\n1\n", "train_bound"), ("\x00\x01", "damaged")],
 )
 def test_a_damaged_log(content, match, folder, tmp_path):
     (folder / "log.csv").write_text(content)
