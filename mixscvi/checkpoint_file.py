@@ -1,4 +1,4 @@
-"""Files of checkpoints, read without running what they hold."""
+"""Files of checkpoints, read without running what they hold; what damages archives of torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["read_checkpoint"]
+__all__ = ["UNREADABLE", "damaged_record", "read_checkpoint"]
 
 # What damaged bytes make the readers of archives, and torch in them, raise.
-_UNREADABLE = (
+UNREADABLE = (
     EOFError,
     LookupError,
     NotImplementedError,
@@ -26,6 +26,16 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def damaged_record(path: Path) -> str | None:
+    """Name of the first damaged record of an archive, or ``None`` if all are whole.
+
+    torch reads over damaged bytes; the archive has a checksum of each of its records. What is no
+    archive raises one of ``UNREADABLE``.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -48,10 +58,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
-        # torch reads over damaged bytes; the archive has a checksum of each of its records.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except _UNREADABLE as error:
+        damaged = damaged_record(path)
+    except UNREADABLE as error:
         raise ValueError(f"{path} is truncated, or no checkpoint ({error}): {remedy}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged at its record {damaged!r}: {remedy}")
@@ -62,6 +70,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} holds Python objects, and reading them can run any code: it was not written "
             f"by mixscvi, or a callback keeps such objects as its state; {remedy}"
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged ({detail}): {remedy}") from error

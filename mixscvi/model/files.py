@@ -14,8 +14,6 @@ import pickle
 import re
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixscvi.checkpoint_file import UNREADABLE, damaged_record
 from mixscvi.model.plain import from_plain, to_plain
 
 try:
@@ -32,20 +31,6 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["StoredModel", "data_file", "put_in_place", "read_model", "staged", "write_model"]
-
-# What damaged bytes make the readers of archives, and torch in them, raise.
-_UNREADABLE = (
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 _FORMAT = 1
 _MODEL, _DATA = "model.pt", "adata.h5ad"
@@ -169,10 +154,8 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
     if not path.is_file():
         raise ValueError(f"Failed to load model file at {path}: there is none")
     try:
-        # torch reads over damaged bytes; the archive has a checksum of each of its records.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except _UNREADABLE as error:
+        damaged = damaged_record(path)
+    except UNREADABLE as error:
         if allow_pickle:  # as torch wrote files before they were archives
             damaged = None
         else:
@@ -193,7 +176,7 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
                 "written by scvi-tools or an early version of mixscvi, or made to do harm. If you "
                 "trust whoever made it, load it with allow_pickle=True, and save it anew"
             ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0] if str(error) else 'empty'}): save or "
             "fetch it again"
