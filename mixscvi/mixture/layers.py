@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.mixture.products import mostly_zero, product_by_nonzeros
+from mixscvi.mixture.products import linear, mostly_zero, product_by_nonzeros
 
 __all__ = ["StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
 
@@ -95,7 +95,7 @@ class StackedLinear(nn.Module):
         bias = None if self.bias is None else rows(self.bias, components)
         if x.dim() == 2:
             flat_bias = None if bias is None else bias.flatten()
-            return F.linear(x, weight.flatten(0, 1), flat_bias).unflatten(-1, weight.shape[:2])
+            return linear(x, weight.flatten(0, 1), flat_bias).unflatten(-1, weight.shape[:2])
         y = torch.einsum("bai,aoi->bao", x, weight)
         return y if bias is None else y + bias
 
@@ -157,7 +157,7 @@ class StackedSparseLinear(StackedLinear):
             y = product_by_nonzeros(x, table)
             y = y if bias is None else y + bias
         else:
-            y = F.linear(x, table.T, bias)
+            y = linear(x, table.T, bias)
         return y.unflatten(-1, weight.shape[1:])
 
 
