@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from scvi.module.base import LossOutput
@@ -11,6 +13,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["LeanTrainingPlan"]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of all elements of a tensor that is contiguous, if there is one."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    view = tensor.permute(order)
+    return view if view.is_contiguous() else tensor
+
+
+def _fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
+    """Have torch's fused kernel update parameters of any strides in place.
+
+    It copies what is not contiguous, which takes longer than the update. A parameter, its gradient
+    and its moments lie in memory alike.
+    """
+
+    class InMemoryOrder(optimizer_cls):
+        def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
+            result = super()._init_group(group, *tensors)
+            strides = [parameter.stride() for parameter in tensors[0]]
+            for listed in tensors:
+                for i, tensor in enumerate(listed):
+                    if i < len(strides) and tensor.stride() == strides[i]:
+                        listed[i] = _in_memory_order(tensor)
+            return result
+
+    InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
+    return partial(InMemoryOrder, fused=True)
 
 
 class LeanTrainingPlan(TrainingPlan):
@@ -35,7 +65,7 @@ class LeanTrainingPlan(TrainingPlan):
             # Fused optimizers unscale gradients themselves, where nobody could clip them.
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:
                 try:
-                    return optimizer_cls(parameters, fused=True, **options)
+                    return _fused(optimizer_cls)(parameters, **options)
                 except RuntimeError:  # the device has no such kernel
                     pass
             return optimizer_cls(parameters, **options)
