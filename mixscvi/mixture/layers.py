@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixscvi.mixture.products import few_nonzeros, linear, product_by_nonzeros
 
-__all__ = ["StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
+__all__ = ["LinearByFeature", "StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
 
 
 def rows(parameter: Tensor, components: Tensor | None) -> Tensor:
@@ -182,6 +182,34 @@ class StackedSparseLinear(StackedLinear):
         if x.dim() != 2:
             raise ValueError(f"x must have shape (B, {self.n_in}), got {tuple(x.shape)}")
         return super().forward(x, components)
+
+
+class LinearByFeature(nn.Linear):
+    """A linear layer stored as one of :class:`StackedLinear` with ``by_feature=True``.
+
+    Parameters
+    ----------
+    linear
+        The layer whose parameters it takes over.
+
+    Examples
+    --------
+    >>> import torch
+    >>> linear = torch.nn.Linear(5, 2)
+    >>> x = torch.ones(7, 5)
+    >>> torch.allclose(LinearByFeature(linear)(x), linear(x))
+    True
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the map to `(..., n_in)`."""
+        return _of_shared_input(x, self.weight.T, self.bias) if x.dim() == 2 else super().forward(x)
 
 
 class StackedConv2d(nn.Module):

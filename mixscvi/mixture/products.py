@@ -266,7 +266,8 @@ class _ProductByNonzeros(torch.autograd.Function):
 def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
     """The non-zeros of a matrix, if :func:`product_by_nonzeros` is the faster product.
 
-    It is for a constant `x` on the CPU with few non-zeros, and products that are not small. Where
+    It is for a constant `x` on the CPU with few non-zeros, and products that are not small, with a
+    table whose rows lie together in memory each. Where
     the choice cannot depend on the values, as in compiled functions, within function transforms and
     with fake tensors, and where autocast would choose the type, the dense product is to be used.
 
@@ -281,7 +282,7 @@ def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
     --------
     >>> import torch
     >>> x, table = torch.eye(200), torch.ones(200, 600)
-    >>> len(few_nonzeros(x, table).column), few_nonzeros(table.T, x), few_nonzeros(x[:2], table)
+    >>> len(few_nonzeros(x, table).column), few_nonzeros(x + 1, table), few_nonzeros(x[:2], table)
     (200, None, None)
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
@@ -289,6 +290,8 @@ def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
     if x.requires_grad or x.device.type != "cpu" or type(x) is not Tensor:
         return None
     if x.dtype not in (torch.float32, torch.float64) or x.dtype != table.dtype:
+        return None
+    if table.stride(1) != 1:
         return None
     kernels = _kernels() if x.numel() * table.shape[1] >= _LEAST_WORK else None
     if kernels is None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear, products
+from mixscvi.mixture.layers import LinearByFeature
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -139,6 +140,21 @@ def test_weights_by_feature_are_those_in_another_order(normal, share, components
     assert_close(layer.weight.grad, reference.weight.grad)
     if components is None:  # an optimizer finds both in one order
         assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+def test_a_linear_layer_by_feature_is_the_layer(normal, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    reference = torch.nn.Linear(30, 50).double()
+    layer = LinearByFeature(reference)
+    assert isinstance(layer, torch.nn.Linear)
+    x = a_share_of(normal(8, 30), 0.1)
+    for module in (reference, layer):
+        module(x).square().sum().backward()
+    assert_close(layer(x), reference(x))
+    assert layer(normal(2, 8, 30)).shape == (2, 8, 50)
+    assert_close(layer.weight.grad, reference.weight.grad)
+    assert layer.weight.grad.stride() == layer.weight.stride() == (1, 50)
+    assert list(layer.state_dict()) == list(reference.state_dict())
 
 
 @pytest.mark.parametrize("shape", [(30,), (8, 4, 30)])
