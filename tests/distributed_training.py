@@ -136,6 +136,24 @@ def watched_training(n_obs, seed, options, **train_kwargs):
     }
 
 
+def trainings_alone_after(model):
+    """Each process trains a model of its own, and goes on with one that both have trained."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    model.train(**TRAINED, strategy="ddp", devices=2, max_epochs=1)
+    rank = rank_zero_only.rank
+    results = {}
+    for name, alone in {"alone": make_model(40, 0), "alone, gone on": model}.items():
+        alone.train(**TRAINED, max_epochs=2)
+        results[name] = {
+            "state": {k: v.clone() for k, v in alone.module.state_dict().items()},
+            "history": {key: values.iloc[:, 0].tolist() for key, values in alone.history.items()},
+            "steps": alone.trainer.global_step,
+            "rank kept": rank_zero_only.rank == rank == int(os.environ["LOCAL_RANK"]),
+        }
+    return results
+
+
 def main(folder):
     import scvi
     import torch
@@ -164,6 +182,7 @@ def main(folder):
     results["labels, without a seed"] = watched_training(40, None, labeled, **few)
     whole = {"max_epochs": 5, "checkpoint_every": 2, "n_samples_per_label": 4}
     dirs = [Path(folder, name) for name in ("labels whole", "labels resumed")]
+    results |= trainings_alone_after(make_model(40, 0))
     results["labels whole"] = watched_training(40, 0, labeled, checkpoint_dir=dirs[0], **whole)
     watched_training(40, 0, labeled, checkpoint_dir=dirs[1], **whole | {"max_epochs": 2})
     results["labels resumed"] = watched_training(40, 0, labeled, checkpoint_dir=dirs[1], **whole)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from scvi.module.base import BaseModuleClass
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -17,7 +19,7 @@ from mixscvi.model.random_states import get_random_states, set_random_states
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Ranks", "SplitAlike", "of_all_ranks", "of_first_rank"]
+__all__ = ["Ranks", "SplitAlike", "as_first_rank", "of_all_ranks", "of_first_rank"]
 
 
 def of_first_rank(value: Any) -> Any:
@@ -40,6 +42,24 @@ def of_all_ranks(value: Any, n_ranks: int) -> list[Any]:
     values = [None] * n_ranks
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def as_first_rank(trainer: Trainer) -> Iterator[None]:
+    """Let a process that trains alone be the first of one, for the time of the training.
+
+    Lightning sets the rank of a process when several train together, and keeps it: what only the
+    first does, such as the history, nobody would do in the others.
+    """
+    rank = getattr(rank_zero_only, "rank", None)
+    if trainer.world_size > 1 or not rank:
+        yield
+        return
+    rank_zero_only.rank = 0
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = rank
 
 
 class SplitAlike:

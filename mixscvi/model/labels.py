@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mixscvi.model.distributed import SplitAlike, of_first_rank
+from mixscvi.model.training import WithoutSingleCellSteps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -245,14 +246,14 @@ class LabeledWithoutSingleCells(LabeledSplitter):
         return super().train_dataloader()
 
 
-class LabeledTrainingPlan(SemiSupervisedTrainingPlan):
+class LabeledTrainingPlan(WithoutSingleCellSteps, SemiSupervisedTrainingPlan):
     """scvi-tools' plan, which learns the labels of minibatches from any data module.
 
     scvi-tools passes the labels of such a minibatch on if the names of its tensors stand in one
     order, and has no other way to tell. The module takes the cells that have labels.
     """
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Loss of a minibatch."""
         return super().training_step(_and_labeled(batch), batch_idx)
 

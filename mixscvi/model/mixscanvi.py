@@ -198,8 +198,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
                 f"{len(self._unlabeled_indices)} cells are {self.unlabeled_category_!r}: choose "
                 "'gene', 'gene-batch' or 'gene-cell'"
             )
-        datamodule = None  # a model's file holds no data, and needs none
         self.init_params_ = self._get_init_params(locals())
+        del self.init_params_["non_kwargs"]["datamodule"]  # a file of the model holds no data
 
     @staticmethod
     def _check_registry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -11,7 +12,7 @@ from torch import nn
 
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.checkpoints import Checkpoints
-from mixscvi.model.distributed import Ranks, SplitAlike
+from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -91,7 +92,10 @@ class Runner(TrainRunner):
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
                 part.eval()
-        return super().__call__()
+        with as_first_rank(self.trainer), warnings.catch_warnings():
+            # So the plan leaves a minibatch of one cell out.
+            warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
+            return super().__call__()
 
 
 class WithoutData(BaseMinifiedModeModelClass):

@@ -125,6 +125,25 @@ def test_checkpoints_of_both_are_restored(labels, ranks):
             assert whole[name][-9:] == resumed[name]
 
 
+@pytest.mark.slow
+def test_training_alone_after_it_is_a_training_of_one_process(ranks):
+    expected = make_model(40, 0)
+    expected.train(**TRAINED, max_epochs=2)
+    state = expected.module.state_dict()
+    for rank in ranks:
+        alone = rank["alone"]
+        assert alone["steps"] == 2 * 5  # of all 36 training cells
+        for key, value in alone["state"].items():
+            torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-5, msg=key)
+        assert len(alone["history"]["elbo_train"]) == 2
+        assert len(alone["history"]["elbo_validation"]) == 2
+        assert rank["alone, gone on"]["steps"] == 10
+        assert alone["rank kept"] and rank["alone, gone on"]["rank kept"]
+    # The second process has no history of the training by both.
+    assert len(ranks[0]["alone, gone on"]["history"]["elbo_train"]) == 3
+    assert set(ranks[1]["alone, gone on"]["history"]) <= set(ranks[0]["alone"]["history"])
+
+
 def test_without_ddp_several_processes_are_refused():
     with pytest.raises(ValueError, match="2 processes share the cells with strategy='ddp'"):
         make_model(40, 0).train(accelerator="cpu", devices=2, max_epochs=1)
