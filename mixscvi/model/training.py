@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LeanTrainingPlan"]
+__all__ = ["LeanTrainingPlan", "ScviTrainingPlan", "WithoutSingleCellSteps"]
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -43,7 +44,31 @@ def _fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
     return partial(InMemoryOrder, fused=True)
 
 
-class LeanTrainingPlan(TrainingPlan):
+class WithoutSingleCellSteps:
+    """A training plan of scvi-tools that leaves minibatches of one cell out, as data modules have.
+
+    Batch normalization has no variance to divide by there, and training would stop. Several ranks
+    take their steps together, so there nothing is left out.
+    """
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Loss of a minibatch, or ``None`` for none."""
+        return None if self._leaves_out(batch) else super().training_step(batch, batch_idx)
+
+    def _leaves_out(self, batch: Any) -> bool:
+        cells = batch if isinstance(batch, Mapping) else batch[0]
+        if len(cells[REGISTRY_KEYS.X_KEY]) > 1 or self.trainer.world_size > 1:
+            return False
+        return any(
+            isinstance(part, nn.BatchNorm1d) and part.training for part in self.module.modules()
+        )
+
+
+class ScviTrainingPlan(WithoutSingleCellSteps, TrainingPlan):
+    """scvi-tools' training plan, for minibatches of one cell as well."""
+
+
+class LeanTrainingPlan(ScviTrainingPlan):
     """scvi-tools' training plan, to the same updates and the same history.
 
     The optimizer is fused. Metrics are sums that are kept as tensors and handed to Lightning once
@@ -82,8 +107,10 @@ class LeanTrainingPlan(TrainingPlan):
             self._last_kl_weight = epoch, super().kl_weight
         return self._last_kl_weight[1]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a minibatch."""
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        """Loss of a minibatch, or ``None`` for none."""
+        if self._leaves_out(batch):
+            return None
         if self.on_step or self.module.extra_payload_autotune:
             return super().training_step(batch, batch_idx)
         self.loss_kwargs["kl_weight"] = self.kl_weight
