@@ -44,7 +44,7 @@ class WithoutSingleCells(LeanDataSplitter):
     Shuffling makes it another cell in every epoch.
     """
 
-    def train_dataloader(self) -> TrainingLoader:
+    def train_dataloader(self) -> DataLoader:
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
         n_train = math.ceil(self.n_train / self._n_ranks)  # the sampler gives each as many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -122,7 +122,8 @@ class Ranks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze what the loss does not reach."""
-        self._frozen = _unreached(self.module, trainer.datamodule, pl_module.loss_kwargs)
+        loss_kwargs = cast(Mapping[str, Any], pl_module.loss_kwargs)
+        self._frozen = _unreached(self.module, trainer.datamodule, loss_kwargs)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 

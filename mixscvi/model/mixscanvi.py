@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -211,7 +211,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
         if registry is None and datamodule is None:
             raise ValueError("give adata, or the registry of a data module")
         if registry is None:
-            registry = datamodule.registry
+            registry = cast(Any, datamodule).registry
         if not use_observed_lib_size:
             raise ValueError(
                 "use_observed_lib_size=False takes its library priors from adata, got a registry "

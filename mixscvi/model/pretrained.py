@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from scvi import REGISTRY_KEYS
 from scvi.model import SCVI
@@ -110,7 +110,7 @@ class PretrainedMixin:
                 stacklevel=2,
             )
         if datamodule is not None or registry is not None:
-            registry = datamodule.registry if registry is None else registry
+            registry = cast(Any, datamodule).registry if registry is None else registry
             check_module_labels(registry, datamodule, unlabeled_category, labels_key)
             model = cls(None, registry, datamodule=datamodule, **arguments, **kwargs)
         else:

@@ -70,7 +70,7 @@ def check_sizes(weights: Mapping[str, Tensor], attributes: Mapping[str, Any]) ->
         if value > n_weights:
             _refuse({"n_cats_per_key": value}, n_weights)
 
-    matrices = [("n_hidden", "n_latent"), ("n_hidden", "n_vars")]
+    matrices: list[tuple[str, ...]] = [("n_hidden", "n_latent"), ("n_hidden", "n_vars")]
     if sizes.get("n_layers", 1) > 1:
         matrices.append(("n_hidden", "n_hidden"))
     further = attributes["init_params_"].get("kwargs", {}).get("kwargs", {})
