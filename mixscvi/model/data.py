@@ -16,6 +16,7 @@ from mixscvi.model.loaders import TrainingLoader
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
     from scvi.module import VAE
+    from torch.utils.data import DataLoader
 
 __all__ = [
     "MINIFY_UNS_KEY",
