@@ -1,9 +1,13 @@
 """The documentation runs: its examples, the quickest tutorials, and what the others import."""
 
 import ast
+import dataclasses
+import enum
 import importlib
+import inspect
 import json
 import re
+import textwrap
 import types
 import warnings
 from pathlib import Path
@@ -14,10 +18,17 @@ ROOT = Path(__file__).parents[1]
 DOCS, TUTORIALS = ROOT / "docs", sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("user_guide/*.md")]
 QUICKEST = ("2_how_sure_is_it", "4_your_own_vae")
-PUBLIC = ("mixscvi", "mixscvi.mixture", "mixscvi.images", "mixscvi.model") + (
-    "mixscvi.likelihoods",
-    "mixscvi.pl",
+PUBLIC = (
+    "mixscvi",
     "mixscvi.datasets",
+    "mixscvi.engines",
+    "mixscvi.images",
+    "mixscvi.likelihoods",
+    "mixscvi.mixture",
+    "mixscvi.model",
+    "mixscvi.module",
+    "mixscvi.pl",
+    "mixscvi.system",
 )
 
 
@@ -122,7 +133,66 @@ def test_links_to_files_are_not_broken(path):
 def test_every_public_name_is_in_the_reference(module):
     reference = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     listed = set(re.findall(r"^(?:   |\.\. py:data:: )([\w.]+)$", reference, re.MULTILINE))
-    public = set(importlib.import_module(module).__all__) - {"__version__"}
-    if module == "mixscvi":
-        public -= {"datasets", "images", "pl"}  # pages of their own
-    assert public - listed == set()
+    assert set(public_names(module)) - listed == set()
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_an_example_and_names_its_parameters(module):
+    for name, value in public_names(module).items():
+        if not callable(value):  # a dictionary
+            continue
+        text = inspect.getdoc(value)
+        assert ">>>" in text, f"{name} has no example"
+        # fields of tuples and configurations, and names of enumerations, have words of their own
+        if dataclasses.is_dataclass(value) or hasattr(value, "_fields") or is_enum(value):
+            continue
+        if getattr(value, "_is_protocol", False):
+            continue
+        if "*args, **kwargs" in text:  # as scvi-tools says
+            continue
+        given = inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters
+        named = set(re.findall(r"\w+", " ".join(re.findall(r"^[\w*, \\\n]+$", text, re.MULTILINE))))
+        assert set(given) - named - {"self", "args", "kwargs"} == set(), name
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_what_public_names_raise_is_said(module):
+    for name, value in public_names(module).items():
+        if not inspect.isclass(value):
+            assert says_what_it_raises(value, inspect.getdoc(value)), name
+            continue
+        for method, function in inspect.getmembers(value, inspect.isfunction):
+            if not function.__module__.startswith("mixscvi") or is_wrapped(function):
+                continue
+            if method in ("__init__", "__post_init__"):
+                assert says_what_it_raises(function, inspect.getdoc(value)), name
+            elif not method.startswith("_"):
+                text = inspect.getdoc(getattr(value, method))
+                assert says_what_it_raises(function, text), f"{name}.{method}"
+
+
+def public_names(module):
+    """Names that a module offers, less the modules among them, which have pages of their own."""
+    source = importlib.import_module(module)
+    names = {name: getattr(source, name) for name in source.__all__ if name != "__version__"}
+    return {name: value for name, value in names.items() if not inspect.ismodule(value)}
+
+
+def is_enum(value):
+    return inspect.isclass(value) and issubclass(value, enum.Enum)
+
+
+def is_wrapped(function):
+    """Whether a method is one of scvi-tools', which says what it does."""
+    return not inspect.unwrap(function).__module__.startswith("mixscvi")
+
+
+def says_what_it_raises(function, text):
+    if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":
+        return True  # what a dataclass makes by itself raises nothing
+    raises = any(isinstance(node, ast.Raise) for node in ast.walk(parsed(function)))
+    return not raises or "Raises\n------" in text
+
+
+def parsed(function):
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))

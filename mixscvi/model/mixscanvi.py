@@ -410,6 +410,10 @@ class MixSCANVI(MixtureMixin, SCANVI):
         UserWarning
             If a component is dead in more than a tenth of the cells; see
             :meth:`mixscvi.MixSCVI.train`.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
         """
         return super().train(*args, **kwargs)
 
@@ -453,6 +457,10 @@ class MixSCANVI(MixtureMixin, SCANVI):
             If the model is not trained.
         ValueError
             If the genes are not those trained on, or the counts are bad.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
         """
         if ig_interpretability:
             self._check_if_trained(warn=False)
