@@ -47,11 +47,11 @@ def blocks_of(path, language):
     return re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def run(codes, name):
+def run(codes, name, given=()):
     """Run pieces of code one after the other, in one namespace."""
     import matplotlib.pyplot as plt
 
-    namespace = {"__name__": name}
+    namespace = {"__name__": name, **dict(given)}
     with warnings.catch_warnings():  # a tutorial may change the filters
         for code in codes:
             exec(compile(code, name, "exec"), namespace)
@@ -120,6 +120,68 @@ def test_code_on_pages_is_python_and_imports_what_exists(path):
     for language in ("python", "{code-cell} ipython3"):
         for code in blocks_of(path, language):
             assert missing_names(code) == []
+
+
+# Blocks that need what a test has not; what they do is tested in the places named.
+ELSEWHERE = {
+    'strategy="ddp"': "test_distributed.py",
+    "run_autotune": "test_autotune.py",
+}
+
+
+@pytest.fixture
+def for_pages(monkeypatch, tmp_path):
+    """What pages take for granted, small: cells of the reader's own, and models of them."""
+    import scvi
+
+    from mixscvi import MixSCANVI, MixSCVI, datasets
+
+    def few(**kwargs):
+        adata = whole[::12].copy()
+        adata.layers["counts"] = adata.X.copy()
+        adata.obs["batch"] = [str(i % 2) for i in range(adata.n_obs)]
+        adata.obs["cell_type"] = (
+            adata.obs["cell_type"].astype(str).where(adata.obs["batch"] == "0", "Unknown")
+        )
+        return adata
+
+    def shortened(train):
+        return lambda self, **kwargs: train(
+            self, **{**kwargs, "max_epochs": 2, "enable_progress_bar": False}
+        )
+
+    whole = datasets.pbmc68k()
+    monkeypatch.setattr(datasets, "pbmc68k", few)
+    for model in (MixSCVI, MixSCANVI):
+        monkeypatch.setattr(model, "train", shortened(model.train))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    adata = few()
+    adata.write("cells.h5ad")
+    scvi.model.SCVI.setup_anndata(adata)
+    trained = scvi.model.SCVI(adata)
+    trained.train(max_epochs=2, enable_progress_bar=False)
+    model = MixSCVI.from_scvi_model(trained)
+    return {
+        "adata": adata,
+        "trained": trained,
+        "scvi_model": trained,
+        "model": model,
+        "held_out": range(5),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [page for page in PAGES if blocks_of(page, "python")], ids=by_stem)
+def test_the_code_on_pages_runs(path, for_pages):
+    if path.stem == "images":
+        pytest.skip("its data are downloaded: test_training.py runs the same on made up ones")
+    codes = [
+        code for code in blocks_of(path, "python") if not any(mark in code for mark in ELSEWHERE)
+    ]
+    with warnings.catch_warnings():  # of few cells, hardly trained
+        warnings.simplefilter("ignore", UserWarning)
+        run(codes, path.stem, for_pages)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=by_stem)
