@@ -29,6 +29,15 @@ class SparseCounts(NamedTuple):
         Genes and counts, `(nnz,)`. No gene occurs twice in a cell.
     n_genes
         Number of genes, `G`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> indptr, indices = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 2])
+    >>> counts = SparseCounts(indptr, indices, torch.tensor([3.0, 1.0, 2.0]), n_genes=3)
+    >>> counts.to_dense()
+    tensor([[0., 3., 0.],
+            [1., 0., 2.]])
     """
 
     indptr: Tensor

@@ -77,6 +77,19 @@ class ComponentsMixin:
         it. Train again, for longer, with fewer components, a smaller learning rate or
         ``component_encoder="amortized"``, whose components share weights. Likelihoods are sound:
         a dead component costs them draws, and log A nats at most.
+
+        Examples
+        --------
+        A training that may be interrupted: the same call again goes on from the checkpoint.
+
+        >>> import tempfile, mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.train(max_epochs=1, checkpoint_dir=folder, enable_progress_bar=False)
+        >>> model.is_trained
+        True
         """
         # Not that of the next train, which may take its arguments in another order.
         by_scvi_tools = getattr(scvi.model, self._by_scvi_tools).train

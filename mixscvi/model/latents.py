@@ -30,7 +30,17 @@ __all__ = ["LatentMixture", "LatentsMixin"]
 
 
 class LatentMixture(NamedTuple):
-    """Parameters of each cell's mixture posterior."""
+    """Parameters of each cell's mixture posterior.
+
+    Examples
+    --------
+    The mean of a mixture is that of its component means:
+
+    >>> import numpy as np
+    >>> posterior = LatentMixture(loc=np.zeros((6, 4, 10)), scale=np.ones((6, 4, 10)))
+    >>> posterior.loc.mean(1).shape
+    (6, 10)
+    """
 
     loc: np.ndarray
     """Component means, `(n, A, D)`."""
@@ -216,6 +226,17 @@ class LatentsMixin:
 
         scvi-tools scores draws under a standard normal prior and divides by the density that it
         asks of `qz`, which is therefore corrected for this model's prior.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`get_latent_mixture`.
+        qz, px
+            Distributions that the module's ``inference`` and ``generative`` returned.
+        zs
+            Draws of z, `(L, B, D)`.
+        *args, **kwargs
+            As in ``SCVI.get_importance_weights``.
         """
         qz = self.module.as_importance_density(qz)
         return super().get_importance_weights(adata, indices, qz, px, zs, *args, **kwargs)

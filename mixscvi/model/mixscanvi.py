@@ -356,6 +356,10 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
         UserWarning
             If a component is dead in more than a tenth of the cells; see
             :meth:`mixscvi.MixSCVI.train`.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
         """
         given = inspect.signature(SCANVI.train).bind(self, *args, **kwargs).arguments
         if self.adata is None and given.get("max_epochs") is None and "datamodule" in given:
@@ -405,6 +409,10 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
             If the model is not trained.
         ValueError
             If the genes are not those trained on, or the counts are bad.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
         """
         if ig_interpretability:
             self._check_if_trained(warn=False)

@@ -82,6 +82,13 @@ def _big_iwae_sizes(
 def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     """Make the model of a run, with weights drawn from its seed.
 
+    Parameters
+    ----------
+    config
+        The run.
+    image_shape
+        Height and width in pixels.
+
     Examples
     --------
     >>> from mixscvi.images.experiments.configs import RunConfig
@@ -349,6 +356,13 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
 
     Nothing that the files hold is run: they are JSON and tensors, and are read as such.
 
+    Parameters
+    ----------
+    folder
+        Where the run is recorded.
+    device
+        Where the model is to be.
+
     Raises
     ------
     FileNotFoundError
@@ -356,6 +370,19 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     ValueError
         If a file is truncated, damaged or holds Python objects, or the weights do not fit the
         model, as those of another version may not.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from mixscvi import images
+    >>> gray = np.random.default_rng(0).random((80, 6, 6))
+    >>> data = images.ImageData.from_arrays(gray, n_validation=20, n_test=10)
+    >>> config = images.RunConfig.from_preset("vanilla", budget="smoke", n_components=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained = images.train(config, folder, data=data)
+    ...     config, model = images.load_run(folder)
+    >>> config.preset, model.mixture.n_components
+    ('vanilla', 2)
     """
     folder = Path(folder)
     summary = read_summary(folder)
