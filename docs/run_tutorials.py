@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,17 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 TIMEOUT = 600  # seconds a cell
+
+
+def merged(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs with what was printed in a row put together: where it was cut is chance."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -30,7 +42,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.id = f"cell-{place}"
         cell.metadata = {}
         if cell.cell_type == "code":  # progress and warnings of where it ran
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = merged(out for out in cell.outputs if out.get("name") != "stderr")
         for output in cell.get("outputs", ()):
             # Other forms of a figure or table are never shown and only fill the file.
             data = output.get("data", {})

@@ -18,7 +18,19 @@ Result = TypeVar("Result")
 
 
 class Engine(Protocol):
-    """Runs named configurations, and yields the result of each, or its error, as it ends."""
+    """Runs named configurations, and yields the result of each, or its error, as it ends.
+
+    Examples
+    --------
+    One of your own is a function of two arguments:
+
+    >>> def backwards(run, configurations):
+    ...     for name in reversed(configurations):
+    ...         yield name, run(name, configurations[name])
+    >>> engine: Engine = backwards
+    >>> list(engine(lambda name, x: x + 1, {"a": 1, "b": 2}))
+    [('b', 3), ('a', 2)]
+    """
 
     def __call__(
         self,
@@ -33,6 +45,17 @@ def sequential(
     run: Callable[[str, Configuration], Result], configurations: Mapping[str, Configuration]
 ) -> Iterator[tuple[str, Result | Exception]]:
     """Run one configuration after the other, in this process.
+
+    Parameters
+    ----------
+    run
+        Called with a name and its configuration.
+    configurations
+        By name.
+
+    Yields
+    ------
+    Each name, with what `run` returned or the exception that it raised.
 
     Examples
     --------
@@ -75,6 +98,8 @@ class RayEngine:
         If Ray is not installed.
     ConnectionError
         If there is no cluster at the address.
+    ValueError
+        If `cpus` is not positive, or `gpus` is negative.
 
     Examples
     --------

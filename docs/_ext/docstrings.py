@@ -19,9 +19,12 @@ PUBLIC = (
     "mixscvi.mixture",
     "mixscvi.images",
     "mixscvi.model",
+    "mixscvi.module",
     "mixscvi.likelihoods",
     "mixscvi.pl",
     "mixscvi.datasets",
+    "mixscvi.engines",
+    "mixscvi.system",
 )
 
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -319,7 +319,7 @@ class Curves:
         print(f"{self.output}.png")
 
 
-def _show(result: dict) -> None:
+def _show(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
 

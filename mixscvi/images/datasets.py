@@ -85,6 +85,11 @@ class ImageData:
 
     Created by :func:`load` or, from arrays, by :meth:`from_arrays`.
 
+    Raises
+    ------
+    ValueError
+        If gray levels are outside [0, 1], or validation or test images are not binary.
+
     Examples
     --------
     >>> import numpy as np

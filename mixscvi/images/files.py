@@ -106,7 +106,7 @@ def content_hash(*arrays: np.ndarray) -> str:
     """Hash of the numbers in arrays."""
     digest = hashlib.blake2b(digest_size=8)
     for array in arrays:
-        digest.update(array)
+        digest.update(array.data)
     return digest.hexdigest()
 
 

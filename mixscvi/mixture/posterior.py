@@ -39,6 +39,11 @@ class MixturePosterior(Distribution):
     validate_args
         Whether torch checks the values of the two parameters; costs a pass over them.
 
+    Raises
+    ------
+    ValueError
+        If the two parameters do not have one shape `(..., A, D)`.
+
     Notes
     -----
     The batch shape is `(B,)` and the event shape `(D,)`: :meth:`log_prob` is the joint

@@ -41,7 +41,25 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class Prior(nn.Module, ABC):
-    """What every prior offers."""
+    """What every prior offers.
+
+    A prior of your own is a subclass whose :meth:`forward` builds a distribution from the
+    module's parameters. Where a model takes a prior, it takes an instance of it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.distributions import Independent, StudentT
+    >>> class HeavyTailed(Prior):
+    ...     def __init__(self, n_latent):
+    ...         super().__init__()
+    ...         self.log_scale = torch.nn.Parameter(torch.zeros(n_latent))
+    ...
+    ...     def forward(self, encoder):
+    ...         return Independent(StudentT(4.0, 0.0, self.log_scale.exp()), 1)
+    >>> HeavyTailed(2)(encoder=None).log_prob(torch.zeros(3, 2)).shape
+    torch.Size([3])
+    """
 
     @abstractmethod
     def forward(self, encoder: nn.Module | None) -> Distribution:
@@ -50,7 +68,7 @@ class Prior(nn.Module, ABC):
         Parameters
         ----------
         encoder
-            Maps inputs to their mixture posterior.
+            Maps inputs to their mixture posterior; ``None`` for priors that do without.
         """
 
 
@@ -174,7 +192,13 @@ class VampPrior(Prior):
         self.pseudo_inputs = pseudo_inputs
 
     def forward(self, encoder: nn.Module | None) -> Distribution:
-        """Build p(z) from the posteriors of the pseudo-inputs."""
+        """Build p(z) from the posteriors of the pseudo-inputs, batch shape `()`.
+
+        Raises
+        ------
+        ValueError
+            If `encoder` is ``None``.
+        """
         if encoder is None:
             raise ValueError("a VampPrior is made of the encoder's posteriors, got encoder=None")
         inputs = self.pseudo_inputs()

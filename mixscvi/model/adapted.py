@@ -33,6 +33,13 @@ class AdaptedPosterior(NamedTuple):
 
     They are over the encoder's space: ahead of the flow, where there is one, and with the log
     library size as last dimension, where it is modeled, which `D` counts.
+
+    Examples
+    --------
+    See :meth:`mixscvi.MixSCVI.get_adapted_posterior`, which returns it:
+
+    >>> AdaptedPosterior._fields[:4]
+    ('weights', 'loc', 'scale_tril', 'dof')
     """
 
     weights: np.ndarray

@@ -40,7 +40,15 @@ _PROPOSALS = ("encoder", "adapted")
 
 
 class ComponentDiagnostics(NamedTuple):
-    """What each component of each cell's posterior contributes."""
+    """What each component of each cell's posterior contributes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> of = ComponentDiagnostics(elbo=np.zeros((6, 4)), specialization=np.full((6, 4), 0.2))
+    >>> of.elbo.argmax(1)  # each cell's best component
+    array([0, 0, 0, 0, 0, 0])
+    """
 
     elbo: np.ndarray
     """The component's ELBO as if it were the whole posterior, `(n, A)`, in nats."""

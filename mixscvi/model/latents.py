@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from scvi.model import SCVI
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -19,6 +21,7 @@ from torch.distributions import (
 )
 
 from mixscvi.checks import check_choice
+from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,7 +30,17 @@ __all__ = ["LatentMixture", "LatentsMixin"]
 
 
 class LatentMixture(NamedTuple):
-    """Parameters of each cell's mixture posterior."""
+    """Parameters of each cell's mixture posterior.
+
+    Examples
+    --------
+    The mean of a mixture is that of its component means:
+
+    >>> import numpy as np
+    >>> posterior = LatentMixture(loc=np.zeros((6, 4, 10)), scale=np.ones((6, 4, 10)))
+    >>> posterior.loc.mean(1).shape
+    (6, 10)
+    """
 
     loc: np.ndarray
     """Component means, `(n, A, D)`."""
@@ -213,6 +226,17 @@ class LatentsMixin:
 
         scvi-tools scores draws under a standard normal prior and divides by the density that it
         asks of `qz`, which is therefore corrected for this model's prior.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`get_latent_mixture`.
+        qz, px
+            Distributions that the module's ``inference`` and ``generative`` returned.
+        zs
+            Draws of z, `(L, B, D)`.
+        *args, **kwargs
+            As in ``SCVI.get_importance_weights``.
         """
         qz = self.module.as_importance_density(qz)
         return super().get_importance_weights(adata, indices, qz, px, zs, *args, **kwargs)
@@ -262,3 +286,39 @@ class LatentsMixin:
         if self.module.flow is None:
             return aggregated
         return TransformedDistribution(aggregated, [self.module.flow.transform])
+
+    @signed_as(SCVI.differential_abundance)
+    def differential_abundance(self, *args: Any, **kwargs: Any) -> Any:
+        """Log density of each cell's latent mean among the cells of each sample.
+
+        Written to ``adata.obsm["da_log_probs"]``, by cell and sample; see
+        ``SCVI.differential_abundance``. The density is :meth:`get_aggregated_posterior` of the
+        sample's cells.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As in scvi-tools.
+
+        Raises
+        ------
+        KeyError
+            If `sample_key` is no column of ``adata.obs``.
+        ValueError
+            If `adata` is a collection without ``obsm``.
+        """
+        given = inspect.signature(SCVI.differential_abundance).bind(self, *args, **kwargs).arguments
+        if given.get("dataloader") is None:
+            adata = self._validate_anndata(given.get("adata"))
+            key = given.get("sample_key")
+            if key not in adata.obs:
+                raise KeyError(
+                    f"sample_key={key!r} is not in adata.obs, which has {[*adata.obs.columns]}"
+                )
+            if adata.obsm is None:
+                raise ValueError(
+                    "differential_abundance writes to adata.obsm, which this collection lacks: "
+                    "make it with AnnCollection(..., join_obsm='inner') of parts that have an "
+                    "obsm, or give adata"
+                )
+        return super().differential_abundance(*args, **kwargs)

@@ -65,6 +65,21 @@ class QueriesMixin:
         ------
         ValueError
             As :meth:`MixSCVI.load`; or if the query has none of the genes, or one of them twice.
+
+        Examples
+        --------
+        Genes that the query lacks are zeros, and those that the reference lacks are left out:
+
+        >>> import mixscvi, scvi
+        >>> scvi.settings.verbosity = 30  # warnings, and not the share of genes
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> reference, query = adata[:400].copy(), adata[400:, 20:].copy()
+        >>> mixscvi.MixSCVI.setup_anndata(reference)
+        >>> model = mixscvi.MixSCVI(reference, n_components=2, n_hidden=16)
+        >>> mixscvi.MixSCVI.prepare_query_anndata(query, model)
+        >>> scvi.settings.verbosity = 20
+        >>> query.n_vars == reference.n_vars
+        True
         """
         check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
@@ -113,6 +128,21 @@ class QueriesMixin:
         ------
         ValueError
             As :meth:`MixSCVI.load`; or if the query does not fit the reference.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> adata.obs["sample"] = ["new" if i % 3 == 0 else "old" for i in range(adata.n_obs)]
+        >>> reference = adata[adata.obs["sample"] == "old"].copy()
+        >>> query = adata[adata.obs["sample"] == "new"].copy()
+        >>> mixscvi.MixSCVI.setup_anndata(reference, batch_key="sample")
+        >>> model = mixscvi.MixSCVI(reference, n_components=2, n_hidden=16)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> mapped = mixscvi.MixSCVI.load_query_data(query, model)
+        >>> mapped.train(max_epochs=1, plan_kwargs={"weight_decay": 0}, enable_progress_bar=False)
+        >>> mapped.get_latent_representation().shape == (query.n_obs, 10)
+        True
         """
         if inplace_subset_query_vars and adata is not None:
             check_unique(adata.var_names, source="adata.var_names")
@@ -176,6 +206,21 @@ class QueriesMixin:
         -----
         UserWarning
             If the counts are gone, and with them what is needed for expression at its scale.
+
+        Examples
+        --------
+        >>> import mixscvi, scvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> mixscvi.MixSCVI.setup_anndata(adata)
+        >>> model = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> before = model.get_latent_mixture()
+        >>> scvi.settings.verbosity = 30  # warnings, and not what is registered
+        >>> model.minify_adata()
+        >>> scvi.settings.verbosity = 20
+        >>> error = abs(model.get_latent_mixture().loc - before.loc).max()
+        >>> model.adata.X.nnz, bool(error < 1e-5)
+        (0, True)
         """
         if is_on_disk(AnnTorchDataset(self.adata_manager)):
             with self._annotation_in_memory(minified_data_type):

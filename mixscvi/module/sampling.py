@@ -47,6 +47,20 @@ class ImportanceSampling(Adaptation):
     """What a :class:`scvi.module.VAE` needs for importance sampling with its posterior.
 
     The module has a ``prior`` over `D` dimensions and a ``flow``, or ``None``.
+
+    Examples
+    --------
+    What both modules offer, for a minibatch as scvi-tools loads it:
+
+    >>> import torch
+    >>> from mixscvi.module import MixVAE
+    >>> module = MixVAE(20, n_latent=3).eval()  # A = 4
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> module.importance_draws(tensors, n_samples=5).log_weights.shape  # (L, B, A)
+    torch.Size([5, 6, 4])
+    >>> module.marginal_ll(tensors, n_mc_samples=20).shape
+    torch.Size([6])
     """
 
     mixture: MixtureOptions
@@ -92,7 +106,7 @@ class ImportanceSampling(Adaptation):
     @torch.inference_mode()
     @auto_move_data
     def posterior(self, tensors: dict[str, Tensor]) -> MixturePosterior:
-        """The mixture posterior of a minibatch, before any flow."""
+        """The mixture posterior of a minibatch, before any flow, batch shape `(B,)`."""
         inputs = self._get_inference_input(tensors)
         if "qzm" in inputs:
             return self.stored_posterior(inputs["qzm"], inputs["qzv"])
@@ -175,7 +189,7 @@ class ImportanceSampling(Adaptation):
         n_mc_samples_per_pass: int | None = None,
         form: Literal["siwae", "iw_miselbo"] = "siwae",
     ) -> Tensor | float:
-        """Estimate log p(x) of a minibatch; see :meth:`mixscvi.MixSCVI.get_marginal_ll`."""
+        """Estimate log p(x) of a minibatch, `(B,)`; see :meth:`mixscvi.MixSCVI.get_marginal_ll`."""
         n_samples = math.ceil(n_mc_samples / self.n_components)
         draws = self.importance_draws(tensors, n_samples, n_mc_samples_per_pass)
         log_px = FORMS[form](draws.log_weights)

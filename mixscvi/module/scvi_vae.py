@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from mixscvi.mixture import MixturePosterior, StandardNormal
+from mixscvi.mixture.layers import LinearByFeature
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.sampling import ImportanceSampling
@@ -22,8 +23,13 @@ __all__ = ["FusedVAE", "ScviVAE"]
 class ScviVAE(ImportanceSampling, VAE):
     """scvi-tools' own module, with importance sampling mixed in.
 
-    It is identical to that of :class:`scvi.model.SCVI`, bit for bit. Its posterior is a mixture of
-    one component.
+    It is identical to that of :class:`scvi.model.SCVI`, bit for bit.
+    Its posterior is a mixture of one component, `A` = 1.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in :class:`scvi.module.VAE`.
 
     Examples
     --------
@@ -84,9 +90,29 @@ class FusedVAE(ScviVAE):
     """scvi-tools' own module, whose loss takes the likelihood in one go.
 
     Parameters, draws, loss and gradients are those of :class:`ScviVAE` to rounding.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in :class:`scvi.module.VAE`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = FusedVAE(20, n_latent=3).eval()
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> inference, generative, losses = module(tensors)
+    >>> losses.reconstruction_loss["reconstruction_loss"].shape
+    torch.Size([6])
     """
 
     mixture = MixtureOptions(n_components=1)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first = self.z_encoder.encoder.fc_layers[0]
+        first[0] = LinearByFeature(first[0])  # of counts, which are mostly zero
 
     def forward(
         self,

@@ -141,7 +141,9 @@ class _Labeled:
         if has_label.sum() < 2:  # batch normalization has no variance of a single cell
             return None
         return {
-            name: values[has_label] if len(values) == len(has_label) else values
+            name: values[has_label]
+            if values is not None and len(values) == len(has_label)
+            else values
             for name, values in tensors.items()
         }
 
@@ -279,6 +281,11 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
         Returns
         -------
         log q(y | x), `(B, C)`; its exponential if the classifier gives probabilities.
+
+        Raises
+        ------
+        ValueError
+            If there are neither counts nor minified posteriors.
         """
         if qzm is not None and qzv is not None:
             posterior = self.stored_posterior(qzm, qzv)
@@ -310,6 +317,11 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
 
     It is identical to that of :class:`scvi.model.SCANVI`, bit for bit. Its posterior is a mixture
     of one component.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in :class:`scvi.module.SCANVAE`.
 
     Examples
     --------
@@ -344,7 +356,13 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         qzv: Tensor | None = None,
         observed_lib_size: Tensor | None = None,
     ) -> Tensor:
-        """As in scvi-tools, also for embedded batches and minified data, `(B, C)`."""
+        """As in scvi-tools, also for embedded batches and minified data, `(B, C)`.
+
+        Raises
+        ------
+        ValueError
+            If there are neither counts nor minified posteriors.
+        """
         if qzm is not None and qzv is not None:
             qz = Normal(qzm, qzv.sqrt())
             z = qz.sample()
@@ -361,4 +379,19 @@ class FusedSCANVAE(ScviSCANVAE, FusedVAE):
     """scvi-tools' own module, whose loss takes the likelihood in one go.
 
     Parameters, draws, loss and gradients are those of :class:`ScviSCANVAE` to rounding.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in :class:`scvi.module.SCANVAE`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = FusedSCANVAE(20, n_latent=3, n_labels=5).eval()
+    >>> x = torch.poisson(torch.full((6, 20), 2.0))
+    >>> tensors = {"X": x, "batch": torch.zeros(6, 1), "labels": torch.zeros(6, 1)}
+    >>> _, _, losses = module(tensors)
+    >>> losses.reconstruction_loss["reconstruction_loss"].shape
+    torch.Size([6])
     """

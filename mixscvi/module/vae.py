@@ -289,6 +289,11 @@ class MixVAE(ImportanceSampling, VAE):
         `kl_weight` times :math:`\frac{1}{S} \sum_s \log q(z_s) - \log p(z_s)`. In the other
         objectives the two do not separate, and ``kl_local`` reports the bound less the
         reconstruction error, so that their sum is always the negative bound.
+
+        Raises
+        ------
+        ValueError
+            If the draws are not the stratified ones, `(L, B, S, D)`.
         """
         if "log_qz" not in inference_outputs:
             raise ValueError(

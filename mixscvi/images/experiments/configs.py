@@ -73,7 +73,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes, training and test draws that belong together."""
+    """Sizes, training and test draws that belong together.
+
+    Examples
+    --------
+    >>> from mixscvi.images import BUDGETS, Budget, TrainingConfig
+    >>> Budget(training=TrainingConfig(max_epochs=50)).draws, BUDGETS["small"].draws
+    (5000, 500)
+    """
 
     sizes: Sizes = field(default_factory=Sizes)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -142,6 +149,11 @@ BUDGETS: dict[str, Budget] = {
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run, except the images themselves.
+
+    Raises
+    ------
+    ValueError
+        If a choice is not one of those listed, or two controls are asked for at once.
 
     Examples
     --------

@@ -35,6 +35,7 @@ from mixscvi.images.experiments.runs import (
     weights_hash,
 )
 from mixscvi.images.experiments.training import train
+from mixscvi.images.networks.configs import Preset
 from mixscvi.system import write_beside
 from mixscvi.tables import run_missing
 
@@ -60,7 +61,7 @@ _ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
 
 def _configs(
-    presets: Sequence[str], components: Sequence[int], seeds: int, **kwargs: Any
+    presets: Sequence[Preset], components: Sequence[int], seeds: int, **kwargs: Any
 ) -> list[RunConfig]:
     # Seeds outermost: an interrupted sweep has every preset once before any of them twice.
     if seeds < 1:
@@ -77,7 +78,7 @@ def _configs(
 def sweep(
     folder: str | Path,
     *,
-    presets: Sequence[str],
+    presets: Sequence[Preset],
     components: Sequence[int] = (1, 2, 4),
     seeds: int = 3,
     results: str | Path | None = None,

@@ -34,6 +34,7 @@ from mixscvi.images.experiments.runs import (
     run_data,
 )
 from mixscvi.images.networks.configs import MixtureConfig
+from mixscvi.images.networks.priors import PseudoImages
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
 from mixscvi.system import write_beside
@@ -149,6 +150,7 @@ class _Recorder(Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        assert isinstance(pl_module, ImageTraining)
         bound = float(trainer.callback_metrics["validation_bound"])
         row = {
             "epoch": trainer.current_epoch,
@@ -172,6 +174,7 @@ class _Patience(EarlyStopping):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        assert isinstance(pl_module, ImageTraining)
         if pl_module.beta == 1:
             super().on_validation_end(trainer, pl_module)
 
@@ -288,7 +291,9 @@ def train(
         generator = torch.Generator().manual_seed(config.seed)
         size = (config.sizes.n_prior_components,)
         rows = torch.randint(len(data.train), size, generator=generator)
-        model.prior.pseudo_inputs.start_from(data.train[rows])
+        pseudo_images = model.prior.pseudo_inputs
+        assert isinstance(pseudo_images, PseudoImages)
+        pseudo_images.start_from(data.train[rows])
     if config.ensemble:
         alone = _trained_alone(config, folder / "alone", data, device, progress=progress)
         _freeze_generative_half(model, alone)

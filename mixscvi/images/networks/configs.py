@@ -58,7 +58,7 @@ class ModelConfig:
         check_at_least(self, 0, "n_flow_steps")
 
 
-PRESETS: dict[str, ModelConfig] = {
+PRESETS: dict[Preset, ModelConfig] = {
     "vanilla": ModelConfig(),
     "flow": ModelConfig(n_flow_steps=2),
     "vamp": ModelConfig(prior="vamp"),
