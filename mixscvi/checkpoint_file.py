@@ -6,12 +6,14 @@ import os
 import pickle
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["UNREADABLE", "damaged_record", "read_checkpoint"]
+__all__ = ["UNREADABLE", "check_tensors", "damaged_record", "read_checkpoint"]
 
 # What damaged bytes make the readers of archives, and torch in them, raise.
 UNREADABLE = (
@@ -32,10 +34,66 @@ def damaged_record(path: Path) -> str | None:
     """Name of the first damaged record of an archive, or ``None`` if all are whole.
 
     torch reads over damaged bytes; the archive has a checksum of each of its records. What is no
-    archive raises one of ``UNREADABLE``.
+    archive raises one of ``UNREADABLE``. torch compresses nothing: a record that would be larger
+    than the file is damaged too, and is not unpacked.
     """
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.file_size > size:
+                return record.filename
         return archive.testzip()
+
+
+def check_tensors(values: Any, n_bytes: int) -> None:
+    """Raise if tensors among nested values have more numbers than a file has bytes for.
+
+    A file can describe such tensors in a few bytes; whoever computes with them runs out of memory,
+    or reads what is beside them there.
+
+    Parameters
+    ----------
+    values
+        What was read.
+    n_bytes
+        Size of the file.
+
+    Raises
+    ------
+    ValueError
+        Naming the tensor and its shape.
+
+    Examples
+    --------
+    >>> check_tensors({"weights": torch.ones(2, 3)}, 1_000)
+    >>> check_tensors({"weights": torch.ones(1).expand(10**6, 10**6)}, 1_000)
+    Traceback (most recent call last):
+        ...
+    ValueError: weights claims the shape (1000000, 1000000), more than the file holds
+    """
+    stored: dict[int, int] = {}
+    for name, value in _tensors(values, ""):
+        if value.layout != torch.strided:
+            raise ValueError(f"{name} is no dense tensor")
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        if value.numel() * value.element_size() > storage.nbytes() or (
+            sum(stored.values()) > n_bytes
+        ):
+            raise ValueError(
+                f"{name} claims the shape {tuple(value.shape)}, more than the file holds"
+            )
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{i}]")
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,7 +122,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if damaged is not None:
         raise ValueError(f"{path} is damaged at its record {damaged!r}: {remedy}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(values, path.stat().st_size)
+        return values
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds Python objects, and reading them can run any code: it was not written "

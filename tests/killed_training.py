@@ -29,6 +29,14 @@ CASES = {
             "plan_kwargs": {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": 9},
         },
     ),
+    "labels, some of each in an epoch": (
+        {"labeled": True, "n_components": 3},
+        {"n_samples_per_label": 6, "early_stopping": True, "early_stopping_patience": 5},
+    ),
+    "scANVI itself": (
+        {"labeled": True, "n_components": 1, "likelihood": "reference"},
+        {"n_samples_per_label": 6, "check_val_every_n_epoch": 1},
+    ),
 }
 TRAINED = {
     "max_epochs": 7,
@@ -40,17 +48,22 @@ TRAINED = {
 }
 
 
-def make_model(seed=0, **model_kwargs):
+def make_model(seed=0, *, labeled=False, **model_kwargs):
     import scvi
 
     from conftest import synthetic_counts
     from fitting import SMALL
-    from mixscvi import MixSCVI
+    from mixscvi import MixSCANVI, MixSCVI
 
     adata = synthetic_counts()
-    MixSCVI.setup_anndata(adata, batch_key="batch")
+    if labeled:
+        adata.obs["label"] = adata.obs["label"].where(adata.obs["batch"] != "b1", "unlabeled")
+        setup = {"labels_key": "label", "unlabeled_category": "unlabeled"}
+        MixSCANVI.setup_anndata(adata, batch_key="batch", **setup)
+    else:
+        MixSCVI.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = seed
-    return MixSCVI(adata, **{**SMALL, **model_kwargs})
+    return (MixSCANVI if labeled else MixSCVI)(adata, **{**SMALL, **model_kwargs})
 
 
 def train(model, folder, **train_kwargs):
@@ -61,7 +74,7 @@ def train(model, folder, **train_kwargs):
 def train_and_be_killed(folder, model_kwargs, train_kwargs):
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from mixscvi import MixSCVI
+    from mixscvi import MixSCANVI, MixSCVI
     from mixscvi.model.runner import Runner
 
     class KilledRunner(Runner):
@@ -73,7 +86,7 @@ def train_and_be_killed(folder, model_kwargs, train_kwargs):
             if trainer.current_epoch == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    MixSCVI._train_runner_cls = KilledRunner
+    MixSCVI._train_runner_cls = MixSCANVI._train_runner_cls = KilledRunner
     train(make_model(**model_kwargs), folder, **train_kwargs)
 
 

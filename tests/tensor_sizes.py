@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns."""
+    """Records the most elements of any tensor that an operation makes: views are none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -13,7 +13,10 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        given = {
+            value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)
+        }
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, value.numel())
         return result

@@ -119,7 +119,7 @@ def check_categories(column: pd.Series, known: Sequence[Any], *, source: str) ->
         more = ", ..." if len(known) > _NAMES_SHOWN else ""
         raise ValueError(
             f"{source} is {named} in {name_cells(column.index, np.flatnonzero(unknown))}, but the "
-            f"model was trained on {shown}{more}: map new ones with MixSCVI.load_query_data"
+            f"model was trained on {shown}{more}: map new ones with load_query_data"
         )
 
 

@@ -55,7 +55,7 @@ def check_numbers(x: Any, obs_names: pd.Index, var_names: pd.Index, *, source: s
             first = f": first {value!r} of cell {str(obs_names[i])!r}, gene {gene!r}"
             break
     else:
-        first = ": convert it, as with adata.X.astype('float32')"
+        first = f": convert it, as with {source}.astype('float32')"
     raise TypeError(f"{source} must hold numbers, but is of type {x.dtype}{first}")
 
 

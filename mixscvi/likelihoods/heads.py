@@ -31,12 +31,14 @@ from torch import Tensor
 from mixscvi.likelihoods import eager
 from mixscvi.likelihoods.gradients import attach, gradient_buffers, needs_grad
 from mixscvi.likelihoods.native import Gradients, SparseCounts, evaluate, usable
+from mixscvi.mixture.products import product_with_transpose
 
 __all__ = ["head_log_prob", "logits_log_prob"]
 
-# Logits that are computed at once without gradients. Smaller blocks would stay in the cache, but
-# matrix products of few rows cost more than that saves.
-_ELEMENTS_PER_BLOCK = 2**23
+# Logits that are computed at once without gradients. Larger blocks are memory that the C library
+# takes from the system anew each time; smaller ones would stay in the cache, but matrix products
+# of few rows cost more than that saves.
+_ELEMENTS_PER_BLOCK = 2**22
 
 
 def logits_log_prob(
@@ -176,8 +178,8 @@ def _value_and_gradients(
     *,
     summed: bool,
 ) -> tuple[Tensor, Gradients] | None:
-    scale = hidden @ scale_weight.t()
-    zi = None if zi_weight is None else hidden @ zi_weight.t()
+    scale = _logits(hidden, scale_weight)
+    zi = None if zi_weight is None else _logits(hidden, zi_weight)
     gradients = Gradients(
         mean=scale,
         theta=None if theta is None or summed else torch.empty_like(scale),
@@ -240,7 +242,7 @@ class _Head(torch.autograd.Function):
                 layers.append(weights @ flat if sums is None else sums[i])
             else:
                 layers.append(None)
-            d_hidden.addmm_(flat, weight)
+            d_hidden += product_with_transpose(flat, weight.t())
         d_theta = None
         if by_theta and sums is not None:
             d_theta = sums[1]
@@ -260,10 +262,9 @@ class _Head(torch.autograd.Function):
         )
 
 
-def _logits(units: Tensor, weight: Tensor, room: Tensor) -> Tensor:
-    """Outputs of a linear layer without its bias, written to the first rows of `room`."""
-    rows = units.flatten(0, -2)
-    product = torch.mm(rows, weight.t(), out=room[: len(rows)])
+def _logits(units: Tensor, weight: Tensor) -> Tensor:
+    """Outputs of a linear layer without its bias."""
+    product = product_with_transpose(units.flatten(0, -2), weight)
     return product.view(*units.shape[:-1], -1)
 
 
@@ -283,11 +284,6 @@ def _in_blocks(
     n_rows = max(1, _ELEMENTS_PER_BLOCK // n_genes)
     cells = min(n_cells, max(1, n_rows // (n_strata * n_per_stratum)))
     strata = min(n_strata, max(1, n_rows // (cells * n_per_stratum)))
-    room, *zi_room = (
-        hidden.new_empty(strata * cells * n_per_stratum, n_genes)
-        for weight in (scale_weight, zi_weight)
-        if weight is not None
-    )
     values = hidden.new_empty(hidden.shape[:-1])
     for cell in range(0, n_cells, cells):
         some_cells = slice(cell, cell + cells)
@@ -297,9 +293,9 @@ def _in_blocks(
             units = hidden[block]
             value = evaluate(
                 counts,
-                _logits(units, scale_weight, room),
+                _logits(units, scale_weight),
                 theta if theta is None or theta.dim() == 1 else theta[block[4 - theta.dim() :]],
-                None if zi_weight is None else _logits(units, zi_weight, *zi_room),
+                None if zi_weight is None else _logits(units, zi_weight),
                 mean_bias=scale_bias,
                 zi_bias=zi_bias,
                 log_library=log_library[block],

@@ -21,7 +21,7 @@ import zlib
 import numpy as np
 from numba import njit
 
-from mixscvi.likelihoods.compiling import cached
+from mixscvi.compiling import cached
 from mixscvi.likelihoods.vector_math import (
     add,
     exp,

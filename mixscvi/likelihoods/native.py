@@ -1,13 +1,7 @@
-"""When the compiled kernels run, on how many threads, and what happens when they cannot."""
+"""When the compiled kernels run, on which blocks, and what happens when they cannot."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixscvi import compiled
+
 __all__ = ["Gradients", "SparseCounts", "compiles", "dense_rows", "evaluate", "usable"]
 
 _ELEMENTS_PER_TASK = 2**16
 _TASKS_PER_THREAD = 4  # a thread that is late leaves its share to the others
 _CELLS_PER_TABLE = 16  # fewer cells do not look up often enough
-
-_failed = False
 
 
 class SparseCounts(NamedTuple):
@@ -103,94 +97,8 @@ def compiles() -> bool:
     return _kernels() is not None
 
 
-@lru_cache(1)
-def _import_kernels() -> ModuleType:
-    import numba
-
-    from mixscvi.likelihoods import kernels
-
-    if vars(numba.config)["DISABLE_JIT"]:
-        raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
-    return kernels
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    from mixscvi.likelihoods.compiling import ERRORS
-
-    return ERRORS
-
-
 def _kernels() -> ModuleType | None:
-    if _failed:
-        return None
-    try:
-        return _import_kernels()
-    except ImportError as error:
-        _give_up(error)
-        return None
-
-
-def _give_up(error: BaseException) -> None:
-    global _failed
-    _failed = True
-    cause = str(error).strip().partition("\n")[0]
-    warnings.warn(
-        "numba cannot provide the fast likelihoods, so slower ones are used "
-        f"({type(error).__name__}: {cause})",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-@lru_cache(1)
-def _thread_pool(n_threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads besides the calling one; those of a parent process do not survive a fork."""
-    return ThreadPoolExecutor(n_threads - 1, thread_name_prefix="mixscvi-likelihoods")
-
-
-_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@lru_cache(1)
-def _openmp_parallel() -> Callable[..., None] | None:
-    """The entry to torch's own OpenMP threads, if its library has that of GNU's.
-
-    After a matrix product these threads spin for some milliseconds in wait of more work. Other
-    threads would compete with them for the cores, and take up to twice as long.
-    """
-    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-    if parallel is not None:
-        parallel.argtypes = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        parallel.restype = None
-    return parallel
-
-
-def _run(call: Callable[..., None], tasks: list[tuple[int, ...]], n_threads: int) -> None:
-    """Make all calls, each by the thread that is free next."""
-    waiting = iter(tasks)
-    errors: list[Exception] = []
-
-    def work(_: object = None) -> None:
-        try:
-            for task in waiting:
-                call(*task)
-        except Exception as error:  # noqa: BLE001 - raised again in the calling thread
-            errors.append(error)
-
-    n_threads = min(n_threads, len(tasks))
-    parallel = _openmp_parallel()
-    if n_threads == 1:
-        work()
-    elif parallel is not None:
-        parallel(_REGION(work), None, n_threads, 0)
-    else:
-        pool = _thread_pool(n_threads, os.getpid())
-        helpers = [pool.submit(work) for _ in range(n_threads - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
-    if errors:
-        raise errors[0]
+    return compiled.load("mixscvi.likelihoods.kernels")
 
 
 def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tuple[int, ...]]:
@@ -296,13 +204,13 @@ def evaluate(
             *(theta_rows, theta_strides, zi_rows, _array(zi_bias), table),
             *(value.view(-1).numpy(), *written, None if sums is None else sums.numpy()),
         )
-        _run(
+        compiled.run_tasks(
             lambda *task: kernels.rows(*task, *constant),
             tasks,
             n_threads,
         )
-    except _errors() as error:
-        _give_up(error)
+    except compiled.errors() as error:
+        compiled.give_up(error)
         return None
     if gradients is not None and sums is not None:
         torch.sum(sums, 0, out=gradients.sums)
@@ -344,8 +252,8 @@ def dense_rows(
     out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
     try:
         inside = add_rows(rows, indptr, indices, data, out)
-    except _errors() as error:
-        _give_up(error)
+    except compiled.errors() as error:
+        compiled.give_up(error)
         return None
     if not inside:
         raise IndexError(f"the matrix of {n_columns} columns has entries in others")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixscvi.likelihoods.compiling import cached
+from mixscvi.compiling import cached
 
 __all__ = ["add_rows"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.mixture.products import mostly_zero, product_by_nonzeros
+from mixscvi.mixture.products import few_nonzeros, linear, product_by_nonzeros
 
-__all__ = ["StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
+__all__ = ["LinearByFeature", "StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
 
 
 def rows(parameter: Tensor, components: Tensor | None) -> Tensor:
@@ -23,6 +23,15 @@ def rows(parameter: Tensor, components: Tensor | None) -> Tensor:
     tensor([[0., 0., 1.]])
     """
     return parameter if components is None else parameter.index_select(0, components)
+
+
+def _of_shared_input(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ table + bias`, of sums of the table's rows where `x` is mostly zero."""
+    nonzeros = few_nonzeros(x, table)
+    if nonzeros is None:
+        return linear(x, table.T, bias)
+    y = product_by_nonzeros(nonzeros, table)
+    return y if bias is None else y + bias
 
 
 class StackedLinear(nn.Module):
@@ -41,6 +50,11 @@ class StackedLinear(nn.Module):
         Output features of each map.
     bias
         Whether to add `b_a`.
+    by_feature
+        Whether all weights of an input feature lie together in memory, as suits an input that
+        all maps share and that is mostly zero, such as counts of genes: on a CPU, minibatches with
+        few non-zeros are then computed as sums of such rows
+        (``mixscvi.mixture.products.few_nonzeros``). Shapes and values do not depend on it.
 
     Examples
     --------
@@ -52,12 +66,23 @@ class StackedLinear(nn.Module):
     (torch.Size([7, 3, 2]), torch.Size([7, 3, 2]))
     """
 
-    def __init__(self, n_components: int, n_in: int, n_out: int, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        n_components: int,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = True,
+        by_feature: bool = False,
+    ) -> None:
         super().__init__()
         self.n_components, self.n_in, self.n_out = n_components, n_in, n_out
         self.weight = nn.Parameter(torch.empty(n_components, n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_components, n_out)) if bias else None
         self.reset_parameters()
+        if by_feature:
+            by_rows = self.weight.detach().permute(2, 0, 1).contiguous()
+            self.weight = nn.Parameter(by_rows.permute(1, 2, 0))
 
     def extra_repr(self) -> str:
         """Summarize the sizes."""
@@ -91,22 +116,25 @@ class StackedLinear(nn.Module):
         -------
         `(B, S, n_out)`.
         """
-        weight = rows(self.weight, components)
         bias = None if self.bias is None else rows(self.bias, components)
         if x.dim() == 2:
-            flat_bias = None if bias is None else bias.flatten()
-            return F.linear(x, weight.flatten(0, 1), flat_bias).unflatten(-1, weight.shape[:2])
-        y = torch.einsum("bai,aoi->bao", x, weight)
+            weight = self._by_feature()
+            weight = weight if components is None else weight.index_select(1, components)
+            y = _of_shared_input(x, weight.flatten(1), None if bias is None else bias.flatten())
+            return y.unflatten(-1, weight.shape[1:])
+        y = torch.einsum("bai,aoi->bao", x, rows(self.weight, components))
         return y if bias is None else y + bias
+
+    def _by_feature(self) -> Tensor:
+        """The weights as `(n_in, A, n_out)`, a view."""
+        return self.weight.permute(2, 0, 1)
 
 
 class StackedSparseLinear(StackedLinear):
     r"""`A` linear maps of one input that is mostly zero, such as a binary image.
 
-    The same maps as :class:`StackedLinear`, but the weights of an input feature are contiguous in
-    memory: `weight` is `(n_in, A, n_out)`. On a CPU, if all maps together have enough outputs,
-    minibatches with few non-zeros are computed as sums of rows
-    (``mixscvi.mixture.products.mostly_zero``); others as one matrix product.
+    The same maps as :class:`StackedLinear` with ``by_feature=True``, but `weight` has the shape
+    `(n_in, A, n_out)`.
 
     Parameters
     ----------
@@ -129,6 +157,9 @@ class StackedSparseLinear(StackedLinear):
         """The weight of one map as :class:`torch.nn.Linear` has it, `(n_out, n_in)`: a view."""
         return self.weight[:, component].T
 
+    def _by_feature(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
         """Apply the maps.
 
@@ -150,15 +181,35 @@ class StackedSparseLinear(StackedLinear):
         """
         if x.dim() != 2:
             raise ValueError(f"x must have shape (B, {self.n_in}), got {tuple(x.shape)}")
-        weight = self.weight if components is None else self.weight.index_select(1, components)
-        table = weight.flatten(1)
-        bias = None if self.bias is None else rows(self.bias, components).flatten()
-        if mostly_zero(x, table):
-            y = product_by_nonzeros(x, table)
-            y = y if bias is None else y + bias
-        else:
-            y = F.linear(x, table.T, bias)
-        return y.unflatten(-1, weight.shape[1:])
+        return super().forward(x, components)
+
+
+class LinearByFeature(nn.Linear):
+    """A linear layer stored as one of :class:`StackedLinear` with ``by_feature=True``.
+
+    Parameters
+    ----------
+    linear
+        The layer whose parameters it takes over.
+
+    Examples
+    --------
+    >>> import torch
+    >>> linear = torch.nn.Linear(5, 2)
+    >>> x = torch.ones(7, 5)
+    >>> torch.allclose(LinearByFeature(linear)(x), linear(x))
+    True
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the map to `(..., n_in)`."""
+        return _of_shared_input(x, self.weight.T, self.bias) if x.dim() == 2 else super().forward(x)
 
 
 class StackedConv2d(nn.Module):

@@ -120,7 +120,11 @@ class StackedMLP(nn.Module):
         for layer in range(n_layers):
             width = n_hidden if layer else n_in
             extra = n_covariates if self.injects_into(layer) else 0
-            self.linears.append(StackedLinear(n_components, width + extra, n_hidden, bias=bias))
+            self.linears.append(
+                StackedLinear(
+                    n_components, width + extra, n_hidden, bias=bias, by_feature=layer == 0
+                )
+            )
             if use_batch_norm:
                 self.batch_norms.append(
                     nn.BatchNorm1d(n_components * n_hidden, momentum=0.01, eps=0.001)

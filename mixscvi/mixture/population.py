@@ -43,17 +43,23 @@ class Memory:
     def __init__(self, start: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
         self.proposals = [(len(draws), start)]
         self.draws, self.log_joint = draws, log_joint
+        log_prob = start.log_prob(draws)
         # log sum_t N_t q_t(z) of every draw: over all draws' number, the mixture they came from
-        self.log_counts = start.log_prob(draws) + math.log(len(draws))
+        self.log_counts = log_prob + math.log(len(draws))
+        # log q(z) under the first and newest proposal, of the start's draws and then the newest
+        self.by_first = self.by_newest = torch.cat((log_prob, log_prob))
 
     def add(self, proposal: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
         """Add a generation: draws of a proposal and their log p(x, z)."""
         self.proposals.append((len(draws), proposal))
-        by_newest = proposal.log_prob(self.draws) + math.log(len(draws))
-        older = torch.logaddexp(self.log_counts, by_newest)
+        n_start, of_all = self.proposals[0][0], proposal.log_prob(self.draws)
+        older = torch.logaddexp(self.log_counts, of_all + math.log(len(draws)))
+        of_draws = [past.log_prob(draws) for _, past in self.proposals]
         newest = torch.full_like(log_joint, -torch.inf)
-        for n, past in self.proposals:
-            newest = torch.logaddexp(newest, past.log_prob(draws) + math.log(n))
+        for (n, _), log_prob in zip(self.proposals, of_draws, strict=True):
+            newest = torch.logaddexp(newest, log_prob + math.log(n))
+        self.by_first = torch.cat((self.by_first[:n_start], of_draws[0]))
+        self.by_newest = torch.cat((of_all[:n_start], of_draws[-1]))
         self.draws = torch.cat((self.draws, draws))
         self.log_joint = torch.cat((self.log_joint, log_joint))
         self.log_counts = torch.cat((older, newest))
@@ -62,6 +68,7 @@ class Memory:
         """Forget all cells but these."""
         self.draws = self.draws[:, rows]
         self.log_joint, self.log_counts = self.log_joint[:, rows], self.log_counts[:, rows]
+        self.by_first, self.by_newest = self.by_first[:, rows], self.by_newest[:, rows]
         self.proposals = [(n, proposal.select(rows)) for n, proposal in self.proposals]
 
     def flattened_weights(self, least_ess: float) -> Tensor:
@@ -90,16 +97,13 @@ class Memory:
 
         The start's draws find what the adapted proposal may have left behind.
         """
-        n, proposal = self.proposals[-1]
-        n_start, first = self.proposals[0]
+        n, n_start = self.proposals[-1][0], self.proposals[0][0]
         log_joint = self.log_joint[-n:]
-        alone = tail_index(log_joint - proposal.log_prob(self.draws[-n:]))
-        draws = torch.cat((self.draws[:n_start], self.draws[-n:]))
+        alone = tail_index(log_joint - self.by_newest[-n:])
         log_joint = torch.cat((self.log_joint[:n_start], log_joint))
         share = n / (n + n_start)
         both = torch.logaddexp(
-            proposal.log_prob(draws) + math.log(share),
-            first.log_prob(draws) + math.log(1 - share),
+            self.by_newest + math.log(share), self.by_first + math.log(1 - share)
         )
         return torch.maximum(alone, tail_index(log_joint - both))
 

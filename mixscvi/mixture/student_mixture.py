@@ -138,9 +138,13 @@ class StudentMixture(Distribution):
         cells
             Indices, `(n,)`.
         """
-        return StudentMixture(
+        selected = StudentMixture(
             self.weights[cells], self.loc[cells], self.scale_tril[cells], self.dof
         )
+        if self._whitening is not None:  # inverses cost more than they take memory
+            center, inverse, whitened = self._whitening
+            selected._whitening = center[cells], inverse[cells], whitened[cells]
+        return selected
 
     def _whiteners(self) -> tuple[Tensor, Tensor, Tensor]:
         """A center `(B, 1, D)`, inverse factors `(B, D, K * D)`, whitened centers `(B, 1, K * D)`.

@@ -5,7 +5,8 @@
 | base | what all models share |
 | mixscvi | the model: what it is made of, and its data |
 | mixscanvi | the semi-supervised model |
-| labels | its labels, checked, and its minibatches |
+| pretrained | a trained model of the counts as its start |
+| labels | its labels, checked, its minibatches and training plan |
 | data | checks of the data, minibatches |
 | training | the training plan |
 | latents | latent representations and mixtures |
@@ -15,9 +16,11 @@
 | expression | expression under the encoder's or the exact posteriors |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving and loading |
-| files, plain | the file of a model, and what may stand in it |
+| files, plain, sizes | the file of a model, what may stand in it, and how large it may say it is |
 | queries | query mapping, minified data |
 | runner | how a training is started |
+| checkpoints, identity | trainings that may be interrupted |
+| distributed | training by several processes |
 """
 
 from mixscvi.model.adapted import AdaptedPosterior

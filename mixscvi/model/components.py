@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scvi
 import torch
 from torch import Tensor
 
@@ -61,7 +62,8 @@ class ComponentsMixin:
         ------
         ValueError
             If the checkpoint is of other data, options or seed, naming what differs, or its file is
-            truncated, damaged or holds Python objects.
+            truncated, damaged or holds Python objects; or if the model holds no data, and no
+            `datamodule` is given.
 
         Warns
         -----
@@ -89,9 +91,14 @@ class ComponentsMixin:
         >>> model.is_trained
         True
         """
-        given = inspect.signature(super().train).bind(*args, **kwargs)
+        # Not that of the next train, which may take its arguments in another order.
+        by_scvi_tools = getattr(scvi.model, self._by_scvi_tools).train
+        given = inspect.signature(by_scvi_tools).bind(self, *args, **kwargs)
+        datamodule = given.arguments.get("datamodule")
+        if self.adata is None and datamodule is None:
+            raise ValueError("the model holds no data: give datamodule, or make it of an adata")
         result = super().train(*args, **kwargs)
-        self.dead_components_ = self._find_dead_components(given.arguments.get("datamodule"))
+        self.dead_components_ = self._find_dead_components(datamodule)
         self._told_of_dead_components = False
         if self.dead_components_:
             warnings.warn(

@@ -77,7 +77,9 @@ def arguments_of(model: BaseModelClass) -> dict[str, Any]:
     return {**init["non_kwargs"], **of_kwargs}
 
 
-def check_convertible(model: Any, *, argument: str = "model", or_mixture: bool = False) -> None:
+def check_convertible(
+    model: Any, *, argument: str = "model", or_mixture: bool = False, needs_data: bool = True
+) -> None:
     """Raise if a model cannot be converted.
 
     Parameters
@@ -88,6 +90,8 @@ def check_convertible(model: Any, *, argument: str = "model", or_mixture: bool =
         What it is called in the message.
     or_mixture
         Whether it may be one of ours.
+    needs_data
+        Whether its AnnData is needed.
     """
     if not isinstance(model, SCVI):
         raise TypeError(f"{argument} must be a scvi.model.SCVI, got {type(model).__name__}")
@@ -100,6 +104,8 @@ def check_convertible(model: Any, *, argument: str = "model", or_mixture: bool =
             f"{argument} must have scvi-tools' own module, scvi.module.VAE, got "
             f"{type(model).__name__} with {type(model.module).__name__}"
         )
+    if not needs_data:
+        return
     adata: AnnData | None = model.adata
     if adata is None:
         raise ValueError(f"{argument} holds no AnnData: load it with adata")

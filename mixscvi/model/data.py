@@ -6,18 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
-from torch.utils.data import DistributedSampler
 
 from mixscvi.checks import check_counts, check_finite, check_positive
-from mixscvi.model.distributed import of_first_rank
+from mixscvi.model.distributed import SplitAlike
 from mixscvi.model.loaders import TrainingLoader
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
     from scvi.module import VAE
+    from torch.utils.data import DataLoader
 
 __all__ = [
     "MINIFY_UNS_KEY",
@@ -30,35 +29,13 @@ __all__ = [
 MINIFY_UNS_KEY = "_scvi_adata_minify_type"
 
 
-class LeanDataSplitter(DataSplitter):
+class LeanDataSplitter(SplitAlike, DataSplitter):
     """scvi-tools' splitter, to the same minibatches in less time if the data allow it.
 
     Several ranks split the cells alike, and shuffle them by the user's seed.
     """
 
     data_loader_cls = TrainingLoader
-    shuffle_seed = 0
-
-    @property
-    def _n_ranks(self) -> int:
-        shared = self.data_loader_kwargs.get("distributed_sampler", False)
-        return torch.distributed.get_world_size() if shared else 1
-
-    def setup(self, stage: str | None = None) -> None:
-        """Split the cells into training, validation and test."""
-        super().setup(stage)
-        if self._n_ranks > 1:
-            # Without a seed, each would draw a split of its own.
-            split = self.train_idx, self.val_idx, self.test_idx, int(torch.randint(2**31, ()))
-            split = of_first_rank(split)
-            self.train_idx, self.val_idx, self.test_idx, self.shuffle_seed = split
-
-    def train_dataloader(self) -> TrainingLoader:
-        """Minibatches of the training cells."""
-        loader = super().train_dataloader()
-        if isinstance(loader.sampler, DistributedSampler):
-            loader.sampler.seed = self.shuffle_seed
-        return loader
 
 
 class WithoutSingleCells(LeanDataSplitter):
@@ -68,7 +45,7 @@ class WithoutSingleCells(LeanDataSplitter):
     Shuffling makes it another cell in every epoch.
     """
 
-    def train_dataloader(self) -> TrainingLoader:
+    def train_dataloader(self) -> DataLoader:
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
         n_train = math.ceil(self.n_train / self._n_ranks)  # the sampler gives each as many

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from scvi.module.base import BaseModuleClass
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from mixscvi.model.random_states import get_random_states, set_random_states
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Ranks", "of_all_ranks", "of_first_rank"]
+__all__ = ["Ranks", "SplitAlike", "as_first_rank", "of_all_ranks", "of_first_rank"]
 
 
 def of_first_rank(value: Any) -> Any:
@@ -38,6 +42,51 @@ def of_all_ranks(value: Any, n_ranks: int) -> list[Any]:
     values = [None] * n_ranks
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def as_first_rank(trainer: Trainer) -> Iterator[None]:
+    """Let a process that trains alone be the first of one, for the time of the training.
+
+    Lightning sets the rank of a process when several train together, and keeps it: what only the
+    first does, such as the history, nobody would do in the others.
+    """
+    rank = getattr(rank_zero_only, "rank", None)
+    if trainer.world_size > 1 or not rank:
+        yield
+        return
+    rank_zero_only.rank = 0
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = rank
+
+
+class SplitAlike:
+    """A splitter of scvi-tools, whose ranks split the cells alike and shuffle them by one seed."""
+
+    shuffle_seed = 0
+
+    @property
+    def _n_ranks(self) -> int:
+        shared = self.data_loader_kwargs.get("distributed_sampler", False)
+        return torch.distributed.get_world_size() if shared else 1
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the cells into training, validation and test."""
+        super().setup(stage)
+        if self._n_ranks > 1:
+            # Without a seed, each would draw a split of its own.
+            split = self.train_idx, self.val_idx, self.test_idx, int(torch.randint(2**31, ()))
+            split = of_first_rank(split)
+            self.train_idx, self.val_idx, self.test_idx, self.shuffle_seed = split
+
+    def train_dataloader(self) -> DataLoader:
+        """Minibatches of the training cells."""
+        loader = super().train_dataloader()
+        if isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.seed = self.shuffle_seed
+        return loader
 
 
 class Ranks(Callback):
@@ -73,7 +122,8 @@ class Ranks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze what the loss does not reach."""
-        self._frozen = _unreached(self.module, trainer.datamodule)
+        loss_kwargs = cast(Mapping[str, Any], pl_module.loss_kwargs)
+        self._frozen = _unreached(self.module, trainer.datamodule, loss_kwargs)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
@@ -101,15 +151,20 @@ class Ranks(Callback):
             parameter.requires_grad_(True)
 
 
-def _unreached(module: BaseModuleClass, datamodule: Any) -> list[Tensor]:
+def _unreached(
+    module: BaseModuleClass, datamodule: Any, loss_kwargs: Mapping[str, Any]
+) -> list[Tensor]:
     """Parameters to be trained that get no gradient from a minibatch."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
         tensors = next(iter(datamodule.train_dataloader()))
         tensors = datamodule.on_before_batch_transfer(tensors, 0)
         tensors = datamodule.on_after_batch_transfer(tensors, 0)
+        if not isinstance(tensors, Mapping):  # all cells, and those with labels
+            tensors, labeled = tensors
+            loss_kwargs = {**loss_kwargs, "labelled_tensors": labeled}
         trial = copy.deepcopy(module).train()  # its running statistics change
-        _, _, losses = trial(tensors)
+        _, _, losses = trial(tensors, loss_kwargs=loss_kwargs)
         trial_parameters = [p for p in trial.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(losses.loss, trial_parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]

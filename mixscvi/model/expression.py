@@ -248,8 +248,10 @@ class ExpressionMixin:
         """
         self._check_if_trained(warn=False)
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
-        if self._counts_are_on_disk(given.arguments) and given.arguments.get("all_stats", True):
-            return self._with_raw_counts(given)
+        if self._counts_are_on_disk(given.arguments):
+            self._check_pseudocounts(given.arguments)
+            if given.arguments.get("all_stats", True):
+                return self._with_raw_counts(given)
         if given.arguments.get("weights") != "adapted":
             return super().differential_expression(*args, **kwargs)
         self._check_counts(given.arguments.get("adata"))
@@ -270,6 +272,20 @@ class ExpressionMixin:
             return False
         adata = self._validate_anndata(arguments.get("adata"))
         return is_on_disk(AnnTorchDataset(self.get_anndata_manager(adata, required=True)))
+
+    def _check_pseudocounts(self, arguments: Mapping[str, Any]) -> None:
+        """Raise if scvi-tools would estimate pseudocounts of the wrong cells.
+
+        It selects the cells of a group by a mask, which collections take for the numbers 0 and 1.
+        """
+        adata = self.adata if arguments.get("adata") is None else arguments["adata"]
+        pseudocounts = arguments.get("kwargs", {}).get("pseudocounts")
+        if arguments.get("mode") == "change" and pseudocounts is None and not hasattr(adata, "X"):
+            raise ValueError(
+                "pseudocounts must be given for mode='change' on a collection, of whose counts "
+                "they cannot be estimated: 1e-5, say, or what a table of some of the cells in "
+                "memory has in its column of that name"
+            )
 
     def _with_raw_counts(self, given: inspect.BoundArguments) -> pd.DataFrame:
         """Differential expression of cells on disk, whose counts do not fit into memory."""

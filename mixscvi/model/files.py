@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixscvi.checkpoint_file import UNREADABLE, damaged_record
+from mixscvi.checkpoint_file import UNREADABLE, check_tensors, damaged_record
 from mixscvi.model.plain import from_plain, to_plain
+from mixscvi.model.sizes import check_sizes
 
 try:
     import fcntl
@@ -136,6 +137,7 @@ def read_model(
         later = own["format"] > _FORMAT
         left_out = {}
         if not later:
+            check_sizes(stored[_WEIGHTS], stored[_ATTRIBUTES])
             left_out = {_argument_of(at): kind for at, kind in from_plain(stored, own["notes"])}
         model = StoredModel(
             path, stored[_WEIGHTS], stored[_GENES], stored[_ATTRIBUTES], own["data_id"], left_out
@@ -166,7 +168,9 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
     if damaged is not None:
         raise ValueError(f"{path} is damaged at its record {damaged!r}: save or fetch it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(values, path.stat().st_size)
+        return values
     except pickle.UnpicklingError as error:
         if not allow_pickle:
             found = re.search(r"GLOBAL\s+([\w.]+)", str(error))

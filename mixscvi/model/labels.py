@@ -1,20 +1,36 @@
-"""The data of a semi-supervised model: checked, and split into minibatches."""
+"""The data of a semi-supervised model: checked, split into minibatches, and trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scvi import REGISTRY_KEYS, settings
-from scvi.dataloaders import SemiSupervisedDataSplitter
+from scvi.dataloaders import AnnDataLoader, SemiSupervisedDataLoader, SemiSupervisedDataSplitter
+from scvi.train import SemiSupervisedTrainingPlan
+from torch import Tensor
 from torch.utils.data import DataLoader
+
+from mixscvi.model.distributed import SplitAlike, of_first_rank
+from mixscvi.model.training import WithoutSingleCellSteps
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from lightning import LightningDataModule
 
-__all__ = ["LabeledSplitter", "check_labels", "known_labels"]
+__all__ = [
+    "LabeledSplitter",
+    "LabeledTrainingPlan",
+    "LabeledWithoutSingleCells",
+    "check_labels",
+    "check_module_labels",
+    "known_labels",
+]
 
 
 def check_labels(
@@ -66,13 +82,131 @@ def check_labels(
         )
 
 
+def check_module_labels(
+    registry: Mapping[str, Any],
+    datamodule: LightningDataModule | None,
+    unlabeled_category: Any = None,
+    labels_key: str | None = None,
+) -> None:
+    """Raise if a semi-supervised model cannot be made of the registry of a data module.
+
+    Parameters
+    ----------
+    registry, datamodule
+        As in :class:`mixscvi.MixSCANVI`.
+    unlabeled_category, labels_key
+        Which they must be, if given.
+
+    Raises
+    ------
+    ValueError
+        Naming what is missing, or is not as it must be.
+    """
+    fields = registry.get("field_registries", {})
+    for field in (REGISTRY_KEYS.LABELS_KEY, REGISTRY_KEYS.CAT_COVS_KEY):
+        if "state_registry" not in fields.get(field, {}):
+            raise ValueError(
+                f"registry['field_registries'][{field!r}] must have a 'state_registry', as those "
+                "of scvi-tools' data modules do"
+            )
+    state = fields[REGISTRY_KEYS.LABELS_KEY]["state_registry"]
+    missing = [
+        name
+        for name in ("categorical_mapping", "original_key", "unlabeled_category")
+        if state.get(name) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"the labels of registry have no {', '.join(missing)}: give the data module the key of "
+            "the labels, and the category of cells without"
+        )
+    found = state["unlabeled_category"]
+    for name, given, there in (
+        ("unlabeled_category", unlabeled_category, found),
+        ("labels_key", labels_key, state["original_key"]),
+    ):
+        if given is not None and given != there:
+            raise ValueError(f"{name} must be that of registry, {there!r}, got {given!r}")
+    mapping = np.asarray(state["categorical_mapping"]).tolist()
+    if len(known_labels(mapping, found)) < 2:
+        raise ValueError(
+            f"registry must have at least two labels beside {found!r} of cells without, got "
+            f"{mapping}"
+        )
+    # Codes of labels are those of the classifier, and the code behind them says that there is none.
+    if found in mapping[:-1]:
+        raise ValueError(
+            f"the labels of registry must end with {found!r}, of cells without, got {mapping}: the "
+            "data module sorts them, so rename it there, to '~' or the like"
+        )
+    if datamodule is not None and getattr(datamodule, "labels_", None) is None:
+        raise ValueError(
+            f"datamodule must have the labels of its cells as labels_, and this "
+            f"{type(datamodule).__name__} has none: make it with the key of the labels"
+        )
+
+
 def known_labels(mapping: np.ndarray, unlabeled_category: Any) -> list[Any]:
     """The labels of a registry, in the order of their codes, without that of unlabeled cells."""
     return [y for y in np.asarray(mapping).tolist() if y != unlabeled_category]
 
 
-class LabeledSplitter(SemiSupervisedDataSplitter):
-    """scvi-tools' splitter, without training minibatches of one cell.
+class LabeledLoader(SemiSupervisedDataLoader):
+    """scvi-tools' loader of all cells and of those with labels, for several ranks as well.
+
+    scvi-tools' own would end an epoch with the cells that have labels, shuffle alike in every
+    epoch, and not share the cells with labels among the ranks after the first of them.
+    """
+
+    def __init__(self, *args: Any, distributed_sampler: bool = False, **kwargs: Any) -> None:
+        self._shared = distributed_sampler
+        super().__init__(*args, distributed_sampler=distributed_sampler, **kwargs)
+
+    def subsample_labels(self) -> np.ndarray:
+        """Choose cells with labels, the same ones on all ranks."""
+        chosen = super().subsample_labels()
+        return of_first_rank(chosen) if self._shared else chosen
+
+    def resample_labels(self) -> None:
+        """Choose other cells with labels."""
+        if not self._shared:
+            super().resample_labels()
+            return
+        self.dataloaders[1] = AnnDataLoader(
+            self.adata_manager,
+            indices=self.subsample_labels(),
+            shuffle=self._shuffle,
+            batch_size=self._batch_size,
+            data_and_attributes=self.data_and_attributes,
+            drop_last=self._drop_last,
+            distributed_sampler=True,
+            **self.data_loader_kwargs,
+        )
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Go through all cells once, and through those with labels for as long."""
+        if not self._shared:
+            return super().__iter__()
+        if self._shuffle:
+            seed = of_first_rank(int(torch.randint(2**31, ())))
+            for part in self.dataloaders:
+                part.sampler.seed = seed
+        cells, labeled = self.dataloaders
+        return zip(cells, itertools.cycle(labeled), strict=False)
+
+
+class LabeledSplitter(SplitAlike, SemiSupervisedDataSplitter):
+    """scvi-tools' splitter; several ranks split the cells alike."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the cells into training, validation and test."""
+        super().setup(stage)
+        if self.data_loader_class is SemiSupervisedDataLoader:
+            self.data_loader_class = LabeledLoader
+
+
+class LabeledWithoutSingleCells(LabeledSplitter):
+    """A splitter without training minibatches of one cell.
 
     Batch normalization has no variance to divide by in such a minibatch, and training would stop.
     All cells, or those with labels, may leave a last minibatch of one: then all minibatches are
@@ -81,17 +215,24 @@ class LabeledSplitter(SemiSupervisedDataSplitter):
     Raises
     ------
     ValueError
-        If a single training cell has a label.
+        If a single training cell has a label, or fewer than two for each rank.
     """
 
     def train_dataloader(self) -> DataLoader:
         """Minibatches of the training cells: all, and those with labels."""
         loader = super().train_dataloader()
-        counts = [len(part.indices) for part in getattr(loader, "dataloaders", [loader])]
+        # The sampler gives each rank as many.
+        counts = [
+            math.ceil(len(part.indices) / self._n_ranks)
+            for part in getattr(loader, "dataloaders", [loader])
+        ]
         if counts[-1] == 1 and len(counts) > 1:
+            found, ranks = len(loader.dataloaders[-1].indices), self._n_ranks
+            what = "training cell has a label" if found == 1 else "training cells have labels"
+            each = f", each of {ranks} processes" if ranks > 1 else ""
             raise ValueError(
-                "one training cell has a label, and batch normalization needs two: label more "
-                "cells, give train_size=1.0, or use_batch_norm='none'"
+                f"{found} {what}, and batch normalization needs two{each}: label more cells, give "
+                "train_size=1.0, or use_batch_norm='none'"
             )
         if self.drop_last:
             return loader
@@ -103,3 +244,24 @@ class LabeledSplitter(SemiSupervisedDataSplitter):
             return loader
         self.data_loader_kwargs["batch_size"] = batch_size
         return super().train_dataloader()
+
+
+class LabeledTrainingPlan(WithoutSingleCellSteps, SemiSupervisedTrainingPlan):
+    """scvi-tools' plan, which learns the labels of minibatches from any data module.
+
+    scvi-tools passes the labels of such a minibatch on if the names of its tensors stand in one
+    order, and has no other way to tell. The module takes the cells that have labels.
+    """
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Loss of a minibatch."""
+        return super().training_step(_and_labeled(batch), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Metrics of a minibatch."""
+        super().validation_step(_and_labeled(batch), batch_idx)
+
+
+def _and_labeled(batch: Any) -> Any:
+    """Minibatches of all cells and of those with labels, of which the first may be both."""
+    return (batch, batch) if isinstance(batch, Mapping) else batch

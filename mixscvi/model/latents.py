@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from scvi.model import SCVI
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -19,6 +21,7 @@ from torch.distributions import (
 )
 
 from mixscvi.checks import check_choice
+from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -283,3 +286,39 @@ class LatentsMixin:
         if self.module.flow is None:
             return aggregated
         return TransformedDistribution(aggregated, [self.module.flow.transform])
+
+    @signed_as(SCVI.differential_abundance)
+    def differential_abundance(self, *args: Any, **kwargs: Any) -> Any:
+        """Log density of each cell's latent mean among the cells of each sample.
+
+        Written to ``adata.obsm["da_log_probs"]``, by cell and sample; see
+        ``SCVI.differential_abundance``. The density is :meth:`get_aggregated_posterior` of the
+        sample's cells.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As in scvi-tools.
+
+        Raises
+        ------
+        KeyError
+            If `sample_key` is no column of ``adata.obs``.
+        ValueError
+            If `adata` is a collection without ``obsm``.
+        """
+        given = inspect.signature(SCVI.differential_abundance).bind(self, *args, **kwargs).arguments
+        if given.get("dataloader") is None:
+            adata = self._validate_anndata(given.get("adata"))
+            key = given.get("sample_key")
+            if key not in adata.obs:
+                raise KeyError(
+                    f"sample_key={key!r} is not in adata.obs, which has {[*adata.obs.columns]}"
+                )
+            if adata.obsm is None:
+                raise ValueError(
+                    "differential_abundance writes to adata.obsm, which this collection lacks: "
+                    "make it with AnnCollection(..., join_obsm='inner') of parts that have an "
+                    "obsm, or give adata"
+                )
+        return super().differential_abundance(*args, **kwargs)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import SemiSupervisedDataSplitter
-from scvi.model import SCANVI, SCVI
+from scvi.model import SCANVI
 from torch import Tensor
 
 from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
-from mixscvi.model.conversion import arguments_of, check_convertible
+from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.data import check_data
 from mixscvi.model.inputs import check_network, check_setup
-from mixscvi.model.labels import LabeledSplitter, check_labels, known_labels
-from mixscvi.model.mixscvi import MixSCVI
+from mixscvi.model.labels import (
+    LabeledSplitter,
+    LabeledTrainingPlan,
+    LabeledWithoutSingleCells,
+    check_labels,
+    check_module_labels,
+    known_labels,
+)
+from mixscvi.model.pretrained import PretrainedMixin
 from mixscvi.module import FusedSCANVAE, MixSCANVAE, MixtureOptions, ScviSCANVAE
 from mixscvi.module.signatures import signed_as
 
@@ -29,11 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MixSCANVI"]
 
-# Of scANVI's module, below z: what a pretrained model does not have.
-_NEW = ("classifier.", "encoder_z2_z1.", "decoder_z1_z2.", "y_prior")
 
-
-class MixSCANVI(MixtureMixin, SCANVI):
+class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
     r"""scANVI with a mixture of Gaussians as posterior: some cells have labels, all get them.
 
     The generative model is that of :class:`scvi.model.SCANVI`: a label y and a latent u stand below
@@ -103,6 +107,7 @@ class MixSCANVI(MixtureMixin, SCANVI):
     """
 
     _by_scvi_tools: ClassVar[str] = "SCANVI"
+    _training_plan_cls = LabeledTrainingPlan
 
     @property
     def _module_cls(self) -> Callable[..., MixSCANVAE | ScviSCANVAE]:
@@ -165,6 +170,8 @@ class MixSCANVI(MixtureMixin, SCANVI):
             latent_distribution="normal",
         )
         self._check_alternatives(kwargs)
+        if adata is None:
+            registry = self._check_registry(registry, datamodule, use_observed_lib_size)
         with naming_what_takes_memory(self._mixture, n_hidden):
             super().__init__(
                 adata,
@@ -192,6 +199,26 @@ class MixSCANVI(MixtureMixin, SCANVI):
                 "'gene', 'gene-batch' or 'gene-cell'"
             )
         self.init_params_ = self._get_init_params(locals())
+        del self.init_params_["non_kwargs"]["datamodule"]  # a file of the model holds no data
+
+    @staticmethod
+    def _check_registry(
+        registry: dict[str, Any] | None,
+        datamodule: LightningDataModule | None,
+        use_observed_lib_size: bool,
+    ) -> dict[str, Any]:
+        """Registry of a model without an AnnData; raise if nothing can be made of it."""
+        if registry is None and datamodule is None:
+            raise ValueError("give adata, or the registry of a data module")
+        if registry is None:
+            registry = cast(Any, datamodule).registry
+        if not use_observed_lib_size:
+            raise ValueError(
+                "use_observed_lib_size=False takes its library priors from adata, got a registry "
+                "alone"
+            )
+        check_module_labels(registry, datamodule)
+        return registry
 
     @staticmethod
     def _check_alternatives(kwargs: dict[str, Any]) -> None:
@@ -207,99 +234,6 @@ class MixSCANVI(MixtureMixin, SCANVI):
                     f"MixSCANVI has no argument {name!r}: its p(z) is made of the labels, got "
                     f"{name}={kwargs[name]!r}"
                 )
-
-    @classmethod
-    def from_scvi_model(
-        cls,
-        scvi_model: MixSCVI | SCVI,
-        unlabeled_category: str,
-        labels_key: str | None = None,
-        adata: AnnData | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Start from a trained :class:`mixscvi.MixSCVI`, or :class:`scvi.model.SCVI`.
-
-        Posterior and decoder start as trained; labels, classifier and what stands below z start
-        anew. The parameters are copied, and `scvi_model` can be used as before.
-
-        Parameters
-        ----------
-        scvi_model
-            A trained model with a standard normal prior, which the labels replace.
-        unlabeled_category
-            Value of the labels in cells without one.
-        labels_key
-            Column of ``obs`` with the labels; by default that which `scvi_model` was set up with.
-        adata
-            Cells to use, with the same genes, batches and covariates; by default those of
-            `scvi_model`.
-        **kwargs
-            Further arguments of the model, such as `linear_classifier`.
-
-        Returns
-        -------
-        The model, to be trained.
-
-        Raises
-        ------
-        TypeError
-            If `scvi_model` is of another class, or there is no key of labels.
-        RuntimeError
-            If `scvi_model` is not trained.
-        ValueError
-            If it has another prior, holds no data with counts, or batches or covariates of
-            `adata` are not those that it was trained on.
-
-        Warns
-        -----
-        UserWarning
-            If an argument is that of `scvi_model` already, which stays.
-
-        Examples
-        --------
-        See :class:`mixscvi.MixSCANVI`.
-        """
-        check_convertible(scvi_model, argument="scvi_model", or_mixture=True)
-        arguments = arguments_of(scvi_model)
-        if isinstance(scvi_model, MixSCVI):
-            prior = arguments.pop("prior")
-            arguments.pop("n_prior_components")
-            if prior != "normal":
-                raise ValueError(
-                    f"scvi_model has prior={prior!r}, which the labels would replace: train it "
-                    "with prior='normal'"
-                )
-        else:
-            arguments["n_components"] = 1
-        if arguments.get("latent_distribution") == "normal":
-            del arguments["latent_distribution"]
-        for name in [name for name in kwargs if name in arguments]:
-            del kwargs[name]
-            warnings.warn(
-                f"{name} is that of scvi_model, {arguments[name]!r}, and stays",
-                UserWarning,
-                stacklevel=2,
-            )
-        adata = scvi_model.adata if adata is None else adata
-        registry = scvi_model.registry
-        setup = dict(registry["setup_args"])
-        setup["labels_key"] = labels_key if labels_key is not None else setup["labels_key"]
-        cls.setup_anndata(adata, unlabeled_category=unlabeled_category, use_minified=False, **setup)
-        model = cls(adata, **arguments, **kwargs)
-        _check_same_categories(model.registry, registry)
-        model._load_pretrained(scvi_model)
-        return model
-
-    def _load_pretrained(self, scvi_model: SCVI) -> None:
-        """Take the weights of a model of the same posterior and decoder."""
-        missing, unexpected = self.module.load_state_dict(
-            scvi_model.module.state_dict(), strict=False
-        )
-        foreign = [name for name in missing if not name.startswith(_NEW)] + unexpected
-        if foreign:
-            raise ValueError(f"scvi_model does not have the weights of this model, first {foreign}")
-        self.to_device(scvi_model.device)
-        self.was_pretrained = True
 
     @classmethod
     def setup_anndata(
@@ -396,14 +330,26 @@ class MixSCANVI(MixtureMixin, SCANVI):
     @property
     def _data_splitter_cls(self) -> type[SemiSupervisedDataSplitter]:
         normalized = any(isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules())
-        return LabeledSplitter if normalized else SemiSupervisedDataSplitter
+        return LabeledWithoutSingleCells if normalized else LabeledSplitter
 
-    @signed_as(SCANVI.train)
+    @signed_as(SCANVI.train, checkpoint_dir=None, checkpoint_every=None)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the model; see ``SCANVI.train``.
 
         ``plan_kwargs={"classification_ratio": ...}`` weighs the cross-entropy of the labels
         against the bound, 50 by default.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As in ``SCANVI.train``, and `checkpoint_dir` and `checkpoint_every` as in
+            :meth:`mixscvi.MixSCVI.train`.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`mixscvi.MixSCVI.train`; or if a model without an AnnData is not told
+            `max_epochs`.
 
         Warns
         -----
@@ -415,6 +361,12 @@ class MixSCANVI(MixtureMixin, SCANVI):
         --------
         See :class:`mixscvi.MixSCANVI`.
         """
+        given = inspect.signature(SCANVI.train).bind(self, *args, **kwargs).arguments
+        if self.adata is None and given.get("max_epochs") is None and "datamodule" in given:
+            raise ValueError(
+                "max_epochs must be given with datamodule: by default it depends on the number of "
+                "cells in adata"
+            )
         return super().train(*args, **kwargs)
 
     def predict(
@@ -491,26 +443,3 @@ class MixSCANVI(MixtureMixin, SCANVI):
             names = (self.adata if adata is None else adata).obs_names
             names = names if indices is None else names[indices]
         return pd.DataFrame(table, columns=labels, index=names)
-
-
-def _check_same_categories(registry: dict[str, Any], trained_on: dict[str, Any]) -> None:
-    """Raise if batches or covariates have other codes than in the pretrained model."""
-    for field, key in (
-        (REGISTRY_KEYS.BATCH_KEY, "categorical_mapping"),
-        (REGISTRY_KEYS.CAT_COVS_KEY, "mappings"),
-    ):
-        ours, theirs = (
-            r["field_registries"].get(field, {}).get("state_registry", {}).get(key)
-            for r in (registry, trained_on)
-        )
-        ours, theirs = (
-            {name: list(values) for name, values in of.items()}
-            if isinstance(of, dict)
-            else list(of if of is not None else ())
-            for of in (ours, theirs)
-        )
-        if ours != theirs:
-            raise ValueError(
-                f"adata has other categories of {field} than scvi_model was trained on, {ours} "
-                f"and {theirs}: give all its cells, or map a query with load_query_data"
-            )

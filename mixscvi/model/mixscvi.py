@@ -20,7 +20,7 @@ from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
 from mixscvi.model.inputs import check_network, check_setup
 from mixscvi.model.runner import WithoutData
-from mixscvi.model.training import LeanTrainingPlan
+from mixscvi.model.training import LeanTrainingPlan, ScviTrainingPlan
 from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
 
     @property
     def _training_plan_cls(self) -> type[TrainingPlan]:
-        return LeanTrainingPlan if self._mixture.likelihood == "fused" else TrainingPlan
+        return LeanTrainingPlan if self._mixture.likelihood == "fused" else ScviTrainingPlan
 
     @property
     def _data_splitter_cls(self) -> type[DataSplitter]:

@@ -34,8 +34,11 @@ _FUNCTIONS = {
 _ACTIVATIONS = {
     name: activation
     for name, activation in vars(nn.modules.activation).items()
-    if isinstance(activation, type) and issubclass(activation, nn.Module)
+    if isinstance(activation, type)
+    and issubclass(activation, nn.Module)
+    and name not in ("MultiheadAttention", "PReLU")  # these have parameters
 }
+_MOST_NUMBERS = 2**27
 
 
 def to_plain(
@@ -166,6 +169,8 @@ def _describe(value: Any) -> tuple[str, Any, Any] | None:
 
 def _make_array(content: Any, detail: dict) -> np.ndarray:
     dtype = np.dtype(detail["dtype"])
+    if dtype.kind in "SUV" and dtype.itemsize * len(content) > _MOST_NUMBERS:
+        raise ValueError(f"an array of {len(content)} texts has the type {dtype}")
     if isinstance(content, Tensor):
         flat = content.numpy().ravel()
         flat = flat.astype("int64").view(dtype) if dtype.kind in "mM" else flat.astype(dtype)
@@ -185,6 +190,13 @@ def _make_table(content: dict) -> pd.DataFrame:
     return table
 
 
+def _make_prior(content: dict, name: str) -> nn.Module:
+    n_numbers = content["n_latent"] * content.get("n_components", 1)
+    if n_numbers > _MOST_NUMBERS:
+        raise ValueError(f"a prior of {content} has {n_numbers} numbers")
+    return _PRIORS[name](**content)
+
+
 _PRIORS = {"GaussianMixture": GaussianMixture, "StandardNormal": StandardNormal}
 # Everything that a file can make: none of it runs anything of the file's.
 _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
@@ -199,7 +211,7 @@ _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
     "timestamp": lambda content, _: pd.Timestamp(content),
     "timedelta": lambda content, _: pd.Timedelta(content),
     "interval": lambda content, _: pd.Interval(**content),
-    "prior": lambda content, name: _PRIORS[name](**content),
+    "prior": _make_prior,
     "activation class": lambda content, _: _ACTIVATIONS[content],
     "activation": lambda content, name: _ACTIVATIONS[name](**content),
     "function": lambda content, _: _FUNCTIONS[content],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
-from scvi.dataloaders import DataSplitter
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
 from torch import nn
 
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.checkpoints import Checkpoints
-from mixscvi.model.distributed import Ranks
+from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -34,6 +34,9 @@ class Runner(TrainRunner):
     """
 
     def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("data_splitter"), SplitAlike):
+            # They are shared among the ranks already.
+            kwargs.setdefault("use_distributed_sampler", False)
         super().__init__(*args, **kwargs)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
@@ -64,7 +67,7 @@ class Runner(TrainRunner):
 
     def _check_distributed(self, ranks: int) -> None:
         shared = getattr(self.data_splitter, "data_loader_kwargs", {}).get("distributed_sampler")
-        if isinstance(self.data_splitter, DataSplitter) and not shared:
+        if isinstance(self.data_splitter, SplitAlike) and not shared:
             raise ValueError(
                 f"{ranks} processes share the cells with strategy='ddp' alone (or 'ddp_spawn', "
                 "'ddp_notebook', an instance of DDPStrategy): give it"
@@ -89,7 +92,10 @@ class Runner(TrainRunner):
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
                 part.eval()
-        return super().__call__()
+        with as_first_rank(self.trainer), warnings.catch_warnings():
+            # So the plan leaves a minibatch of one cell out.
+            warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
+            return super().__call__()
 
 
 class WithoutData(BaseMinifiedModeModelClass):

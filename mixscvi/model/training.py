@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LeanTrainingPlan"]
+__all__ = ["LeanTrainingPlan", "ScviTrainingPlan", "WithoutSingleCellSteps"]
 
 
-class LeanTrainingPlan(TrainingPlan):
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of all elements of a tensor that is contiguous, if there is one."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    view = tensor.permute(order)
+    return view if view.is_contiguous() else tensor
+
+
+def _fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
+    """Have torch's fused kernel update parameters of any strides in place.
+
+    It copies what is not contiguous, which takes longer than the update. A parameter, its gradient
+    and its moments lie in memory alike.
+    """
+
+    class InMemoryOrder(optimizer_cls):
+        def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
+            result = super()._init_group(group, *tensors)
+            strides = [parameter.stride() for parameter in tensors[0]]
+            for listed in tensors:
+                for i, tensor in enumerate(listed):
+                    if i < len(strides) and tensor.stride() == strides[i]:
+                        listed[i] = _in_memory_order(tensor)
+            return result
+
+    InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
+    return partial(InMemoryOrder, fused=True)
+
+
+class WithoutSingleCellSteps:
+    """A training plan of scvi-tools that leaves minibatches of one cell out, as data modules have.
+
+    Batch normalization has no variance to divide by there, and training would stop. Several ranks
+    take their steps together, so there nothing is left out.
+    """
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Loss of a minibatch, or ``None`` for none."""
+        return None if self._leaves_out(batch) else super().training_step(batch, batch_idx)
+
+    def _leaves_out(self, batch: Any) -> bool:
+        cells = batch if isinstance(batch, Mapping) else batch[0]
+        if len(cells[REGISTRY_KEYS.X_KEY]) > 1 or self.trainer.world_size > 1:
+            return False
+        return any(
+            isinstance(part, nn.BatchNorm1d) and part.training for part in self.module.modules()
+        )
+
+
+class ScviTrainingPlan(WithoutSingleCellSteps, TrainingPlan):
+    """scvi-tools' training plan, for minibatches of one cell as well."""
+
+
+class LeanTrainingPlan(ScviTrainingPlan):
     """scvi-tools' training plan, to the same updates and the same history.
 
     The optimizer is fused. Metrics are sums that are kept as tensors and handed to Lightning once
@@ -35,7 +90,7 @@ class LeanTrainingPlan(TrainingPlan):
             # Fused optimizers unscale gradients themselves, where nobody could clip them.
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:
                 try:
-                    return optimizer_cls(parameters, fused=True, **options)
+                    return _fused(optimizer_cls)(parameters, **options)
                 except RuntimeError:  # the device has no such kernel
                     pass
             return optimizer_cls(parameters, **options)
@@ -52,8 +107,10 @@ class LeanTrainingPlan(TrainingPlan):
             self._last_kl_weight = epoch, super().kl_weight
         return self._last_kl_weight[1]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a minibatch."""
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        """Loss of a minibatch, or ``None`` for none."""
+        if self._leaves_out(batch):
+            return None
         if self.on_step or self.module.extra_payload_autotune:
             return super().training_step(batch, batch_idx)
         self.loss_kwargs["kl_weight"] = self.kl_weight

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from mixscvi.mixture import MixturePosterior, StandardNormal
+from mixscvi.mixture.layers import LinearByFeature
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.sampling import ImportanceSampling
@@ -107,6 +108,11 @@ class FusedVAE(ScviVAE):
     """
 
     mixture = MixtureOptions(n_components=1)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first = self.z_encoder.encoder.fc_layers[0]
+        first[0] = LinearByFeature(first[0])  # of counts, which are mostly zero
 
     def forward(
         self,

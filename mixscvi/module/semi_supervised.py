@@ -141,7 +141,9 @@ class _Labeled:
         if has_label.sum() < 2:  # batch normalization has no variance of a single cell
             return None
         return {
-            name: values[has_label] if len(values) == len(has_label) else values
+            name: values[has_label]
+            if values is not None and len(values) == len(has_label)
+            else values
             for name, values in tensors.items()
         }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixscvi import compiled, compiling
 from mixscvi.likelihoods import (
-    compiling,
     eager,
     head_log_prob,
     kernels,
@@ -34,7 +34,7 @@ def value_and_gradient(x, mu, theta, logits):
 @pytest.fixture
 def fresh(monkeypatch):
     """As if numba had not failed yet, before the test and after it."""
-    monkeypatch.setattr(native, "_failed", False)
+    monkeypatch.setattr(compiled, "_failed", False)
 
 
 def test_importing_the_likelihoods_does_not_import_numba():
@@ -79,10 +79,10 @@ def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
 
 
 def test_missing_numba_is_named_once(fresh, monkeypatch):
-    def fail():
+    def fail(name):
         raise ImportError("No module named 'numba'")
 
-    monkeypatch.setattr(native, "_import_kernels", fail)
+    monkeypatch.setattr(compiled, "_import", fail)
     with pytest.warns(RuntimeWarning, match="No module named 'numba'"):
         zinb_log_prob(*draw_inputs())
     with warnings.catch_warnings():
@@ -101,21 +101,21 @@ def test_a_mistake_of_ours_is_not_hidden(fresh, monkeypatch):
 
 def test_threads_without_openmp(monkeypatch):
     tasks, done = [(i,) for i in range(20)], []
-    monkeypatch.setattr(native, "_openmp_parallel", lambda: None)
-    native._run(done.append, tasks, 3)
+    monkeypatch.setattr(compiled, "_openmp_parallel", lambda: None)
+    compiled.run_tasks(done.append, tasks, 3)
     assert sorted(done) == list(range(20))
 
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_an_error_in_a_thread_reaches_the_caller(openmp, monkeypatch):
     if not openmp:
-        monkeypatch.setattr(native, "_openmp_parallel", lambda: None)
+        monkeypatch.setattr(compiled, "_openmp_parallel", lambda: None)
 
     def fail(task):
         raise OSError(f"task {task}")
 
     with pytest.raises(OSError, match="task"):
-        native._run(fail, [(1,), (2,), (3,)], 2)
+        compiled.run_tasks(fail, [(1,), (2,), (3,)], 2)
 
 
 @pytest.mark.parametrize("n_cells", [1, 3, 200])

@@ -6,7 +6,8 @@ import scipy.stats
 import torch
 from torch import nn
 
-from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
+from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear, products
+from mixscvi.mixture.layers import LinearByFeature
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -95,7 +96,10 @@ def a_share_of(x, share):
 @pytest.mark.parametrize(
     ("share", "n_out"), [(0.1, 700), (0.0, 700), (0.9, 700), (0.1, 5)], ids=str
 )
-def test_stacked_sparse_linear_is_stacked_linear(normal, share, n_out, bias, components):
+def test_stacked_sparse_linear_is_stacked_linear(
+    normal, share, n_out, bias, components, monkeypatch
+):
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
     torch.manual_seed(0)
     reference = StackedLinear(4, 30, n_out, bias=bias).double()
     torch.manual_seed(0)
@@ -114,6 +118,43 @@ def test_stacked_sparse_linear_is_stacked_linear(normal, share, n_out, bias, com
     assert_close(layer.weight.grad, reference.weight.grad.permute(2, 0, 1))
     if bias:
         assert_close(layer.bias.grad, reference.bias.grad)
+
+
+@pytest.mark.parametrize("components", [None, [2, 0]])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_weights_by_feature_are_those_in_another_order(normal, share, components, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    torch.manual_seed(0)
+    reference = StackedLinear(4, 30, 50).double()
+    torch.manual_seed(0)
+    layer = StackedLinear(4, 30, 50, by_feature=True).double()
+    assert torch.equal(layer.weight, reference.weight)
+    assert layer.weight.permute(2, 0, 1).is_contiguous()
+    x, weights = a_share_of(normal(8, 30), share), normal(50)
+    index = None if components is None else torch.tensor(components)
+    for module in (reference, layer):
+        (module(x, index).square() * weights).sum().backward()
+    assert_close(layer(x, index), reference(x, index))
+    own = normal(8, 4 if components is None else 2, 30)
+    assert_close(layer(own, index), reference(own, index))
+    assert_close(layer.weight.grad, reference.weight.grad)
+    if components is None:  # an optimizer finds both in one order
+        assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+def test_a_linear_layer_by_feature_is_the_layer(normal, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    reference = torch.nn.Linear(30, 50).double()
+    layer = LinearByFeature(reference)
+    assert isinstance(layer, torch.nn.Linear)
+    x = a_share_of(normal(8, 30), 0.1)
+    for module in (reference, layer):
+        module(x).square().sum().backward()
+    assert_close(layer(x), reference(x))
+    assert layer(normal(2, 8, 30)).shape == (2, 8, 50)
+    assert_close(layer.weight.grad, reference.weight.grad)
+    assert layer.weight.grad.stride() == layer.weight.stride() == (1, 50)
+    assert list(layer.state_dict()) == list(reference.state_dict())
 
 
 @pytest.mark.parametrize("shape", [(30,), (8, 4, 30)])

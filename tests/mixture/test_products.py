@@ -2,44 +2,125 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixscvi.mixture.products import mostly_zero, product_by_nonzeros
+from mixscvi import compiled
+from mixscvi.mixture import products, sparse_kernels
+from mixscvi.mixture.products import (
+    few_nonzeros,
+    linear,
+    product_by_nonzeros,
+    product_with_transpose,
+)
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
 
 
-def few_nonzeros(normal, *shape):
+def few(normal, *shape):
+    """Numbers of which fewer than a quarter are not zero."""
     x = normal(*shape)
-    return x * (x.abs() > 1.5)
+    return x * (x > 1.2) if x.numel() > 40 else x * (x.abs() > 1.5)
 
 
-@pytest.mark.parametrize("n_rows", [0, 1, 9])
-def test_product_by_nonzeros_is_the_product(normal, n_rows):
-    x, table = few_nonzeros(normal, n_rows, 20), normal(20, 6)
-    torch.testing.assert_close(product_by_nonzeros(x, table), x @ table)
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    monkeypatch.setattr(products, "_WORK_PER_TASK", 1)
 
 
+def by_nonzeros(x, table):
+    rows = few_nonzeros(x, table)
+    assert rows is not None
+    return product_by_nonzeros(rows, table)
+
+
+@pytest.fixture(params=["compiled", "not compiled any more"])
+def whether_compiled(request, monkeypatch):
+    """Non-zeros are found by numba; what follows must work if it fails from then on."""
+    if request.param == "compiled":
+        return
+    find = few_nonzeros
+
+    def found_and_lost(*args):
+        rows = find(*args)
+        monkeypatch.setattr(products, "_kernels", lambda: None)
+        return rows
+
+    monkeypatch.setitem(globals(), "few_nonzeros", found_and_lost)
+
+
+@pytest.mark.usefixtures("whether_compiled")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_out", [0, 1, 31, 32, 50, 128, 129, 300])
+@pytest.mark.parametrize("n_rows", [0, 1, 9, 70])
+def test_product_by_nonzeros_is_the_product(normal, n_rows, n_out, dtype):
+    x, table = few(normal, n_rows, 20), normal(20, n_out)
+    got = by_nonzeros(x.to(dtype), table.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, (x @ table).to(dtype))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_a_row_does_not_depend_on_others_nor_on_threads(normal, n_threads):
+    x, table = few(normal, 70, 200), normal(200, 300)
+    alone = torch.cat([by_nonzeros(row.unsqueeze(0), table) for row in x])
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        assert torch.equal(by_nonzeros(x, table), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("columns", [slice(3, 40), slice(0, 200, 2)])
+def test_tables_of_any_strides(normal, columns):
+    x, tables = few(normal, 9, 20), normal(20, 200)
+    rows = few_nonzeros(x, tables)
+    for table in (tables[:, columns], tables.T.contiguous().T):
+        torch.testing.assert_close(product_by_nonzeros(rows, table), x @ table)
+        assert (few_nonzeros(x, table) is not None) == (table.stride(1) == 1)
+
+
+def test_the_last_numbers_are_found(normal):
+    """With no more room than is needed, and one too few."""
+    table = normal(8, 3)
+    for n, found in ((8, True), (9, False)):
+        x = torch.zeros(4, 8, dtype=torch.float64)
+        x[-1], x[0, 0] = 1, float(n - 8)
+        rows = few_nonzeros(x, table)
+        assert (rows is not None) == found
+        if found:
+            torch.testing.assert_close(product_by_nonzeros(rows, table), x @ table)
+
+
+@pytest.mark.usefixtures("whether_compiled")
 def test_derivatives_of_the_product_by_nonzeros(normal):
-    x, table = few_nonzeros(normal, 5, 7), normal(7, 3).requires_grad_()
-    assert 0 < x.count_nonzero() < x.numel()
-    torch.autograd.gradcheck(lambda table: product_by_nonzeros(x, table), table)
-    torch.autograd.gradgradcheck(lambda table: product_by_nonzeros(x, table).pow(3), table)
+    x, table = few(normal, 5, 7), normal(7, 3).requires_grad_()
+    rows = few_nonzeros(x, table)
+    torch.autograd.gradcheck(lambda table: product_by_nonzeros(rows, table), table)
+    torch.autograd.gradgradcheck(lambda table: product_by_nonzeros(rows, table).pow(3), table)
 
 
 def test_derivatives_by_function_transforms(normal):
-    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
-    actual = torch.func.grad(lambda table: product_by_nonzeros(x, table).square().sum())(table)
+    x, table = few(normal, 5, 7), normal(7, 3)
+    rows = few_nonzeros(x, table)
+    actual = torch.func.grad(lambda table: product_by_nonzeros(rows, table).square().sum())(table)
     torch.testing.assert_close(actual, 2 * x.T @ (x @ table))
 
 
 @pytest.mark.parametrize("in_dim", [0, 1, 2])
 def test_tables_side_by_side_by_vmap(normal, in_dim):
-    x, tables = few_nonzeros(normal, 5, 7), normal(4, 7, 3)
-    product = torch.func.vmap(lambda table: product_by_nonzeros(x, table), in_dims=in_dim)
+    x, tables = few(normal, 5, 7), normal(4, 7, 3)
+    rows = few_nonzeros(x, tables[0])
+    product = torch.func.vmap(lambda table: product_by_nonzeros(rows, table), in_dims=in_dim)
     torch.testing.assert_close(product(tables.movedim(0, in_dim)), x @ tables)
 
 
 def test_jacobian_by_function_transforms(normal):
     """Reverse mode: a vmap over the gradients of the table."""
-    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
-    actual = torch.func.jacrev(lambda table: product_by_nonzeros(x, table).square())(table)
+    x, table = few(normal, 5, 7), normal(7, 3)
+    rows = few_nonzeros(x, table)
+    actual = torch.func.jacrev(lambda table: product_by_nonzeros(rows, table).square())(table)
     expected = torch.func.jacrev(lambda table: (x @ table).square())(table)
     torch.testing.assert_close(actual, expected)
 
@@ -49,28 +130,23 @@ def test_a_compiled_product_is_the_dense_one(normal):
     table, graphs = normal(20, 600), []
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        return product_by_nonzeros(x, table) if mostly_zero(x, table) else x @ table
+        rows = few_nonzeros(x, table)
+        return x @ table if rows is None else product_by_nonzeros(rows, table)
 
     def backend(graph, inputs):
         graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
     compiled = torch.compile(product, backend=backend, fullgraph=True)
-    for x in (few_nonzeros(normal, 9, 20), normal(9, 20), torch.zeros(9, 20).double()):
+    for x in (few(normal, 9, 20), normal(9, 20), torch.zeros(9, 20).double()):
         torch.testing.assert_close(compiled(x), x @ table)
     assert len(graphs) == 1
 
 
 def test_nan_is_not_taken_for_zero(normal):
-    x, table = few_nonzeros(normal, 5, 7), normal(7, 3)
+    x, table = few(normal, 5, 7), normal(7, 3)
     x[2, 4] = torch.nan
-    product = product_by_nonzeros(x, table)
-    assert product.isnan().all(1).tolist() == [False, False, True, False, False]
-
-
-def test_a_gradient_that_would_be_lost_is_refused(normal):
-    with pytest.raises(ValueError, match="x must not need a gradient"):
-        product_by_nonzeros(normal(5, 7).requires_grad_(), normal(7, 3))
+    assert by_nonzeros(x, table).isnan().all(1).tolist() == [False, False, True, False, False]
 
 
 def test_the_choice_is_not_made_where_numbers_must_not_matter():
@@ -78,7 +154,7 @@ def test_the_choice_is_not_made_where_numbers_must_not_matter():
     seen = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        seen.append(mostly_zero(x, table))
+        seen.append(few_nonzeros(x, table) is not None)
         return x @ table
 
     torch.func.vmap(function)(torch.stack((x, x)))
@@ -93,14 +169,166 @@ def test_the_choice_is_not_made_where_numbers_must_not_matter():
 @pytest.mark.parametrize(
     ("x", "n_out", "expected"),
     [
-        (torch.eye(10), 600, True),
-        (torch.eye(10), 6, False),
-        (torch.eye(10).requires_grad_(), 600, False),
-        (torch.eye(10) + 1, 600, False),
-        (torch.zeros(10, 10), 600, True),
-        (torch.zeros(10, 10, device="meta"), 600, False),
+        (torch.eye(200), 600, True),
+        (torch.eye(200), 6, False),
+        (torch.eye(200).requires_grad_(), 600, False),
+        (torch.eye(200) + 1, 600, False),
+        (torch.eye(200).double(), 600, False),
+        (torch.eye(200).bfloat16(), 600, False),
+        (torch.zeros(200, 200), 600, True),
+        (torch.zeros(200, 200, device="meta"), 600, False),
     ],
-    ids=["yes", "few columns", "gradient", "no zeros", "nothing else", "other device"],
+    ids=["yes", "small", "gradient", "no zeros", "types", "halves", "nothing else", "device"],
 )
-def test_when_the_nonzeros_are_taken(x, n_out, expected):
-    assert mostly_zero(x, torch.ones(10, n_out, device=x.device)) is expected
+def test_when_the_nonzeros_are_taken(x, n_out, expected, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_WORK", 2**23)
+    half = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    table = torch.ones(200, n_out, device=x.device, dtype=half)
+    assert (few_nonzeros(x, table) is not None) is expected
+
+
+def test_dense_products_where_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "_failed", False)
+
+    def fail(name):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(compiled, "_import", fail)
+    with pytest.warns(RuntimeWarning, match="No module named 'numba'"):
+        assert few_nonzeros(torch.eye(10), torch.ones(10, 10)) is None
+
+
+def test_a_kernel_that_fails_is_named(normal, monkeypatch):
+    x, table = few(normal, 5, 7), normal(7, 3)
+    for name in ("sums_of_rows", "find_nonzeros"):
+        monkeypatch.setattr(compiled, "_failed", False)
+        rows = few_nonzeros(x, table)
+
+        def fail(*args):
+            raise OSError("no room")
+
+        with monkeypatch.context() as failing, pytest.warns(RuntimeWarning, match="no room"):
+            failing.setattr(sparse_kernels, name, fail)
+            if name == "sums_of_rows":
+                torch.testing.assert_close(product_by_nonzeros(rows, table), x @ table)
+            else:
+                assert few_nonzeros(x, table) is None
+    monkeypatch.setattr(compiled, "_failed", False)
+
+
+def _strided(t, layout):
+    if layout == "rows":
+        return t.contiguous()
+    if layout == "columns":
+        return t.T.contiguous().T
+    return torch.stack((t, t), -1)[..., 0]
+
+
+@pytest.fixture
+def single(normal):
+    """Standard normal numbers of a shape, in single precision."""
+    return lambda *shape: normal(*shape).float()
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Every product is left to oneDNN; how many were."""
+    calls = []
+    operator = torch.ops.mkldnn._linear_pointwise
+
+    def counted(*args):
+        calls.append(args)
+        return operator(*args)
+
+    monkeypatch.setattr(products, "_LEAST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+@needs_onednn
+@pytest.mark.parametrize("y_layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("x_layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize(("n", "k", "m"), [(7, 5, 3), (3, 5, 40), (40, 5, 3), (1, 1, 1)])
+def test_product_by_onednn_is_the_product(single, onednn, n, k, m, x_layout, y_layout):
+    x, y = _strided(single(n, k), x_layout), _strided(single(m, k), y_layout)
+    expected = (x.double() @ y.double().T).float()
+    torch.testing.assert_close(product_with_transpose(x, y), expected)
+    assert len(onednn) == 1
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_derivatives_of_the_product_by_onednn(single, onednn):
+    x, y, weights = single(7, 5), single(3, 5), single(7, 3)
+
+    def value(x, y):
+        return (product_with_transpose(x, y).tanh() * weights).sum()
+
+    def plain(x, y):
+        return ((x @ y.T).tanh() * weights).sum()
+
+    def hessian(f, argnums):
+        return torch.func.jacrev(torch.func.jacrev(f, argnums), argnums)
+
+    for derivative in (torch.func.grad, hessian):
+        ours = derivative(value, argnums=(0, 1))(x, y)
+        torch.testing.assert_close(ours, derivative(plain, argnums=(0, 1))(x, y))
+    tangents = (single(7, 5), single(3, 5))
+    for some in ((0, 1), (0,), (1,)):
+        primals = (x, y)
+
+        def of_some(f, *given, some=some, primals=primals):
+            args = list(primals)
+            for i, arg in zip(some, given, strict=True):
+                args[i] = arg
+            return f(*args)
+
+        given = tuple(primals[i] for i in some), tuple(tangents[i] for i in some)
+        ours = torch.func.jvp(lambda *a: of_some(value, *a), *given)  # noqa: B023
+        theirs = torch.func.jvp(lambda *a: of_some(plain, *a), *given)  # noqa: B023
+        torch.testing.assert_close(ours, theirs)
+    assert onednn
+
+
+@needs_onednn
+def test_a_linear_layer_by_onednn(single, onednn):
+    x, weight, bias = (t.requires_grad_() for t in (single(7, 5), single(3, 5), single(3)))
+    cotangent = single(7, 3)
+    ours = torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), cotangent)
+    assert len(onednn) == 3
+    theirs = torch.autograd.grad(
+        torch.nn.functional.linear(x, weight, bias), (x, weight, bias), cotangent
+    )
+    torch.testing.assert_close(ours, theirs)
+    # What is not asked for is not computed.
+    torch.autograd.grad(linear(x.detach(), weight), weight, cotangent)
+    assert len(onednn) == 5
+
+
+@needs_onednn
+def test_products_side_by_side_by_vmap(single, onednn):
+    x, y = single(4, 7, 5), single(3, 5, 4)
+    ours = torch.vmap(product_with_transpose, (0, 2))(x, y)
+    torch.testing.assert_close(ours, torch.einsum("bnk,mkb->bnm", x, y))
+    ours = torch.vmap(product_with_transpose, (0, None))(x, y[..., 0])
+    torch.testing.assert_close(ours, x @ y[..., 0].T)
+
+
+@needs_onednn
+def test_large_products_are_left_to_onednn(monkeypatch, onednn):
+    monkeypatch.setattr(products, "_LEAST_MULTIPLICATIONS", 8 * 4 * 2)
+    product_with_transpose(torch.ones(8, 4), torch.ones(2, 4))
+    assert len(onednn) == 1
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.mkldnn, "enabled", False)
+        product_with_transpose(torch.ones(8, 4), torch.ones(2, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_with_transpose(torch.ones(8, 4), torch.ones(2, 4)).dtype == torch.bfloat16
+        assert linear(torch.ones(8, 4), torch.ones(2, 4)).dtype == torch.bfloat16
+    product_with_transpose(torch.ones(8, 4).double(), torch.ones(2, 4).double())
+    product_with_transpose(torch.ones(8, 4), torch.ones(1, 4))
+    product_with_transpose(torch.ones(8, 4, device="meta"), torch.ones(2, 4, device="meta"))
+    torch.compile(product_with_transpose, backend="eager", fullgraph=True)(
+        torch.ones(8, 4), torch.ones(2, 4)
+    )
+    assert len(onednn) == 1

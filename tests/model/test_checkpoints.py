@@ -18,6 +18,15 @@ from mixscvi import MixSCVI
 from mixscvi.model.identity import differences, training_identity
 
 
+@pytest.fixture(autouse=True)
+def quiet():
+    """scvi-tools announces every semi-supervised training."""
+    verbosity = scvi.settings.verbosity
+    scvi.settings.verbosity = 40
+    yield
+    scvi.settings.verbosity = verbosity
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Folders of trainings that were killed in their sixth epoch."""
@@ -113,6 +122,25 @@ def test_without_a_seed_it_goes_on_as_it_began(tmp_path, monkeypatch):
     longer = train(model(2), tmp_path, max_epochs=5)
     assert len(longer.history["elbo_train"]) == 5
     np.testing.assert_array_equal(longer.train_indices, first.train_indices)
+
+
+def test_labels_chosen_in_an_epoch_are_those_of_a_training_not_interrupted(tmp_path):
+    """A second training would choose others: they are drawn from numpy's random numbers."""
+    kwargs = {"n_samples_per_label": 6, "check_val_every_n_epoch": 1}
+    whole = train(make_model(labeled=True), tmp_path / "a", **kwargs)
+    part = make_model(labeled=True)
+    train(part, tmp_path / "b", **kwargs | {"max_epochs": 3})
+    np.random.seed(5)
+    resumed = make_model(labeled=True)
+    train(resumed, tmp_path / "b", **kwargs)
+    assert_same_state(resumed, whole)
+    assert_same_history(resumed, whole)
+    other = make_model(labeled=True)
+    with pytest.raises(ValueError, match=r"train\(n_samples_per_label=\) is 6 there and 5 here"):
+        train(other, tmp_path / "b", **kwargs | {"n_samples_per_label": 5})
+    other.adata.obs["_scvi_labels"] = 0
+    with pytest.raises(ValueError, match="data: labels is "):
+        train(other, tmp_path / "b", **kwargs)
 
 
 def _with_one_count_changed(model):

@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 
-from mixscvi import MixSCVI
+from mixscvi import MixSCVI, compiled
 from mixscvi.likelihoods import native
 from mixscvi.model.data import LeanDataSplitter
 from mixscvi.model.loaders import LeanDataLoader
@@ -108,7 +108,7 @@ def test_loaders_of_the_methods_give_the_same_minibatches():
 
 
 def test_nothing_is_compiled_where_numba_is_not(monkeypatch):
-    monkeypatch.setattr(native, "_failed", True)
+    monkeypatch.setattr(compiled, "_failed", True)
     loader, ours, _ = minibatches(LeanDataSplitter, registered(sparse.csr_matrix))
     _, theirs, _ = minibatches(DataSplitter, registered(sparse.csr_matrix))
     assert loader._lean is None

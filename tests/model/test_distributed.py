@@ -65,6 +65,36 @@ def test_every_training_cell_is_seen_once_in_an_epoch(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["labels", "some labels", "labels, without a seed"])
+def test_cells_with_labels_are_shared(name, ranks):
+    first, second = (rank[name] for rank in ranks)
+    assert first["split"] == second["split"]
+    training = first["split"][0]
+    n_epochs, steps = (2, 2) if name == "labels" else (3, 3)
+    assert first["steps"] == second["steps"] == n_epochs * steps
+    seen = [
+        [sum(seen["cells"][-n_epochs * steps :][i * steps :][:steps], []) for seen in ranks_seen]
+        for ranks_seen in [(first, second)]
+        for i in range(n_epochs)
+    ]
+    for one, other in seen:  # each cell once in an epoch, by one of the ranks
+        assert sorted(one + other) == sorted(training)
+    assert seen[0] != seen[1]  # and in another order in the next
+    n_labeled = 12 if name != "labels" else len([i for i in training if i // 2 % 2 == 0])
+    chosen = []
+    for i in range(n_epochs):
+        batches = [
+            rank["labeled"][-n_epochs * steps :][i * steps :][:steps] for rank in (first, second)
+        ]
+        of_epoch = [set(sum(rank, [])) for rank in batches]
+        assert len(of_epoch[0] | of_epoch[1]) == n_labeled
+        assert not of_epoch[0] & of_epoch[1]
+        chosen.append(of_epoch[0] | of_epoch[1])
+    assert (chosen[0] == chosen[1]) == (name == "labels")
+    assert set(chosen[0]) <= set(training)
+
+
+@pytest.mark.slow
 def test_bound_is_one_of_those_of_one_process(ranks):
     kwargs = {**TRAINED, "max_epochs": 12, "batch_size": 32, "train_size": 0.75}
     kwargs["plan_kwargs"] = {"lr": 1e-2, "n_epochs_kl_warmup": 1}
@@ -82,14 +112,36 @@ def test_bound_is_one_of_those_of_one_process(ranks):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_both_are_restored(ranks):
+@pytest.mark.parametrize("labels", ["", "labels "])
+def test_checkpoints_of_both_are_restored(labels, ranks):
     for rank in ranks:
-        whole, resumed = rank["whole"], rank["resumed"]
+        whole, resumed = rank[f"{labels}whole"], rank[f"{labels}resumed"]
         for key, value in whole["state"].items():
             assert torch.equal(value, resumed["state"][key]), key
         assert whole["history"] == resumed["history"]
-        assert whole["components"][-len(resumed["components"]) :] == resumed["components"]
-        assert len(resumed["components"]) == 9
+        drawn = ("cells", "labeled") if labels else ("components",)
+        for name in drawn:
+            assert len(resumed[name]) == 9
+            assert whole[name][-9:] == resumed[name]
+
+
+@pytest.mark.slow
+def test_training_alone_after_it_is_a_training_of_one_process(ranks):
+    expected = make_model(40, 0)
+    expected.train(**TRAINED, max_epochs=2)
+    state = expected.module.state_dict()
+    for rank in ranks:
+        alone = rank["alone"]
+        assert alone["steps"] == 2 * 5  # of all 36 training cells
+        for key, value in alone["state"].items():
+            torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-5, msg=key)
+        assert len(alone["history"]["elbo_train"]) == 2
+        assert len(alone["history"]["elbo_validation"]) == 2
+        assert rank["alone, gone on"]["steps"] == 10
+        assert alone["rank kept"] and rank["alone, gone on"]["rank kept"]
+    # The second process has no history of the training by both.
+    assert len(ranks[0]["alone, gone on"]["history"]["elbo_train"]) == 3
+    assert set(ranks[1]["alone, gone on"]["history"]) <= set(ranks[0]["alone"]["history"])
 
 
 def test_without_ddp_several_processes_are_refused():

@@ -146,6 +146,128 @@ def test_a_tampered_file(change, expected, trained, saved):
         MixSCVI.load(saved, trained.adata.copy())
 
 
+def _change_registry(field, **changed):
+    def change(stored):
+        fields = stored["attr_dict"]["registry_"]["field_registries"]
+        fields[field]["summary_stats"].update(changed)
+
+    return change
+
+
+def _change_arguments(**changed):
+    return lambda stored: stored["attr_dict"]["init_params_"]["non_kwargs"].update(changed)
+
+
+def _with_a_prior_of(**sizes):
+    def change(stored):
+        _change_arguments(prior=sizes)(stored)
+        path = ["attr_dict", "init_params_", "non_kwargs", "prior"]
+        stored["mixscvi"]["notes"].append([path, "prior", "GaussianMixture"])
+
+    return change
+
+
+def _with_an_activation_of(**sizes):
+    def change(stored):
+        _change_arguments(n_latent=sizes)(stored)
+        path = ["attr_dict", "init_params_", "non_kwargs", "n_latent"]
+        stored["mixscvi"]["notes"].append([path, "activation", "MultiheadAttention"])
+
+    return change
+
+
+def _with_texts_of(dtype):
+    def change(stored):
+        note = [["var_names"], "array", {"dtype": dtype, "shape": [20]}]
+        stored["mixscvi"]["notes"] = [note]
+
+    return change
+
+
+HUGE = 10**9
+LARGE = {
+    **{
+        name: (_change_arguments(**{name: HUGE}), f"{name}={HUGE}")
+        for name in ("n_hidden", "n_latent", "n_layers", "n_components", "n_flow_steps")
+    },
+    "two of them": (
+        _change_arguments(n_hidden=1_000, n_latent=1_000),
+        "n_hidden=1000, n_latent=1000, but has [0-9]+ weights",
+    ),
+    "many components": (_change_arguments(n_components=900), "n_components=900, n_hidden=12"),
+    "n_vars": (_change_registry("X", n_vars=HUGE), f"n_vars={HUGE}"),
+    "n_batch": (_change_registry("batch", n_batch=HUGE), f"n_batch={HUGE}"),
+    "n_batch with others": (_change_registry("batch", n_batch=1_000), "n_batch=1000"),
+    "a prior": (_with_a_prior_of(n_latent=HUGE, n_components=HUGE), f"n_latent={HUGE}"),
+    "an activation": (_with_an_activation_of(embed_dim=64, num_heads=1), "MultiheadAttention"),
+    "texts": (_with_texts_of(f"<U{HUGE // 2}"), "an array of 20 texts has the type <U"),
+    "a tensor": (
+        lambda s: s["model_state_dict"].update(px_r=torch.ones(1).expand(HUGE, HUGE)),
+        rf"model_state_dict.px_r claims the shape \({HUGE}, {HUGE}\), more than the file holds",
+    ),
+    "a sparse tensor": (
+        lambda s: s["model_state_dict"].update(
+            px_r=torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (HUGE,))
+        ),
+        "px_r is no dense tensor",
+    ),
+}
+
+
+@pytest.fixture
+def little_memory():
+    """No more than 2 GB beyond what there is."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the size of the process")
+@pytest.mark.parametrize(("change", "expected"), LARGE.values(), ids=LARGE)
+def test_a_file_of_a_huge_model_is_named_and_nothing_is_made(
+    change, expected, trained, saved, little_memory
+):
+    rewrite(saved, change)
+    for data in (trained.adata, False):
+        with pytest.raises(ValueError, match=rf"model\.pt .*{expected}"):
+            MixSCVI.load(saved, data)
+
+
+def test_a_storage_larger_than_its_record(trained, saved):
+    """torch believes the number in the pickle, and would read what is beside it in memory."""
+    path = saved / "model.pt"
+    torch.save({"model_state_dict": {"px_r": torch.ones(300)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = [name for name in records if name.endswith("data.pkl")]
+    small, large = b"M" + (300).to_bytes(2, "little"), b"J" + HUGE.to_bytes(4, "little")
+    assert records[pickled].count(small) == 2
+    records[pickled] = records[pickled].replace(small, large)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"model\.pt is damaged"):
+        MixSCVI.load(saved, trained.adata)
+
+
+def test_records_that_unpack_to_more_than_the_file(trained, saved):
+    path = saved / "model.pt"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in records if "/data/" in name)
+    records[name] = bytes(10**7)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record, content in records.items():
+            archive.writestr(record, content)
+    with pytest.raises(ValueError, match=rf"model\.pt is damaged at its record '{name}'"):
+        MixSCVI.load(saved, trained.adata)
+
+
 def test_a_truncated_or_damaged_file(trained, saved):
     path = saved / "model.pt"
     raw = path.read_bytes()

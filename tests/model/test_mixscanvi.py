@@ -322,7 +322,7 @@ def test_no_training_minibatch_is_a_single_cell(n_components, make_labeled):
     MixSCANVI.setup_anndata(lonely, **WITH_BATCH)
     model = MixSCANVI(lonely, n_components=n_components, n_hidden=8)
     splits = [np.setdiff1d(np.arange(64), [4]), np.array([4]), np.array([], dtype=int)]
-    with pytest.raises(ValueError, match="one training cell has a label"):
+    with pytest.raises(ValueError, match="1 training cell has a label"):
         train(model, datasplitter_kwargs={"external_indexing": splits})
 
 

@@ -16,12 +16,14 @@ A run is a folder:
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -389,6 +391,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     if not path.exists():
         raise FileNotFoundError(f"{path}, the weights of the run, is missing")
     weights = _weights(path)
+    _check_sizes(folder, config, summary["image_shape"], weights)
     model = build(config, tuple(summary["image_shape"]))
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if expected != {name: value.shape for name, value in weights.items()}:
@@ -398,6 +401,59 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
         )
     model.load_state_dict(weights)
     return config, model.to(device).eval()
+
+
+def _check_sizes(
+    folder: Path, config: RunConfig, image_shape: list[int], weights: dict[str, Tensor]
+) -> None:
+    """Raise if the files of a run describe a larger model than its weights are of.
+
+    Making it would take all memory there is, before its weights were found not to fit.
+    """
+    n_weights = sum(value.numel() for value in weights.values())
+    path = folder / "config.json"
+    model, sizes = config.model, asdict(config.sizes)
+    sizes |= {"n_components": config.mixture.n_components, "n_flow_steps": model.n_flow_steps}
+    layers = ["hidden"]
+    layers += ["conv_layers"] * (model.encoder == "conv")
+    layers += ["flow_hidden"] * (model.n_flow_steps > 0)
+    limits = [
+        *((path, name, sizes[name], n_weights) for name in ("n_latent", "encoder_width")),
+        (path, "n_components", sizes["n_components"], n_weights),
+        (path, "n_flow_steps", model.n_flow_steps, len(weights)),
+        *((path, name, max(np.ravel(sizes[name]), default=0), n_weights) for name in layers),
+        *((path, f"len({name})", len(sizes[name]), len(weights)) for name in layers),
+        (folder / "summary.json", "image_shape", math.prod(image_shape), n_weights),
+    ]
+    if model.prior != "normal":
+        limits.append((path, "n_prior_components", sizes["n_prior_components"], n_weights))
+    if model.decoder == "pixelcnn":
+        limits.append((path, "pixelcnn_layers", sizes["pixelcnn_layers"], len(weights)))
+        limits.append((path, "pixelcnn_channels", sizes["pixelcnn_channels"], n_weights))
+    if model.n_flow_steps:
+        flow = (sizes["n_latent"], *sizes["flow_hidden"], 2 * sizes["n_latent"])
+        pairs = zip(flow[:-1], flow[1:], strict=True)
+        limits.append((path, "flow_hidden", max(a * b for a, b in pairs), n_weights))
+    for file, name, value, limit in limits:
+        if value > limit:
+            given = sizes.get(name, value) if name != "image_shape" else image_shape
+            raise ValueError(
+                f"{file} was tampered with, or is of another run: its {name}={given!r} is of a "
+                f"larger model than best.pt, which has {n_weights} weights in {len(weights)} "
+                "tensors"
+            )
+    # Shapes alone. The flow, whose masks need numbers, was looked at above.
+    try:
+        with torch.device("meta"):
+            without_flow = replace(config, model=replace(config.model, n_flow_steps=0))
+            shapes = build(without_flow, (image_shape[0], image_shape[1])).state_dict()
+    except RuntimeError as error:  # a number of elements that no integer holds
+        raise ValueError(f"{path} describes no model that can be made: {error}") from error
+    if sum(value.numel() for value in shapes.values()) > n_weights:
+        raise ValueError(
+            f"{path} was tampered with, or is of another run: its sizes are of a larger model than "
+            f"best.pt, which has {n_weights} weights"
+        )
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +93,81 @@ def test_weights_of_earlier_versions_are_read(tmp_path, data, preset):
     again, loaded = runs.load_run(tmp_path)
     assert again == config
     assert runs.weights_hash(loaded) == runs.weights_hash(model)
+
+
+HUGE = 10**9
+TAMPERED = {
+    "hidden": ("sizes", {"hidden": [HUGE, 10]}, r"config\.json .* its hidden=\(1000000000, 10\)"),
+    "latents": ("sizes", {"n_latent": HUGE}, r"config\.json .* its n_latent=1000000000"),
+    "layers": ("sizes", {"hidden": [1] * 10_000}, r"config\.json .* its len\(hidden\)=10000"),
+    "one wide layer": (
+        "sizes",
+        {"hidden": [1000, 1000]},
+        r"config\.json .* its sizes are of a larger",
+    ),
+    "width": ("sizes", {"encoder_width": 1e9}, r"config\.json .* its encoder_width=1000000000"),
+    "components": ("mixture", {"n_components": HUGE}, r"config\.json .* its n_components="),
+    "flow": ("model", {"n_flow_steps": HUGE}, r"config\.json .* its n_flow_steps=1000000000"),
+}
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("part", "changed", "match"), TAMPERED.values(), ids=TAMPERED)
+def test_configurations_of_huge_models_are_named(part, changed, match, copied):
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config[part] |= changed
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=match):
+        runs.load_run(copied)
+
+
+def test_images_of_a_huge_shape_are_named(copied):
+    path = copied / "summary.json"
+    summary = json.loads(path.read_text()) | {"image_shape": [HUGE, HUGE]}
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"summary\.json .* its image_shape=\[1000000000, 1000"):
+        runs.load_run(copied)
+
+
+def test_wide_flows_are_named(tmp_path, data):
+    config = RunConfig.from_preset(
+        "flow", budget="smoke", training={"max_epochs": 1, "warmup_epochs": 1}
+    )
+    train(config, tmp_path, data=data)
+    path = tmp_path / "config.json"
+    changed = json.loads(path.read_text())
+    changed["sizes"]["flow_hidden"] = [2_000, 2_000]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"config\.json .* its flow_hidden=\(2000, 2000\)"):
+        runs.load_run(tmp_path)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _claim(path):
+    weights = torch.load(path, weights_only=True)
+    name = next(iter(weights))
+    torch.save(weights | {name: torch.ones(1).expand(HUGE, HUGE)}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (_truncate, r"best\.pt is truncated, or no checkpoint"),
+        (_claim, r"best\.pt is damaged \(.* claims the shape \(1000000000, 1000000000\)"),
+    ],
+)
+def test_spoiled_weights_are_named(spoil, match, copied):
+    spoil(copied / "best.pt")
+    with pytest.raises(ValueError, match=match):
+        runs.load_run(copied)
 
 
 def test_data_of_a_finished_run(finished, data, monkeypatch):

@@ -10,7 +10,7 @@ from mixscvi.images.experiments.configs import BUDGETS, RunConfig
 from mixscvi.images.experiments.runs import build
 from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters
-from mixscvi.mixture import layers, miselbo
+from mixscvi.mixture import layers, miselbo, products
 from mixscvi.mixture.products import product_by_nonzeros
 
 TINY = Sizes(
@@ -235,9 +235,11 @@ def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
     components = model.choose(torch.Generator().manual_seed(0))
     calls = []
 
-    def counted(x, table):
+    def counted(nonzeros, table):
         calls.append(table.shape)
-        return product_by_nonzeros(x, table)
+        return product_by_nonzeros(nonzeros, table)
+
+    monkeypatch.setattr(products, "_LEAST_WORK", 0)
 
     monkeypatch.setattr(layers, "product_by_nonzeros", counted)
 
@@ -250,7 +252,7 @@ def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
 
     by_rows = results()
     assert calls == [(784, (3 if estimator == "some_to_some" else 4) * 2 * sizes.hidden[0])]
-    monkeypatch.setattr(layers, "mostly_zero", lambda x, table: False)
+    monkeypatch.setattr(layers, "few_nonzeros", lambda x, table: None)
     for ours, dense in zip(by_rows, results(), strict=True):
         torch.testing.assert_close(ours, dense)
     assert len(calls) == 1

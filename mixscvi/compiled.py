@@ -1,0 +1,151 @@
+"""When functions that numba compiles are used, on how many threads, and what if they fail."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+__all__ = ["errors", "give_up", "load", "run_tasks"]
+
+_failed = False
+
+
+def load(name: str) -> ModuleType | None:
+    """A module of compiled functions, or ``None`` where numba is missing or has failed.
+
+    Neither the module nor numba is imported before.
+
+    Examples
+    --------
+    >>> load("mixscvi.mixture.sparse_kernels").__name__
+    'mixscvi.mixture.sparse_kernels'
+    """
+    if _failed:
+        return None
+    try:
+        return _import(name)
+    except ImportError as error:
+        give_up(error)
+        return None
+
+
+@lru_cache
+def _import(name: str) -> ModuleType:
+    import numba
+
+    if vars(numba.config)["DISABLE_JIT"]:
+        raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
+    return import_module(name)
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What numba raises when it cannot compile, cache or load a function.
+
+    Examples
+    --------
+    >>> OSError in errors()
+    True
+    """
+    from mixscvi.compiling import ERRORS
+
+    return ERRORS
+
+
+def give_up(error: BaseException) -> None:
+    """Use no compiled function from now on, and say once why.
+
+    Warns
+    -----
+    RuntimeWarning
+        With the first line of the error.
+    """
+    global _failed
+    _failed = True
+    cause = str(error).strip().partition("\n")[0]
+    warnings.warn(
+        "numba cannot provide the fast likelihoods, so slower ones are used "
+        f"({type(error).__name__}: {cause})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@lru_cache(1)
+def _thread_pool(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads besides the calling one; those of a parent process do not survive a fork."""
+    return ThreadPoolExecutor(n_threads - 1, thread_name_prefix="mixscvi")
+
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@lru_cache(1)
+def _openmp_parallel() -> Callable[..., None] | None:
+    """The entry to torch's own OpenMP threads, if its library has that of GNU's.
+
+    After a matrix product these threads spin for some milliseconds in wait of more work. Other
+    threads would compete with them for the cores, and take up to twice as long.
+    """
+    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    if parallel is not None:
+        parallel.argtypes = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+    return parallel
+
+
+def run_tasks(call: Callable[..., None], tasks: Sequence[tuple[int, ...]], n_threads: int) -> None:
+    """Make a call for each task, by the thread that is free next.
+
+    Parameters
+    ----------
+    call
+        Takes the numbers of a task; releases the interpreter's lock.
+    tasks
+        Arguments of each call.
+    n_threads
+        How many threads there may be, the calling one included.
+
+    Raises
+    ------
+    Exception
+        What a call raises, in whichever thread.
+
+    Examples
+    --------
+    >>> done = []
+    >>> run_tasks(done.append, [(1,), (2,)], n_threads=1)
+    >>> done
+    [1, 2]
+    """
+    waiting = iter(tasks)
+    raised: list[Exception] = []
+
+    def work(_: object = None) -> None:
+        try:
+            for task in waiting:
+                call(*task)
+        except Exception as error:  # noqa: BLE001 - raised again in the calling thread
+            raised.append(error)
+
+    n_threads = min(n_threads, len(tasks))
+    parallel = _openmp_parallel()
+    if n_threads <= 1:
+        work()
+    elif parallel is not None:
+        parallel(_REGION(work), None, n_threads, 0)
+    else:
+        pool = _thread_pool(n_threads, os.getpid())
+        helpers = [pool.submit(work) for _ in range(n_threads - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
+    if raised:
+        raise raised[0]
