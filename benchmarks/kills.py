@@ -155,7 +155,10 @@ def sweep(folder: Path, images: Path) -> None:
 
 def evaluate(folder: Path, images: Path) -> None:
     if not (folder / "run").exists():
-        shutil.copytree(images.parent / "run", folder / "run")
+        beside = folder.with_name(f"{folder.name}-run")
+        shutil.rmtree(beside, ignore_errors=True)  # a copy that was killed
+        shutil.copytree(images.parent / "run", beside)
+        beside.rename(folder / "run")
     _images("evaluate", str(folder / "run"), "--draws", "40000")
 
 

@@ -335,9 +335,9 @@ def _table(held_out: dict[str, HeldOut]) -> pd.DataFrame:
     """What the first figure shows: a row per model and held-out cell."""
     columns = ["log_likelihood", "pareto_k", "effective_sample_size"]
     tables = {
-        name: cells.before[columns].join(
-            cells.after[columns], lsuffix="_encoder", rsuffix="_adapted"
-        )
+        name: cells.before[columns]
+        .add_suffix("_encoder")
+        .join(cells.after[columns].add_suffix("_adapted"))
         for name, cells in held_out.items()
     }
     return pd.concat(tables, names=["model", "cell"])

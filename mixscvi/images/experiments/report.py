@@ -198,10 +198,10 @@ def _read_log(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: no epoch of this run has ended")
     try:
-        log = pd.read_csv(path, float_precision="round_trip")
-        numbers = log[["epoch", "train_bound", "validation_bound"]]
-        if not len(numbers) or not all(pd.api.types.is_numeric_dtype(t) for t in numbers.dtypes):
-            raise ValueError("its columns must hold numbers")
+        log = pd.read_csv(path, dtype=str)  # pandas before 3 rounds the numbers that it reads
+        if not len(log[["epoch", "train_bound", "validation_bound"]]):
+            raise ValueError("it has no rows")
+        log = log.astype({name: int if name == "epoch" else float for name in log})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or is not the log of a run: {error}") from error
     return log
