@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # formulas without a network
     "sphinx_autodoc_typehints",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
@@ -71,7 +72,7 @@ _others = {
 if os.environ.get("MIXSCVI_DOCS_ONLINE"):
     intersphinx_mapping = {name: (url, None) for name, url in _others.items()}
 nitpick_ignore_regex = [
-    (r"py:.*", r"(anndata|lightning|matplotlib|numpy|pandas|scanpy|scvi|torch|zuko)\..*"),
+    (r"py:.*", r"(anndata|lightning|matplotlib|numpy|pandas|ray|scanpy|scvi|torch|zuko)\..*"),
     # Python's own: builtins, and what annotations are made of
     (r"py:.*", r"(abc|collections|enum|os|pathlib|typing)\..*|Ellipsis|[A-Z]\w+(Error|Warning)"),
     (r"py:(class|obj)", r"bool|bytes|complex|dict|float|int|list|None|object|set|str|tuple|type"),

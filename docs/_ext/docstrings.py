@@ -77,7 +77,9 @@ def _without_mixins(app: Sphinx, name: str, member: type, options: Any, bases: l
     bases[:] = [
         base
         for base, name in zip(bases, names, strict=True)
-        if base is not object and not name.endswith(("Mixin", "WithoutData"))
+        if base is not object
+        and not name.startswith("_")
+        and not name.endswith(("Mixin", "WithoutData"))
     ] or [object]
 
 

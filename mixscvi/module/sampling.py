@@ -117,7 +117,7 @@ class ImportanceSampling(Adaptation):
         return self.prior(self.z_encoder)
 
     def push_forward(self, z0: Tensor) -> tuple[Tensor, Tensor | float]:
-        """z of draws of the posterior, `(..., D)`, and log |det dz/dz0|, `(...)`."""
+        """z of draws of the posterior, `(..., D)`, and ``log |det dz/dz0|``, `(...)`."""
         return (z0, 0.0) if self.flow is None else self.flow(z0)
 
     @torch.inference_mode()
