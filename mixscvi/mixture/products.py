@@ -20,8 +20,8 @@ _MOST_NONZERO = 0.25
 _LEAST_WORK = 2**23
 
 # What one of several threads does at least, in multiplications.
-_WORK_PER_TASK = 2**16
-_TASKS_PER_THREAD = 4
+_WORK_PER_TASK = 2**20
+_TASKS_PER_THREAD = 2
 
 # Multiplications from which a product is left to oneDNN. On AVX-512 processors its products take 7
 # to 25 % less time than those of torch's BLAS; smaller ones are about equal, the smallest slower.
