@@ -126,6 +126,7 @@ def test_code_on_pages_is_python_and_imports_what_exists(path):
 ELSEWHERE = {
     'strategy="ddp"': "test_distributed.py",
     "run_autotune": "test_autotune.py",
+    "setup_annbatch": "test_out_of_core.py",
 }
 
 

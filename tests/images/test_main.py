@@ -64,7 +64,8 @@ def test_training_makes_its_model_once(tmp_path, folder, monkeypatch, capsys):
     made, original = [], runs.ImageVAE.__init__
 
     def counted(self, *args, **kwargs):
-        made.append(1)
+        if torch.get_default_device().type != "meta":  # shapes alone, to be compared
+            made.append(1)
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(runs.ImageVAE, "__init__", counted)

@@ -95,7 +95,7 @@ def test_weights_must_be_finite_and_fit(folder):
     torch.save(weights | {name: value * torch.nan}, path)
     with pytest.raises(ValueError, match=r"best.pt holds values of .* that are not finite"):
         load_run(folder)
-    torch.save(weights | {name: value[:1]}, path)
+    torch.save(weights | {name: torch.cat((value, value))}, path)
     with pytest.raises(ValueError, match=r"best.pt does not fit the model of config.json"):
         load_run(folder)
     path.unlink()
