@@ -3,6 +3,9 @@
 import sys
 
 import pytest
+import torch
+
+_N_THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +15,12 @@ def closed_figures():
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is not None:
         pyplot.close("all")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_at_the_start():
+    """Set torch's threads back: scanpy's compiled functions leave them at all cores.
+
+    Sums round by their number, and some tests compare with processes of their own, to the bit.
+    """
+    torch.set_num_threads(_N_THREADS)

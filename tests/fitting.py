@@ -49,7 +49,8 @@ def assert_same_state(one, other):
     expected = other.module.state_dict()
     assert list(one.module.state_dict()) == list(expected)
     for name, value in one.module.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+        differs = (value - expected[name]).abs().max()
+        assert torch.equal(value, expected[name]), f"{name} differs by {differs}"
 
 
 EARLY = {"early_stopping": True, "early_stopping_patience": 5}
