@@ -23,4 +23,6 @@ def threads_as_at_the_start():
 
     Sums round by their number, and some tests compare with processes of their own, to the bit.
     """
-    torch.set_num_threads(_N_THREADS)
+    yield
+    if torch.get_num_threads() != _N_THREADS:
+        torch.set_num_threads(_N_THREADS)

@@ -35,8 +35,9 @@ def killed(tmp_path_factory):
     subprocess.run(
         [sys.executable, str(program), str(folder)],
         check=True,
-        # As many threads as here: they round sums differently.
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        # As many threads as here, whatever other tests did to the environment: sums round by them.
+        env=os.environ
+        | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     return folder
 
