@@ -26,3 +26,13 @@ def threads_as_at_the_start():
     yield
     if torch.get_num_threads() != _N_THREADS:
         torch.set_num_threads(_N_THREADS)
+
+
+@pytest.fixture(autouse=True)
+def verbosity_as_before():
+    """Set scvi-tools' verbosity back, on which progress bars depend."""
+    scvi = sys.modules.get("scvi")
+    before = None if scvi is None else scvi.settings.verbosity
+    yield
+    if before is not None and scvi.settings.verbosity != before:
+        scvi.settings.verbosity = before
