@@ -269,12 +269,12 @@ def profile_training(data: str) -> list[dict]:
     from mixscvi import compiled
 
     adata, epochs = read(data), 2
-    run = compiled.run_tasks
+    run = compiled.in_blocks
 
-    def recorded_run(call: Any, *args: Any) -> None:
-        likelihoods = call.__module__.startswith("mixscvi.likelihoods")
+    def recorded_run(kernel: Any, *args: Any) -> bool:
+        likelihoods = kernel.__module__.startswith("mixscvi.likelihoods")
         with record_function("likelihood kernel" if likelihoods else "sums of rows"):
-            run(call, *args)
+            return run(kernel, *args)
 
     rows = []
     for name, cls, kwargs in (
@@ -284,12 +284,12 @@ def profile_training(data: str) -> list[dict]:
     ):
         model = make(adata, cls, **kwargs)
         train(model, 2)
-        compiled.run_tasks = recorded_run
+        compiled.in_blocks = recorded_run
         try:
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
                 train(model, epochs)
         finally:
-            compiled.run_tasks = run
+            compiled.in_blocks = run
         events = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
         n_steps = next(
             e.count for e in profiled.key_averages() if e.key.startswith("Optimizer.step")

@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["errors", "give_up", "load", "run_tasks"]
+__all__ = ["attempt", "errors", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
+
+T = TypeVar("T")
 
 _failed = False
 
@@ -33,7 +36,7 @@ def load(name: str) -> ModuleType | None:
     try:
         return _import(name)
     except ImportError as error:
-        give_up(error)
+        _give_up(error)
         return None
 
 
@@ -59,23 +62,93 @@ def errors() -> tuple[type[Exception], ...]:
     return ERRORS
 
 
-def give_up(error: BaseException) -> None:
-    """Use no compiled function from now on, and say once why.
-
-    Warns
-    -----
-    RuntimeWarning
-        With the first line of the error.
-    """
+def _give_up(error: BaseException) -> None:
+    """Use no compiled function from now on, and say once why."""
     global _failed
     _failed = True
     cause = str(error).strip().partition("\n")[0]
     warnings.warn(
-        "numba cannot provide the fast likelihoods, so slower ones are used "
+        "numba cannot provide fast likelihoods and matrix products, so slower ones are used "
         f"({type(error).__name__}: {cause})",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
+
+
+def attempt(function: Callable[..., T], *args: Any) -> T | None:
+    """What a compiled function returns, or ``None`` if it cannot be compiled.
+
+    Then no compiled function is used from now on.
+
+    Warns
+    -----
+    RuntimeWarning
+        If it cannot be compiled, with the first line of the error.
+
+    Examples
+    --------
+    >>> attempt(len, "abc")
+    3
+    """
+    try:
+        return function(*args)
+    except errors() as error:
+        _give_up(error)
+        return None
+
+
+def n_tasks(work: int, least: int, per_thread: int) -> int:
+    """Into how many tasks to divide some work.
+
+    Parameters
+    ----------
+    work, least
+        How much there is, and how much of it pays for a task of its own.
+    per_thread
+        Tasks of each thread at most: a thread that is late leaves its share to the others.
+
+    Examples
+    --------
+    >>> n_tasks(work=5, least=10, per_thread=2)
+    1
+    """
+    n_threads = torch.get_num_threads()
+    most = 1 if n_threads == 1 else per_thread * n_threads
+    return max(1, min(most, work // least))
+
+
+def split(n: int, n_blocks: int) -> list[tuple[int, int]]:
+    """First and last numbers of blocks of `n` things, about equal; the last one is left out.
+
+    Examples
+    --------
+    >>> split(5, 2)
+    [(0, 2), (2, 5)]
+    """
+    bounds = [n * i // n_blocks for i in range(n_blocks + 1)]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def in_blocks(kernel: Callable[..., None], blocks: Sequence[tuple[int, ...]], *arrays: Any) -> bool:
+    """Run a compiled function on each block, on torch's number of threads.
+
+    Parameters
+    ----------
+    kernel
+        Called with the numbers of a block, then the arrays; see :func:`attempt`.
+    blocks
+        See :func:`run_tasks`.
+
+    Returns
+    -------
+    Whether it could be compiled.
+    """
+
+    def run() -> bool:
+        run_tasks(lambda *block: kernel(*block, *arrays), blocks, torch.get_num_threads())
+        return True
+
+    return attempt(run) is not None
 
 
 @lru_cache(1)

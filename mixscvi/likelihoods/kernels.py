@@ -30,6 +30,7 @@ from mixscvi.likelihoods.vector_math import (
     log1p,
     log_gamma_ratio,
     softmax_exp,
+    use_wide_vectors,
 )
 
 __all__ = ["TABLE_SIZE", "fill_table", "rows", "table_length"]
@@ -45,6 +46,7 @@ _SOURCES = zlib.crc32(pkgutil.get_data(__package__, "vector_math.py"))
 # the compiler that they do not overlap; nothing else that numba can say does.
 _TILE = 512
 _TABLE = TABLE_SIZE * _TILE
+_BY_THETA, _BY_ZI, _TERM, _EXCESS = _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE
 
 
 def table_length(n_genes: int) -> int:
@@ -140,6 +142,7 @@ def _nonzero_counts(x, indptr, indices, data, cell, smallest, scattered, index, 
 @_inlined
 def _exponentials(logits, bias, row, out):
     """Softmax of a row, not yet divided by its sum; that sum."""
+    use_wide_vectors()
     n_genes = out.size
     for gene in range(n_genes):
         out[gene] = logits[row, gene] if bias is None else logits[row, gene] + bias[gene]
@@ -155,64 +158,88 @@ def _exponentials(logits, bias, row, out):
 
 
 @_inlined
-def _tile_of_genes(
-    x, mean, scale, log_library, theta, theta_row, zi, zi_bias, row, start, n, eps, d_mean, out
-):
-    """All terms of `n` genes but those in log(mean) and log-gamma.
+def _mean_and_dispersion(mean, scale, log_library, theta, theta_row, start, n, eps, d_mean, out):
+    """Of `n` genes, theta * log(theta / (theta + mean)) and its gradients by log(mean) and theta.
 
-    With t = theta * log(theta / (theta + mean)) - zi the terms are those of `zinb_log_prob`. The
-    gradients are those by log(mean) (by the mean if there is no `log_library`), by theta and by
-    the logit of dropping out; they are written to `out` unless `d_mean` is ``None``.
+    For a Poisson likelihood it is -mean.
     """
-    real = mean.dtype.type
-    zero, one = real(0), real(1)
-    total, total_slope = zero, zero
+    use_wide_vectors()
+    one = mean.dtype.type(1)
     for i in range(n):
         gene = np.uintp(start + i)
         mu = mean[gene] * scale
         factor = one if log_library is None else mu
         if theta is None:
-            term = -mu
-            slope = -factor
+            out[_TERM + i] = -mu
+            if d_mean is not None:
+                out[i] = -factor
         else:
             th = theta[theta_row, gene]
             th_eps = th + eps
-            inverse = one / (th_eps + mu)
             ratio = mu / th_eps
             log_ratio = log1p(ratio)  # log(theta + mean + eps) - log(theta + eps)
-            kept = -th * log_ratio
-            if zi is None:
-                term = kept
-                slope = -th * factor * inverse
-                if d_mean is not None:
-                    out[_TILE + i] = th * ratio * inverse - log_ratio
-            else:
-                pi = zi[row, gene] if zi_bias is None else zi[row, gene] + zi_bias[gene]
-                positive = not x[gene] <= eps
-                t = kept - pi
-                u = exp(-abs(pi))
-                v = exp(-abs(t))
-                inverse_u = one / (one + u)
-                # softplus(t) - softplus(-pi); a positive count has t instead of softplus(t)
-                excess = ((zero if positive else v) - u) * inverse_u
-                top = t if positive or not t <= zero else zero
-                bottom = zero if pi >= zero else -pi
-                term = log1p(excess) + (top - bottom)
-                # How surely a zero is one that did not drop out.
-                certain = (v if t < zero else one) / (one + v)
-                certain = one if positive else certain
-                slope = -certain * th * factor * inverse
-                if d_mean is not None:
-                    out[_TILE + i] = certain * (th * ratio * inverse - log_ratio)
-                    out[2 * _TILE + i] = (one if pi < zero else u) * inverse_u - certain
-        if d_mean is None:
-            total = add(total, term)
-        else:
-            out[i] = slope
-            out[3 * _TILE + i] = term
+            out[_TERM + i] = -th * log_ratio
+            if d_mean is not None:
+                inverse = one / (th_eps + mu)
+                out[i] = -th * factor * inverse
+                out[_BY_THETA + i] = th * ratio * inverse - log_ratio
+
+
+@_inlined
+def _dropout(x, zi, zi_bias, row, start, n, eps, d_mean, out):
+    """From the terms of a negative binomial to those of a zero-inflated one, and their gradients.
+
+    With t what a negative binomial has, less zi, they are those of `zinb_log_prob`.
+    """
+    use_wide_vectors()
+    real = zi.dtype.type
+    zero, one = real(0), real(1)
+    for i in range(n):
+        gene = np.uintp(start + i)
+        pi = zi[row, gene] if zi_bias is None else zi[row, gene] + zi_bias[gene]
+        positive = not x[gene] <= eps
+        t = out[_TERM + i] - pi
+        u = exp(-abs(pi))
+        v = exp(-abs(t))
+        inverse_u = one / (one + u)
+        # softplus(t) - softplus(-pi); a positive count has t instead of softplus(t)
+        out[_EXCESS + i] = ((zero if positive else v) - u) * inverse_u
+        top = t if positive or not t <= zero else zero
+        bottom = zero if pi >= zero else -pi
+        out[_TERM + i] = top - bottom
+        if d_mean is not None:
+            # How surely a zero is one that did not drop out.
+            certain = (v if t < zero else one) / (one + v)
+            certain = one if positive else certain
+            out[i] *= certain
+            out[_BY_THETA + i] *= certain
+            out[_BY_ZI + i] = (one if pi < zero else u) * inverse_u - certain
+    for i in range(n):
+        out[_TERM + i] += log1p(out[_EXCESS + i])
+
+
+@_inlined
+def _tile_of_genes(
+    x, mean, scale, log_library, theta, theta_row, zi, zi_bias, row, start, n, eps, d_mean, out
+):
+    """Sum of all terms of `n` genes but those in log(mean) and log-gamma.
+
+    The gradients are those by log(mean) (by the mean if there is no `log_library`), by theta and by
+    the logit of dropping out; they are written to `out` unless `d_mean` is ``None``.
+
+    Each step is a loop of its own over genes: a processor then works on several of them at once,
+    while in one long loop each operation waits for the one before.
+    """
+    use_wide_vectors()
+    _mean_and_dispersion(mean, scale, log_library, theta, theta_row, start, n, eps, d_mean, out)
+    if zi is not None:
+        _dropout(x, zi, zi_bias, row, start, n, eps, d_mean, out)
+    zero = mean.dtype.type(0)
+    total, total_slope = zero, zero
+    for i in range(n):
+        total = add(total, out[_TERM + i])
     if d_mean is not None:
         for i in range(n):
-            total = add(total, out[3 * _TILE + i])
             total_slope = add(total_slope, out[i])
     return total, total_slope
 
@@ -285,6 +312,7 @@ def rows(
     sources
         Not to be given.
     """
+    use_wide_vectors()
     real = mean.dtype.type
     eps, zero, one = real(1e-8), real(0), real(1)
     smallest = eps if zi is not None else zero
@@ -304,7 +332,7 @@ def rows(
     scattered = np.zeros(n_genes if indptr.size else 0, mean.dtype)
     share = np.empty(n_genes, mean.dtype)
     slope = np.empty(n_genes, mean.dtype)
-    buffer = np.empty(4 * _TILE, mean.dtype)
+    buffer = np.empty(5 * _TILE, mean.dtype)
     along_l, along_b, along_s = theta_strides
     shared = along_l == 0 and along_s == 0
 
@@ -361,16 +389,16 @@ def rows(
                         gene = np.uintp(start + i)
                         slope[gene] = buffer[i]
                         if d_theta is not None:
-                            d_theta[row, gene] = buffer[_TILE + i]
+                            d_theta[row, gene] = buffer[_BY_THETA + i]
                         if zi is not None:
-                            d_zi[row, gene] = buffer[2 * _TILE + i]
+                            d_zi[row, gene] = buffer[_BY_ZI + i]
                     if sums is not None:
                         for i in range(n_tile):
                             gene = np.uintp(start + i)
                             if theta is not None:
-                                sums[task, 1, gene] += buffer[_TILE + i]
+                                sums[task, 1, gene] += buffer[_BY_THETA + i]
                             if zi is not None:
-                                sums[task, 2, gene] += buffer[2 * _TILE + i]
+                                sums[task, 2, gene] += buffer[_BY_ZI + i]
 
             for j in range(n):
                 mean_nz[j] = means[index[j]]

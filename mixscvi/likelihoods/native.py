@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mixscvi import compiled
 __all__ = ["Gradients", "SparseCounts", "compiles", "dense_rows", "evaluate", "usable"]
 
 _ELEMENTS_PER_TASK = 2**16
-_TASKS_PER_THREAD = 4  # a thread that is late leaves its share to the others
+_TASKS_PER_THREAD = 4
 _CELLS_PER_TABLE = 16  # fewer cells do not look up often enough
 
 
@@ -101,25 +102,16 @@ def _kernels() -> ModuleType | None:
     return compiled.load("mixscvi.likelihoods.kernels")
 
 
-def _tasks(n_cells: int, n_draws: int, n_genes: int, n_threads: int) -> list[tuple[int, ...]]:
+def _tasks(n_cells: int, n_draws: int, n_genes: int) -> list[tuple[int, ...]]:
     """Blocks of rows, numbered: `(first cell, last cell, first draw, last draw, number)`.
 
     Cells are split before draws.
     """
-    n_tasks = min(
-        _TASKS_PER_THREAD * n_threads, n_cells * n_draws * n_genes // _ELEMENTS_PER_TASK + 1
-    )
-    if n_threads == 1:
-        n_tasks = 1
+    n_tasks = compiled.n_tasks(n_cells * n_draws * n_genes, _ELEMENTS_PER_TASK, _TASKS_PER_THREAD)
     cell_blocks = min(n_cells, n_tasks)
     draw_blocks = min(n_draws, -(-n_tasks // cell_blocks))
-    cells = [n_cells * i // cell_blocks for i in range(cell_blocks + 1)]
-    draws = [n_draws * i // draw_blocks for i in range(draw_blocks + 1)]
-    return [
-        (*cells[i : i + 2], *draws[j : j + 2], i * draw_blocks + j)
-        for i in range(cell_blocks)
-        for j in range(draw_blocks)
-    ]
+    blocks = product(compiled.split(n_cells, cell_blocks), compiled.split(n_draws, draw_blocks))
+    return [(*cells, *draws, number) for number, (cells, draws) in enumerate(blocks)]
 
 
 def _array(tensor: Tensor | None) -> Any:
@@ -162,7 +154,6 @@ def evaluate(
     value = mean.new_empty(mean.shape[:-1])
     if kernels is None or value.numel() == 0:
         return None if kernels is None else value
-    n_threads = torch.get_num_threads()
 
     theta_strides, table = (0, 0, 0), None
     theta_rows: Any = None
@@ -178,7 +169,7 @@ def evaluate(
         empty = torch.empty(0, dtype=torch.int64)
         x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
     rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
-    tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes, n_threads)
+    tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes)
     written: tuple[Any, ...] = (None,) * 4
     sums = None
     if gradients is not None:
@@ -191,26 +182,21 @@ def evaluate(
         if gradients.sums is not None:
             sums = mean.new_zeros((len(tasks), *gradients.sums.shape)).detach()
 
-    try:
-        if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
-            table = theta.new_empty(kernels.table_length(n_genes)).detach().numpy()
-            kernels.fill_table(theta_rows[0], table)
-        mean_rows = _array(mean).reshape(-1, n_genes)
-        zi_rows = None if zi is None else _array(zi).reshape(-1, n_genes)
-        constant = (
-            *(n_cells, n_per_stratum, x, *rows),
-            *(mean_rows, _array(mean_bias)),
-            None if log_library is None else _array(log_library).reshape(-1),
-            *(theta_rows, theta_strides, zi_rows, _array(zi_bias), table),
-            *(value.view(-1).numpy(), *written, None if sums is None else sums.numpy()),
-        )
-        compiled.run_tasks(
-            lambda *task: kernels.rows(*task, *constant),
-            tasks,
-            n_threads,
-        )
-    except compiled.errors() as error:
-        compiled.give_up(error)
+    if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
+        table = theta.new_empty(kernels.table_length(n_genes)).detach().numpy()
+        if not compiled.in_blocks(kernels.fill_table, [()], theta_rows[0], table):
+            return None
+    computed = compiled.in_blocks(
+        kernels.rows,
+        tasks,
+        *(n_cells, n_per_stratum, x, *rows),
+        *(_array(mean).reshape(-1, n_genes), _array(mean_bias)),
+        None if log_library is None else _array(log_library).reshape(-1),
+        *(theta_rows, theta_strides),
+        *(None if zi is None else _array(zi).reshape(-1, n_genes), _array(zi_bias), table),
+        *(value.view(-1).numpy(), *written, None if sums is None else sums.numpy()),
+    )
+    if not computed:
         return None
     if gradients is not None and sums is not None:
         torch.sum(sums, 0, out=gradients.sums)
@@ -250,10 +236,8 @@ def dense_rows(
     if rows.size and not (0 <= rows.min() and rows.max() < len(indptr) - 1):
         raise IndexError(f"rows must lie in [0, {len(indptr) - 1})")
     out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
-    try:
-        inside = add_rows(rows, indptr, indices, data, out)
-    except compiled.errors() as error:
-        compiled.give_up(error)
+    inside = compiled.attempt(add_rows, rows, indptr, indices, data, out)
+    if inside is None:
         return None
     if not inside:
         raise IndexError(f"the matrix of {n_columns} columns has entries in others")

@@ -29,7 +29,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["add", "exp", "larger", "log", "log1p", "log_gamma_ratio", "softmax_exp"]
+__all__ = [
+    "add",
+    "exp",
+    "larger",
+    "log",
+    "log1p",
+    "log_gamma_ratio",
+    "softmax_exp",
+    "use_wide_vectors",
+]
 
 _F = np.float32
 _ONE32, _HALF32, _ZERO32 = _F(1), _F(0.5), _F(0)
@@ -107,6 +116,22 @@ def larger(context, a, b):
         return builder.call(maximum, arguments)
 
     return a(a, b), codegen
+
+
+@intrinsic
+def use_wide_vectors(context):
+    """Have the calling function use the widest vectors that the processor has.
+
+    For many processors LLVM takes half of them, as the widest once slowed the clock. Here loops are
+    long, and matrix products before and after have taken that price already.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        # Of attributes that are a name and a value, llvmlite knows none.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @_contracted

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,20 +15,42 @@ from torch import Tensor
 
 from mixscvi import compiled
 
-__all__ = ["SparseRows", "few_nonzeros", "linear", "product_by_nonzeros", "product_with_transpose"]
+__all__ = [
+    "Nonzeros",
+    "SparseRows",
+    "few_nonzeros",
+    "linear",
+    "product_by_nonzeros",
+    "product_with_transpose",
+]
 
 # Shares of non-zeros, and multiplications by zeros as well, at which sums of rows take a CPU no
 # more time than the dense product, with the time to find the non-zeros.
 _MOST_NONZERO = 0.25
 _LEAST_WORK = 2**23
 
+# Bytes of a table from which a product reads it once, row by row, instead of once for each row of
+# the result: about what one core's cache holds. Sums of more rows than that would leave the cache.
+_LARGE_TABLE = 2**21
+_MOST_SUMS = 2**10
+
 # What one of several threads does at least, in multiplications.
 _WORK_PER_TASK = 2**20
 _TASKS_PER_THREAD = 2
 
-# Multiplications from which a product is left to oneDNN. On AVX-512 processors its products take 7
-# to 25 % less time than those of torch's BLAS; smaller ones are about equal, the smallest slower.
+# Multiplications from which a product is left to oneDNN. On AMD's AVX-512 processors its products
+# take 7 to 25 % less time than those of torch's BLAS, which is Intel's; smaller ones are about
+# equal, the smallest slower.
 _LEAST_MULTIPLICATIONS = 2**26
+_CPUINFO = Path("/proc/cpuinfo")  # on Linux
+
+
+@lru_cache
+def _is_intel() -> bool:
+    """Whether the processor is Intel's, whose own BLAS is the faster one there."""
+    if not torch.backends.mkl.is_available():
+        return False
+    return "GenuineIntel" in (_CPUINFO.read_text() if _CPUINFO.exists() else platform.processor())
 
 
 def _for_onednn(x: Tensor, y: Tensor) -> bool:
@@ -39,6 +64,7 @@ def _for_onednn(x: Tensor, y: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
+        and not _is_intel()
     )
 
 
@@ -144,7 +170,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class SparseRows(NamedTuple):
-    """A matrix by the non-zeros of its rows, in order: what :func:`few_nonzeros` finds."""
+    """A matrix by the non-zeros of its rows, in order."""
 
     starts: Tensor
     """Where each row's begin, and where the last one's end, `(n_rows + 1,)`."""
@@ -152,7 +178,19 @@ class SparseRows(NamedTuple):
     """Where they are, `(n,)`."""
     value: Tensor
     """`(n,)`."""
-    n_columns: int
+
+
+class Nonzeros(NamedTuple):
+    """A matrix by its non-zeros, row by row and column by column."""
+
+    rows: SparseRows
+    columns: SparseRows
+    """The transpose's rows."""
+
+    @property
+    def T(self) -> Nonzeros:  # noqa: N802 - as of a tensor
+        """The transpose."""
+        return Nonzeros(self.columns, self.rows)
 
 
 _KERNELS = "mixscvi.mixture.sparse_kernels"
@@ -164,64 +202,58 @@ def _kernels() -> ModuleType | None:
     return None if active else compiled.load(_KERNELS)
 
 
-def _in_blocks(
-    kernel: Callable[..., None], blocks: Sequence[tuple[int, ...]], *arrays: Any
-) -> bool:
-    """Run a compiled function; whether it could be compiled."""
-    try:
-        compiled.run_tasks(lambda *block: kernel(*block, *arrays), blocks, torch.get_num_threads())
-    except compiled.errors() as error:
-        compiled.give_up(error)
-        return False
-    return True
-
-
-def _split(n: int, n_blocks: int) -> list[tuple[int, int]]:
-    bounds = [n * i // n_blocks for i in range(n_blocks + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
-
-
-def _n_tasks(work: int) -> int:
-    n_threads = torch.get_num_threads()
-    most = 1 if n_threads == 1 else _TASKS_PER_THREAD * n_threads
-    return max(1, min(most, work // _WORK_PER_TASK))
-
-
-def _transpose(rows: SparseRows) -> SparseRows:
-    n_rows = len(rows.starts) - 1
+def _transpose(rows: SparseRows, n_columns: int) -> SparseRows:
     kernels = _kernels()
     if kernels is not None:
-        starts = rows.starts.new_empty(rows.n_columns + 1)
+        starts = rows.starts.new_empty(n_columns + 1)
         row, value = torch.empty_like(rows.column), torch.empty_like(rows.value)
-        arrays = (t.numpy() for t in (*rows[:3], starts, row, value))
-        if _in_blocks(kernels.sort_by_column, [()], *arrays):
-            return SparseRows(starts, row, value, n_rows)
+        arrays = (t.numpy() for t in (*rows, starts, row, value))
+        if compiled.in_blocks(kernels.sort_by_column, [()], *arrays):
+            return SparseRows(starts, row, value)
     order = rows.column.argsort(stable=True)
-    of_row = torch.repeat_interleave(torch.arange(n_rows), rows.starts.diff())
-    starts = F.pad(rows.column.bincount(minlength=rows.n_columns).cumsum(0), (1, 0))
-    return SparseRows(starts, of_row[order], rows.value[order], n_rows)
+    of_row = torch.repeat_interleave(torch.arange(len(rows.starts) - 1), rows.starts.diff())
+    starts = F.pad(rows.column.bincount(minlength=n_columns).cumsum(0), (1, 0))
+    return SparseRows(starts, of_row[order], rows.value[order])
 
 
-def _sums_of_rows(rows: SparseRows, table: Tensor) -> Tensor:
-    """The product with a table."""
-    n_rows, n_out = len(rows.starts) - 1, table.shape[1]
+def _by_column(x: Nonzeros, table: Tensor, out: Tensor, kernels: ModuleType) -> bool:
+    """Whether the product could be written to `out`."""
+    n_tiles = out.shape[1] // kernels.SCATTERED_TILE
+    # As few tasks as there are threads, for each goes over all of the table.
+    blocks = compiled.split(n_tiles, min(n_tiles, torch.get_num_threads()))
+    arrays = (t.numpy() for t in (*x.columns, table, out))
+    return compiled.in_blocks(kernels.sums_by_column, blocks, *arrays)
+
+
+def _by_row(x: Nonzeros, table: Tensor, out: Tensor, kernels: ModuleType) -> bool:
+    """Whether the product could be written to `out`."""
+    n_rows, n_out = out.shape
+    n_tiles = -(-n_out // kernels.TILE)
+    work = len(x.rows.column) * n_out
+    n_tasks = compiled.n_tasks(work, least=_WORK_PER_TASK, per_thread=_TASKS_PER_THREAD)
+    # Each thread has a part of what is larger to itself.
+    of_tiles = min(n_tiles, n_tasks) if table.numel() > out.numel() else 1
+    of_rows = min(max(n_rows, 1), -(-n_tasks // of_tiles))
+    tiles, rows = compiled.split(n_tiles, of_tiles), compiled.split(n_rows, of_rows)
+    arrays = (t.numpy() for t in (*x.rows, table, out))
+    return compiled.in_blocks(
+        kernels.sums_of_rows, [tile + row for tile in tiles for row in rows], *arrays
+    )
+
+
+def _product(x: Nonzeros, table: Tensor) -> Tensor:
+    n_rows, n_out = len(x.rows.starts) - 1, table.shape[1]
     kernels = _kernels()
     if table.stride(1) != 1:
         table = table.contiguous()
     if kernels is not None:
         out = table.new_empty(n_rows, n_out)
-        n_tiles = -(-n_out // kernels.TILE)
-        n_tasks = _n_tasks(len(rows.column) * n_out)
-        # Each thread has a part of what is larger to itself.
-        of_tiles = min(n_tiles, n_tasks) if table.numel() > out.numel() else 1
-        of_rows = min(max(n_rows, 1), -(-n_tasks // of_tiles))
-        blocks = [t + r for t in _split(n_tiles, of_tiles) for r in _split(n_rows, of_rows)]
-        arrays = (t.numpy() for t in (*rows[:3], table, out))
-        if _in_blocks(kernels.sums_of_rows, blocks, *arrays):
+        large = table.numel() * table.itemsize >= _LARGE_TABLE and n_rows <= _MOST_SUMS
+        sums = _by_column if large and n_out % kernels.SCATTERED_TILE == 0 else _by_row
+        if sums(x, table, out, kernels):
             return out
-    return F.embedding_bag(
-        rows.column, table, rows.starts[:-1], mode="sum", per_sample_weights=rows.value
-    )
+    starts, column, value = x.rows
+    return F.embedding_bag(column, table, starts[:-1], mode="sum", per_sample_weights=value)
 
 
 class _ProductByNonzeros(torch.autograd.Function):
@@ -231,39 +263,33 @@ class _ProductByNonzeros(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        table: Tensor, starts: Tensor, column: Tensor, value: Tensor, n_columns: int
-    ) -> Tensor:
-        return _sums_of_rows(SparseRows(starts, column, value, n_columns), table.detach())
+    def forward(table: Tensor, *nonzeros: Tensor) -> Tensor:
+        return _product(_nonzeros(nonzeros), table.detach())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *nonzeros, ctx.n_columns = inputs
-        ctx.save_for_backward(*nonzeros)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        starts, column, value = ctx.saved_tensors
-        transposed = _transpose(SparseRows(starts, column, value, ctx.n_columns))
-        return product_by_nonzeros(transposed, grad), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = _nonzeros(ctx.saved_tensors)
+        return product_by_nonzeros(x.T, grad), *(None,) * len(ctx.saved_tensors)
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        table: Tensor,
-        starts: Tensor,
-        column: Tensor,
-        value: Tensor,
-        n_columns: int,
+        info: Any, in_dims: tuple[int | None, ...], table: Tensor, *nonzeros: Tensor
     ) -> tuple[Tensor, int]:
         # Tables side by side are one of more columns; non-zeros are found where they are one's own.
         tables = table.movedim(in_dims[0] or 0, -1)
-        y: Tensor = _ProductByNonzeros.apply(tables.flatten(1), starts, column, value, n_columns)
+        y: Tensor = _ProductByNonzeros.apply(tables.flatten(1), *nonzeros)
         return y.unflatten(1, tables.shape[1:]), 2
 
 
-def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
+def _nonzeros(tensors: Sequence[Tensor]) -> Nonzeros:
+    return Nonzeros(SparseRows(*tensors[:3]), SparseRows(*tensors[3:]))
+
+
+def few_nonzeros(x: Tensor, table: Tensor) -> Nonzeros | None:
     """The non-zeros of a matrix, if :func:`product_by_nonzeros` is the faster product.
 
     It is for a constant `x` on the CPU with few non-zeros, and products that are not small, with a
@@ -282,7 +308,11 @@ def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
     --------
     >>> import torch
     >>> x, table = torch.eye(200), torch.ones(200, 600)
-    >>> len(few_nonzeros(x, table).column), few_nonzeros(x + 1, table), few_nonzeros(x[:2], table)
+    >>> (
+    ...     len(few_nonzeros(x, table).rows.column),
+    ...     few_nonzeros(x + 1, table),
+    ...     few_nonzeros(x[:2], table),
+    ... )
     (200, None, None)
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
@@ -301,24 +331,22 @@ def few_nonzeros(x: Tensor, table: Tensor) -> SparseRows | None:
     room = int(_MOST_NONZERO * x.numel()) + 1
     starts, column = (torch.empty(n, dtype=torch.int64) for n in (n_rows + 1, room))
     value = torch.empty(room, dtype=x.dtype)
-    try:
-        found = kernels.find_nonzeros(*(t.numpy() for t in (x.contiguous(), starts, column, value)))
-    except compiled.errors() as error:
-        compiled.give_up(error)
-        return None
+    arrays = (t.numpy() for t in (x.contiguous(), starts, column, value))
+    found = compiled.attempt(kernels.find_nonzeros, *arrays)
     if not found:
         return None
     n = int(starts[-1])
-    return SparseRows(starts, column[:n], value[:n], n_columns)
+    rows = SparseRows(starts, column[:n], value[:n])
+    return Nonzeros(rows, _transpose(rows, n_columns))
 
 
-def product_by_nonzeros(rows: SparseRows, table: Tensor) -> Tensor:
+def product_by_nonzeros(x: Nonzeros, table: Tensor) -> Tensor:
     """`x @ table` as sums of the table's rows, and so its gradient with respect to the table.
 
     Parameters
     ----------
-    rows
-        The non-zeros of `x`, `(B, n_in)`.
+    x
+        The non-zeros of a matrix `(B, n_in)`.
     table
         `(n_in, n_out)`, of the same type.
 
@@ -329,10 +357,10 @@ def product_by_nonzeros(rows: SparseRows, table: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> x = SparseRows(torch.tensor([0, 1, 1]), torch.tensor([1]), torch.tensor([2.0]), 3)
-    >>> product_by_nonzeros(x, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    tensor([[6., 8.],
-            [0., 0.]])
+    >>> x = torch.eye(200)
+    >>> table = torch.ones(200, 600)
+    >>> bool((product_by_nonzeros(few_nonzeros(x, table), table) == x @ table).all())
+    True
     """
-    product: Tensor = _ProductByNonzeros.apply(table, *rows)
+    product: Tensor = _ProductByNonzeros.apply(table, *x.rows, *x.columns)
     return product

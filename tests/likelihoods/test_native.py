@@ -121,9 +121,10 @@ def test_an_error_in_a_thread_reaches_the_caller(openmp, monkeypatch):
 @pytest.mark.parametrize("n_cells", [1, 3, 200])
 @pytest.mark.parametrize("n_draws", [1, 7, 5000])
 @pytest.mark.parametrize("n_threads", [1, 2, 16])
-def test_tasks_cover_every_row_once(n_cells, n_draws, n_threads):
+def test_tasks_cover_every_row_once(n_cells, n_draws, n_threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     covered = torch.zeros(n_cells, n_draws, dtype=torch.int)
-    tasks = native._tasks(n_cells, n_draws, 2000, n_threads)
+    tasks = native._tasks(n_cells, n_draws, 2000)
     assert [number for *_, number in tasks] == list(range(len(tasks)))
     for first_cell, last_cell, first_draw, last_draw, _ in tasks:
         covered[first_cell:last_cell, first_draw:last_draw] += 1

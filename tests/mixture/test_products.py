@@ -72,6 +72,31 @@ def test_a_row_does_not_depend_on_others_nor_on_threads(normal, n_threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("n_rows", [0, 1, 9, 70])
+def test_large_tables_are_read_once_to_the_same_sums(normal, n_rows, n_threads, dtype, monkeypatch):
+    x, table = few(normal, n_rows, 200).to(dtype), normal(200, 320).to(dtype)
+    by_row = by_nonzeros(x, table)
+    monkeypatch.setattr(products, "_LARGE_TABLE", 0)
+    monkeypatch.setattr(sparse_kernels, "sums_of_rows", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for of in (table, torch.cat((table, table), 1)[:, :320]):
+            assert torch.equal(by_nonzeros(x, of), by_row)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("n_rows", "n_out"), [(20, 50), (1025, 64)])
+def test_sums_that_are_left_to_be_taken_by_row(normal, n_rows, n_out, monkeypatch):
+    x, table = few(normal, n_rows, 20), normal(20, n_out)
+    monkeypatch.setattr(products, "_LARGE_TABLE", 0)
+    monkeypatch.setattr(sparse_kernels, "sums_by_column", None)
+    torch.testing.assert_close(by_nonzeros(x, table), x @ table)
+
+
 @pytest.mark.parametrize("columns", [slice(3, 40), slice(0, 200, 2)])
 def test_tables_of_any_strides(normal, columns):
     x, tables = few(normal, 9, 20), normal(20, 200)
@@ -234,6 +259,7 @@ def single(normal):
 def onednn(monkeypatch):
     """Every product is left to oneDNN; how many were."""
     calls = []
+    monkeypatch.setattr(products, "_is_intel", lambda: False)
     operator = torch.ops.mkldnn._linear_pointwise
 
     def counted(*args):
@@ -332,3 +358,24 @@ def test_large_products_are_left_to_onednn(monkeypatch, onednn):
         torch.ones(8, 4), torch.ones(2, 4)
     )
     assert len(onednn) == 1
+
+
+def test_products_are_left_to_intels_library_on_its_processors(single, onednn, monkeypatch):
+    product_with_transpose(torch.ones(8, 4), torch.ones(2, 4))
+    assert len(onednn) == 1
+    monkeypatch.setattr(products, "_is_intel", lambda: True)
+    product_with_transpose(torch.ones(8, 4), torch.ones(2, 4))
+    assert len(onednn) == 1
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+@pytest.mark.parametrize("library", [True, False])
+def test_the_processor_is_known_by_its_vendor(vendor, library, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: library)
+    monkeypatch.setattr(products, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(products.platform, "processor", lambda: f"Family 6, {vendor}")
+    is_intel = products._is_intel.__wrapped__
+    assert is_intel() == (library and vendor == "GenuineIntel")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}")
+    monkeypatch.setattr(products.platform, "processor", lambda: "")
+    assert is_intel() == (library and vendor == "GenuineIntel")
