@@ -15,13 +15,11 @@ instructions. Per draw, on the counts that are not zero: the term in log(mean).
 
 from __future__ import annotations
 
-import pkgutil
-import zlib
-
 import numpy as np
 from numba import njit
 
-from mixscvi.compiling import cached
+from mixscvi.compiling import cached, checksum
+from mixscvi.lanes import SLACK, places_above
 from mixscvi.likelihoods.vector_math import (
     add,
     exp,
@@ -38,9 +36,8 @@ __all__ = ["TABLE_SIZE", "fill_table", "rows", "table_length"]
 # Counts below it look their log-gamma terms up.
 TABLE_SIZE = 16
 
-# numba finds what it cached by the time of this file alone. As the default of an argument that is
-# left out, this is part of the signature, and another version of what is imported compiles anew.
-_SOURCES = zlib.crc32(pkgutil.get_data(__package__, "vector_math.py"))
+# See `checksum`.
+_SOURCES = checksum("mixscvi.likelihoods.vector_math", "mixscvi.lanes")
 
 # Genes that are worked on at once. Outputs lie at constant distances in one buffer, which tells
 # the compiler that they do not overlap; nothing else that numba can say does.
@@ -131,9 +128,7 @@ def _nonzero_counts(x, indptr, indices, data, cell, smallest, scattered, index, 
             scattered[index[j]] = nonzero[j]
         return scattered, n
     counts = x[cell]
-    for gene in range(counts.size):
-        index[n] = gene
-        n += 0 if counts[gene] <= smallest else 1
+    n = places_above(counts, smallest, index, 0, counts.size)
     for j in range(n):
         nonzero[j] = counts[index[j]]
     return counts, n
@@ -317,7 +312,7 @@ def rows(
     eps, zero, one = real(1e-8), real(0), real(1)
     smallest = eps if zi is not None else zero
     n_genes = mean.shape[1]
-    index = np.empty(n_genes, np.uint32)  # signed ones would be checked for wrapping around
+    index = np.empty(n_genes + SLACK, np.uint32)  # signed ones would be checked for wrapping around
     count = np.empty(n_genes, mean.dtype)
     theta_nz = np.empty(n_genes, mean.dtype)
     far = np.empty(n_genes, np.uint32)

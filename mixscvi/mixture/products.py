@@ -327,8 +327,7 @@ def few_nonzeros(x: Tensor, table: Tensor) -> Nonzeros | None:
     if kernels is None:
         return None
     n_rows, n_columns = x.shape
-    # The kernel writes a zero before it moves on, so the last one needs a place, too.
-    room = int(_MOST_NONZERO * x.numel()) + 1
+    room = int(_MOST_NONZERO * x.numel()) + kernels.SLACK
     starts, column = (torch.empty(n, dtype=torch.int64) for n in (n_rows + 1, room))
     value = torch.empty(room, dtype=x.dtype)
     arrays = (t.numpy() for t in (x.contiguous(), starts, column, value))

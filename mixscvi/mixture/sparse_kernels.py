@@ -12,10 +12,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mixscvi.compiling import cached
+from mixscvi.compiling import cached, checksum
+from mixscvi.lanes import SLACK, places_other_than
 
 __all__ = [
     "SCATTERED_TILE",
+    "SLACK",
     "TILE",
     "find_nonzeros",
     "sort_by_column",
@@ -32,23 +34,24 @@ _VECTOR_BYTES = 64
 
 _INTEGER = ir.IntType(64)
 
+# See `checksum`.
+_SOURCES = checksum("mixscvi.lanes")
+
 
 @cached(error_model="numpy", nogil=True)
-def find_nonzeros(x, starts, index, value):
-    """Columns and values of what is not zero in `x`, by rows; whether there is room for all."""
-    n, room = 0, index.size - 1
+def find_nonzeros(x, starts, index, value, sources=_SOURCES):
+    """Columns and values of what is not zero in `x`, by rows; whether there is room for all.
+
+    `index` has room for `SLACK` more than may be found.
+    """
+    n = 0
     for row in range(x.shape[0]):
         starts[row] = n
-        if n > room - x.shape[1]:
-            left = 0
-            for column in range(x.shape[1]):
-                left += 1 if x[row, column] != 0 else 0
-            if n + left > room:
-                return False
-        for column in range(x.shape[1]):  # a zero is written over by what follows
-            index[n] = column
-            value[n] = x[row, column]
-            n += 1 if x[row, column] != 0 else 0
+        n = places_other_than(x[row], x.dtype.type(0), index, n, index.size - SLACK)
+        if n < 0:
+            return False
+        for entry in range(starts[row], n):
+            value[entry] = x[row, index[entry]]
     starts[x.shape[0]] = n
     return True
 

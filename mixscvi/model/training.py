@@ -18,6 +18,8 @@ __all__ = ["LeanTrainingPlan", "ScviTrainingPlan", "WithoutSingleCellSteps"]
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """A view of all elements of a tensor that is contiguous, if there is one."""
+    if tensor.is_contiguous():
+        return tensor
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     view = tensor.permute(order)
     return view if view.is_contiguous() else tensor
