@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import scvi
 import torch
 from scvi.model import SCVI
 from torch import Tensor
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["LatentMixture", "LatentsMixin"]
+
+# Encoded at once by default: the encoders' weights are then read less often.
+_CELLS_AT_ONCE = 512
+
+
+def _cells_at_once(batch_size: int | None) -> int:
+    return max(scvi.settings.batch_size, _CELLS_AT_ONCE) if batch_size is None else batch_size
 
 
 class LatentMixture(NamedTuple):
@@ -74,7 +82,7 @@ class LatentsMixin:
         indices
             Cells to use; all by default.
         batch_size
-            Cells per minibatch.
+            Cells per minibatch; by default ``scvi.settings.batch_size``, but at least 512.
         dataloader
             Minibatches of the user's own, instead of `adata`; `indices` and `batch_size` are
             then ignored, as in scvi-tools.
@@ -105,7 +113,7 @@ class LatentsMixin:
         posteriors = [
             self.module.posterior(tensors)
             for tensors in self._minibatches(
-                adata, indices, batch_size, dataloader, data_loader_kwargs
+                adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
             )
         ]
         return LatentMixture(
@@ -204,7 +212,7 @@ class LatentsMixin:
         moments = [
             module.latent_moments(tensors, mc_samples, on_simplex=not return_dist)
             for tensors in self._minibatches(
-                adata, indices, batch_size, dataloader, data_loader_kwargs
+                adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
             )
         ]
         means = torch.cat([mean.cpu() for mean, _ in moments]).numpy()

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
-from scvi.module.base import auto_move_data
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mixscvi.mixture import Adapted, MixturePosterior, adapt
 from mixscvi.module.decoding import decode
+from mixscvi.module.devices import auto_move_data
 
 __all__ = ["Adaptation"]
 

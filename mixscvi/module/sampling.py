@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
-from scvi.module.base import auto_move_data
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -23,6 +22,7 @@ from mixscvi.mixture import (
 )
 from mixscvi.module.adapting import Adaptation
 from mixscvi.module.decoding import decode
+from mixscvi.module.devices import auto_move_data
 from mixscvi.module.encoding import encoder_input
 from mixscvi.module.options import MixtureOptions
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from scvi.module import VAE
-from scvi.module.base import auto_move_data
 from torch import Tensor
 from torch.distributions import Distribution
 
 from mixscvi.mixture import MixturePosterior, StandardNormal
 from mixscvi.mixture.layers import LinearByFeature
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
+from mixscvi.module.devices import auto_move_data
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.sampling import ImportanceSampling
 from mixscvi.module.signatures import signed_as

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
 from scvi.module import SCANVAE
-from scvi.module.base import LossOutput, auto_move_data
+from scvi.module.base import LossOutput
 from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor
 from torch.distributions import Distribution, Normal, constraints, kl_divergence
 
 from mixscvi.mixture import MixturePosterior
+from mixscvi.module.devices import auto_move_data
 from mixscvi.module.encoding import encoder_input
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.scvi_vae import FusedVAE, ScviVAE
@@ -225,7 +226,7 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
         cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
         return replace(
             losses,
-            loss=losses.loss + classification_ratio * cross_entropy,
+            loss=losses.loss + cast(float, classification_ratio) * cross_entropy,
             classification_loss=cross_entropy,
             true_labels=labels,
             logits=logits,

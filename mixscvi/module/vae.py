@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import VAE
-from scvi.module.base import LossOutput, auto_move_data
+from scvi.module.base import LossOutput
 from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
@@ -30,6 +30,7 @@ from mixscvi.mixture import (
 )
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.densities import importance_density, latent_moments
+from mixscvi.module.devices import auto_move_data
 from mixscvi.module.encoding import MixtureEncoder, encoder_input
 from mixscvi.module.factorized import FactorizedMixture
 from mixscvi.module.options import MixtureOptions

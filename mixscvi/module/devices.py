@@ -1,0 +1,46 @@
+"""Minibatches where the module is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+
+__all__ = ["auto_move_data"]
+
+T = TypeVar("T")
+
+
+def auto_move_data(method: Callable[..., T]) -> Callable[..., T]:
+    """Have a module's method take its arguments to the device of the module, outside training.
+
+    It is scvi-tools' decorator of this name for modules on one device, where that looks at every
+    parameter in every call, which took a tenth of the time to encode a minibatch.
+
+    Parameters
+    ----------
+    method
+        Of a :class:`torch.nn.Module` with parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Shift(nn.Linear):
+    ...     @auto_move_data
+    ...     def device_of(self, x):
+    ...         return x.device
+    >>> Shift(2, 2, device="meta").eval().device_of(torch.zeros(1))
+    device(type='meta')
+    """
+
+    @wraps(method)
+    def moved(self: nn.Module, *args: Any, **kwargs: Any) -> T:
+        if not self.training:
+            device = next(self.parameters()).device
+            args, kwargs = move_data_to_device((args, kwargs), device)
+        return method(self, *args, **kwargs)
+
+    return moved
