@@ -252,7 +252,11 @@ class CodedHeads(Heads):
         hidden = hidden.squeeze(1)
         codes = rows(self.codes, components)
         offsets = rows(self.offsets, components)
-        modes = self.modes(hidden).unflatten(-1, (self.n_modes, 2 * self.n_latent))
-        raw = torch.einsum("brd,ar->bad", modes, codes) + offsets + self.base(hidden).unsqueeze(1)
+        # The base is one more mode, which every component has in full.
+        modes = torch.cat((self.modes(hidden), self.base(hidden)), dim=-1)
+        modes = modes.unflatten(-1, (self.n_modes + 1, 2 * self.n_latent))
+        weights = torch.cat((codes, codes.new_ones(len(codes), 1)), dim=-1)
+        n_cells = len(hidden)
+        raw = torch.baddbmm(offsets.expand(n_cells, -1, -1), weights.expand(n_cells, -1, -1), modes)
         loc, raw_var = raw.chunk(2, dim=-1)
         return self._mixture(loc, raw_var)
