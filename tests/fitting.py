@@ -63,3 +63,10 @@ WORKING = {
     "mog, flow": {"prior": "mog", "n_flow_steps": 1},
     "vamp": {"prior": "vamp", "n_prior_components": 5},
 }
+
+
+def rewrite(folder, change):
+    """Change the plain contents of a model's file."""
+    stored = torch.load(folder / "model.pt", weights_only=True)
+    change(stored)
+    torch.save(stored, folder / "model.pt")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mixscvi.images.files import content_hash, read_files
+from mixscvi.images.files import content_hash, read_files, read_npy
 
 __all__ = ["ImageBatches", "ImageData", "binarize", "epoch_seed", "load"]
 
@@ -240,7 +240,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
     if name.endswith(".npy"):
         path = _find_own(name, folder)
         try:
-            images = np.load(path)  # which refuses objects
+            images = read_npy(path)
             if images.ndim == 3 and len(images) < _LEAST_OWN:
                 raise ValueError(
                     f"there are {len(images)}, and it takes at least {_LEAST_OWN}: a sixth is for "
@@ -248,7 +248,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
                 )
             sixth = len(images) // 6
             return ImageData.from_arrays(images, n_validation=sixth, n_test=sixth, name=path.stem)
-        except (EOFError, MemoryError, TypeError, ValueError) as error:
+        except (EOFError, MemoryError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no (n, height, width) images: {error}") from error
     arrays = read_files(name, folder)
     n_train = len(arrays["train_images"]) - _N_VALIDATION

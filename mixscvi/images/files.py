@@ -1,4 +1,4 @@
-"""The idx files of MNIST and FashionMNIST: found or downloaded, checked and read."""
+"""Files of images, checked and read: idx files of MNIST and FashionMNIST, and .npy files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DATASETS", "content_hash", "read_files", "read_idx"]
+__all__ = ["DATASETS", "content_hash", "read_files", "read_idx", "read_npy"]
 
 _FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -100,6 +100,52 @@ def read_idx(path: str | Path) -> np.ndarray:
             f"it has {len(raw) - start}: {again}"
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """Read the array of a ``.npy`` file, of which nothing is made before its header is checked.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    The array.
+
+    Raises
+    ------
+    ValueError
+        If it is no such file, holds Python objects, or has fewer bytes than its header promises.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "mine.npy")
+    ...     np.save(path, np.arange(3))
+    ...     read_npy(path)
+    array([0, 1, 2])
+    """
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with Path(path).open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in headers:  # later ones are for names of fields, which images have none of
+            raise ValueError(f"it is of version {version} of the format")
+        shape, _, dtype = headers[version](file)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its header gives the shape {shape}")
+        promised = math.prod(shape) * dtype.itemsize
+        held = Path(path).stat().st_size - file.tell()
+        if promised > held and not dtype.hasobject:
+            raise ValueError(
+                f"its header promises {promised} bytes of an array of shape {shape}, it has {held}"
+            )
+    return np.load(path)  # which refuses objects
 
 
 def content_hash(*arrays: np.ndarray) -> str:

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -151,3 +152,17 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert not torch.equal(epoch(0, 1), epoch(0, 2))
     assert not torch.equal(epoch(0, 1), epoch(1, 1))
     assert torch.equal(torch.cat(list(ImageBatches(images, 10))), images)
+
+
+@pytest.mark.parametrize(
+    "shape", [(10**5, 10**4, 10**3), (2**32, 2**32, 1), (60, 5, 8), (-60, 5, 7)]
+)
+def test_a_header_of_another_shape_is_refused_before_anything_is_made(shape, tmp_path, monkeypatch):
+    path = tmp_path / "mine.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(60 * 5 * 7 * 8))
+    monkeypatch.setattr(np, "load", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=rf"mine\.npy holds no .* shape {re.escape(str(shape))}"):
+        load(str(path))
