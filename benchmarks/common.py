@@ -84,12 +84,20 @@ def paired_difference(values: pd.Series, baseline: pd.Series, digits: int) -> st
     return f"{mean} [{least:+.{digits}f}, {most:+.{digits}f}]"
 
 
+def _processor() -> str:
+    """Instruction set and, where Linux tells it, vendor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    vendors = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return " ".join((platform.machine(), *sorted(vendors)))
+
+
 def machine() -> dict[str, Any]:
     """Columns that say where and how a number was made."""
     return {
         "python": platform.python_version(),
         "torch": version("torch"),
         "scvi_tools": version("scvi-tools"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
         "command": shlex.join(["python", *sys.argv]),
     }
