@@ -240,6 +240,7 @@ def load(name: str, folder: str | Path | None = None) -> ImageData:
     if name.endswith(".npy"):
         path = _find_own(name, folder)
         try:
+            _check_header(path)
             images = np.load(path)  # which refuses objects
             if images.ndim == 3 and len(images) < _LEAST_OWN:
                 raise ValueError(
@@ -279,6 +280,19 @@ def _find_own(name: str, folder: str | Path | None) -> Path:
         f"there is no file {name} {where}: name the folder that it is in, data_folder=... or "
         "--data-folder"
     )
+
+
+def _check_header(path: Path) -> None:
+    """Raise if the header of a ``.npy`` file promises more than the file holds."""
+    with path.open("rb") as file:
+        major, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if major != 1:
+            read = np.lib.format.read_array_header_2_0
+        shape, _, kind = read(file)
+        promised, held = math.prod(shape) * kind.itemsize, path.stat().st_size - file.tell()
+    if not kind.hasobject and promised != held:
+        raise ValueError(f"its header promises {shape}, {promised} bytes, and it has {held}")
 
 
 class ImageBatches:

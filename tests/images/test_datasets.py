@@ -151,3 +151,14 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert not torch.equal(epoch(0, 1), epoch(0, 2))
     assert not torch.equal(epoch(0, 1), epoch(1, 1))
     assert torch.equal(torch.cat(list(ImageBatches(images, 10))), images)
+
+
+@pytest.mark.parametrize("n", [3, 10**9, 2**62])
+def test_headers_that_promise_other_sizes(n, tmp_path):
+    path = tmp_path / "mine.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (n, 28, 28)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(400))
+    with pytest.raises(ValueError, match=rf"its header promises \({n}, 28, 28\), .* has 400"):
+        load(str(path))
