@@ -4,9 +4,11 @@ from mixscvi.checks.annotation import (
     check_categories,
     check_column,
     check_finite,
+    check_gene_list,
     check_genes,
     check_positive,
     check_unique,
+    warn_of_repeated,
 )
 from mixscvi.checks.arguments import check_choice, check_indices, check_positive_int
 from mixscvi.checks.counts import check_counts, check_numbers
@@ -17,10 +19,12 @@ __all__ = [
     "check_column",
     "check_counts",
     "check_finite",
+    "check_gene_list",
     "check_genes",
     "check_indices",
     "check_numbers",
     "check_positive",
     "check_positive_int",
     "check_unique",
+    "warn_of_repeated",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +15,12 @@ __all__ = [
     "check_categories",
     "check_column",
     "check_finite",
+    "check_gene_list",
     "check_genes",
     "check_positive",
     "check_unique",
     "name_cells",
+    "warn_of_repeated",
 ]
 
 _NAMES_SHOWN = 5
@@ -185,6 +188,67 @@ def check_unique(names: pd.Index, *, source: str) -> None:
         raise ValueError(
             f"{source} must be unique to be matched, but {len(repeated)} occur more than once, "
             f"first: {shown}"
+        )
+
+
+def warn_of_repeated(names: pd.Index, *, source: str) -> None:
+    """Warn if names occur more than once: training does not need them, but selection does.
+
+    Warns
+    -----
+    UserWarning
+        Naming the first of them.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> warn_of_repeated(pd.Index(["CD4", "CD8A"]), source="adata.var_names")
+    """
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
+        shown = ", ".join(repr(str(name)) for name in repeated[:_NAMES_SHOWN])
+        warnings.warn(
+            f"{len(repeated)} of {source} occur more than once, first: {shown}. Models train, but "
+            f"nothing can be chosen by these names: call adata.{source.rpartition('.')[2]}"
+            "_make_unique()",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def check_gene_list(gene_list: Any, var_names: pd.Index) -> None:
+    """Raise if genes cannot be chosen by these names.
+
+    Names that are unknown are left out, as scvi-tools does, if some are known.
+
+    Raises
+    ------
+    TypeError
+        If `gene_list` is one text.
+    ValueError
+        If no gene is of these names, or several are of one of them.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_gene_list(["CD4"], pd.Index(["CD4", "CD8A"]))
+    >>> check_gene_list(["CD4"], pd.Index(["CD4", "CD8A", "CD4"]))
+    Traceback (most recent call last):
+    ...
+    ValueError: gene_list: 1 of its names are of several genes, first: 'CD4'
+    """
+    if isinstance(gene_list, str):
+        raise TypeError(f"gene_list must be a list of genes, got {gene_list!r}")
+    given = pd.Index(list(gene_list), dtype=object)
+    if not given.isin(var_names).any():
+        shown = ", ".join(repr(str(name)) for name in given[:_NAMES_SHOWN]) or "none"
+        raise ValueError(f"gene_list has no gene of the model's {len(var_names)}, got {shown}")
+    repeated = pd.Index(var_names[var_names.duplicated()]).unique()
+    several = given[given.isin(repeated)].unique()
+    if len(several):
+        shown = ", ".join(repr(str(name)) for name in several[:_NAMES_SHOWN])
+        raise ValueError(
+            f"gene_list: {len(several)} of its names are of several genes, first: {shown}"
         )
 
 

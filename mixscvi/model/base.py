@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+from anndata import AnnData
+from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.model import SCVI
 from torch import Tensor
 
-from mixscvi.checks import check_genes, check_indices
+from mixscvi.checks import check_gene_list, check_genes, check_indices
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.data import MINIFY_UNS_KEY, check_data
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
-from mixscvi.model.inputs import check_known_categories
+from mixscvi.model.inputs import check_known_categories, take_sparse_array
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.persistence import PersistenceMixin
@@ -25,7 +29,6 @@ from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from scvi.data import AnnDataManager
 
 __all__ = ["MixtureMixin", "naming_what_takes_memory"]
@@ -79,8 +82,16 @@ class MixtureMixin(
 
     get_elbo = _once_trained(SCVI.get_elbo)
     get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
-    posterior_predictive_sample = _once_trained(SCVI.posterior_predictive_sample)
     get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
+
+    @_once_trained
+    @functools.wraps(SCVI.posterior_predictive_sample)
+    def posterior_predictive_sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As scvi-tools', of genes that are checked."""
+        given = inspect.signature(SCVI.posterior_predictive_sample).bind(self, *args, **kwargs)
+        if given.arguments.get("gene_list") is not None:
+            check_gene_list(given.arguments["gene_list"], pd.Index(self.get_var_names()))
+        return super().posterior_predictive_sample(*args, **kwargs)
 
     def _complete_summary(self, title: str, own_title: str) -> None:
         """Put the model's name into scvi-tools' summary, and the mixture behind it."""
@@ -100,6 +111,8 @@ class MixtureMixin(
             check_genes(adata.var_names, self.var_names_)
             if self.adata is not None and adata is not self.adata:
                 check_known_categories(adata, self.registry)
+        if isinstance(adata, AnnData):
+            take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
         if adata is not self.adata:
             manager = self.get_anndata_manager(adata, required=True)

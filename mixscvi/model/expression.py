@@ -16,7 +16,7 @@ from scvi.model import SCVI
 from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
 
-from mixscvi.checks import check_choice, check_positive_int
+from mixscvi.checks import check_choice, check_gene_list, check_positive_int
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
 from mixscvi.model.raw_counts import with_raw_counts
@@ -176,6 +176,8 @@ class ExpressionMixin:
         self._check_if_trained(warn=weights != "adapted")
         if weights is not None:
             check_choice("weights", weights, _WEIGHTS)
+        if gene_list is not None:
+            check_gene_list(gene_list, pd.Index(self.get_var_names()))
         if weights == "adapted":
             with torch.inference_mode(False):  # which scvi-tools samples differences in
                 return self._adapted_expression(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 from scvi import REGISTRY_KEYS
 
 from mixscvi.checks import (
@@ -17,9 +18,10 @@ from mixscvi.checks import (
     check_genes,
     check_numbers,
     check_positive_int,
+    warn_of_repeated,
 )
 
-__all__ = ["check_known_categories", "check_network", "check_setup"]
+__all__ = ["check_known_categories", "check_network", "check_setup", "take_sparse_array"]
 
 
 def check_setup(
@@ -61,11 +63,17 @@ def check_setup(
     ValueError
         If there are no genes, no counts, or categories are missing in cells; or if genes or
         categories are not those of the model.
+
+    Warns
+    -----
+    UserWarning
+        If cells or genes have the same name.
     """
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
     if isinstance(adata.obs, pd.DataFrame):  # annotation in files is not read here
         _check_matrix(adata, layer)
+        take_sparse_array(adata, layer)
         if allow_missing_labels and labels_key not in adata.obs:
             labels_key = None
         _check_columns(
@@ -74,11 +82,35 @@ def check_setup(
             categorical_covariate_keys,
             continuous_covariate_keys,
         )
+    if source_registry is None and isinstance(adata.obs, pd.DataFrame):
+        warn_of_repeated(adata.obs_names, source="adata.obs_names")
+        warn_of_repeated(adata.var_names, source="adata.var_names")
     if source_registry is not None:
         if not extend_categories:
             check_known_categories(adata, source_registry)
         trained_on = source_registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
         check_genes(adata.var_names, trained_on["column_names"])
+
+
+def take_sparse_array(adata: AnnData, layer: str | None) -> None:
+    """Hold counts that are a sparse array as the matrix of the same values.
+
+    scvi-tools takes SciPy's sparse matrices alone.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    layer
+        Layer with the counts; ``X`` if ``None``.
+    """
+    x = getattr(adata, "X", None) if layer is None else adata.layers.get(layer)
+    if isinstance(x, sparse.sparray) and not adata.is_view:
+        matrix = sparse.csr_matrix(x)
+        if layer is None:
+            adata.X = matrix
+        else:
+            adata.layers[layer] = matrix
 
 
 def _check_matrix(adata: AnnData, layer: str | None) -> None:

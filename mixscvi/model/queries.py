@@ -86,6 +86,9 @@ class QueriesMixin:
         if isinstance(reference_model, (str, os.PathLike)):
             source = read_model(reference_model, allow_pickle=allow_pickle).as_written_by_scvi()
         with source as reference:
+            if isinstance(reference, SCVI):
+                genes = pd.Index(reference.get_var_names())
+                check_unique(genes, source="the reference's genes")
             return SCVI.prepare_query_anndata(
                 adata, reference, return_reference_var_names, inplace=inplace
             )

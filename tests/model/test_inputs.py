@@ -5,8 +5,9 @@ import warnings
 import anndata
 import numpy as np
 import pytest
+from scipy import sparse
 
-from fitting import BATCH, SMALL, fit
+from fitting import BATCH, SMALL, fit, train
 from mixscvi import MixSCVI
 
 
@@ -155,6 +156,12 @@ def test_genes_that_are_matched_are_unique(make_adata):
         MixSCVI.prepare_query_anndata(query, model)
     with pytest.raises(ValueError, match=match):
         MixSCVI.load_query_data(query, model, inplace_subset_query_vars=True)
+    reference = make_adata()
+    reference.var_names = ["gene1", *reference.var_names[1:]]
+    setup(reference)
+    model = MixSCVI(reference, n_components=2, **SMALL)
+    with pytest.raises(ValueError, match="the reference's genes must be unique .*first: 'gene1'"):
+        MixSCVI.prepare_query_anndata(make_adata(n_obs=10), model)
 
 
 def test_the_summary_names_what_training_does(make_adata):
@@ -163,3 +170,50 @@ def test_the_summary_names_what_training_does(make_adata):
     model = MixSCVI(adata, estimator="some_to_all", n_samples=3, objective="miselbo")
     for part in ("n_sampled_components: 1", "n_samples: 3", "objective: miselbo"):
         assert part in model.summary_string
+
+
+@pytest.mark.parametrize("of", ["obs", "var"])
+def test_names_that_are_not_unique_warn(of, make_adata):
+    adata = make_adata()
+    names = getattr(adata, f"{of}_names").tolist()
+    setattr(adata, f"{of}_names", [names[1], *names[1:]])
+    with pytest.warns(UserWarning, match=rf"1 of adata\.{of}_names occur .*first: '{names[1]}'"):
+        MixSCVI.setup_anndata(adata)
+    model = MixSCVI(adata, n_components=2, **SMALL)
+    assert np.isfinite(train(model).get_latent_representation()).all()
+
+
+@pytest.mark.parametrize(
+    ("gene_list", "error", "match"),
+    [
+        (["gene3", "gene1"], ValueError, "1 of its names are of several genes, first: 'gene1'"),
+        (["nope"], ValueError, "gene_list has no gene of the model's 20, got 'nope'"),
+        ([], ValueError, "gene_list has no gene"),
+        ("gene3", TypeError, "must be a list of genes, got 'gene3'"),
+    ],
+)
+def test_genes_chosen_by_name(gene_list, error, match, make_adata):
+    adata = make_adata()
+    adata.var_names = ["gene1", *adata.var_names[1:]]
+    setup(adata)
+    model = train(MixSCVI(adata, n_components=2, **SMALL))
+    for method in (model.get_normalized_expression, model.posterior_predictive_sample):
+        with pytest.raises(error, match=match):
+            method(gene_list=gene_list)
+        assert method(gene_list=["gene3", "gene4"]).shape == (72, 2)
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csc_array"])
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_sparse_arrays_train_as_matrices(kind, layer, make_adata):
+    latents = []
+    for as_kind in (kind, "csr_matrix"):
+        adata = make_adata()
+        counts = getattr(sparse, as_kind)(adata.X)
+        if layer is None:
+            adata.X = counts
+        else:
+            adata.layers[layer] = counts
+        model = fit(MixSCVI, adata, {"layer": layer}, n_components=2)
+        latents.append(model.get_latent_representation())
+    np.testing.assert_array_equal(*latents)
