@@ -120,7 +120,7 @@ def _write_names(
     """Write genes' names one below the other along a side of the frame, with lines to the genes."""
     if not len(names):
         return
-    points = axes.get_window_extent().height * 72 / axes.get_figure(root=True).dpi
+    points = axes.get_window_extent().height * 72 / axes.figure.dpi
     line = min(_LINE / points, 1 / len(names))
     order = np.lexsort((change, -height))
     levels = height[order] / axes.get_ylim()[1]
