@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["volcano"]
 
 _LEAST_PROBABILITY = 1e-4  # that draws tell from zero
+_LINE = 11  # points between two names of size 8
 
 
 def volcano(
@@ -99,19 +100,11 @@ def volcano(
         )
     named = np.flatnonzero(called)
     named = named[np.argsort(-np.abs(change[named]))][:n_labels]
-    for place, row in enumerate(named[np.argsort(change[named])]):
-        axes.annotate(
-            str(table.index[row]),
-            (change[row], height[row]),
-            # Neighbors would write over each other on one line.
-            xytext=(0, 4 + 9 * (place % 4)),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
-    axes.margins(y=0.15)
-    axes.set_ylim(bottom=0)
     axes.axvline(0, color="0.6", linewidth=1)
+    axes.margins(x=0.3 if len(named) else 0.05, y=0.05)
+    axes.set_ylim(bottom=0)
+    for side, rows in (("right", named[change[named] > 0]), ("left", named[change[named] <= 0])):
+        _write_names(axes, side, table.index[rows], change[rows], height[rows])
     axes.set(
         xlabel="log2 fold change (posterior mean)",
         ylabel="-log10 probability of no change",
@@ -119,3 +112,31 @@ def volcano(
     )
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return finish(axes, show=show, save=save)
+
+
+def _write_names(
+    axes: Axes, side: str, names: pd.Index, change: np.ndarray, height: np.ndarray
+) -> None:
+    """Write genes' names one below the other along a side of the frame, with lines to the genes."""
+    if not len(names):
+        return
+    points = axes.get_window_extent().height * 72 / axes.figure.dpi
+    line = min(_LINE / points, 1 / len(names))
+    order = np.lexsort((change, -height))
+    levels = height[order] / axes.get_ylim()[1]
+    # Down from the top, each at its gene or under the name above; then up from the bottom.
+    levels[0] = min(levels[0], 1 - line / 2)
+    for place in range(1, len(levels)):
+        levels[place] = min(levels[place], levels[place - 1] - line)
+    levels = np.maximum(levels, line * (len(levels) - np.arange(len(levels)) - 0.5))
+    for row, level in zip(order, levels, strict=True):
+        axes.annotate(
+            str(names[row]),
+            (change[row], height[row]),
+            xytext=(0.985 if side == "right" else 0.015, level),
+            textcoords="axes fraction",
+            fontsize=8,
+            ha=side,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 2},
+        )

@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from mixscvi import pl
 
@@ -27,7 +28,25 @@ def test_volcano_agrees_with_scvi_tools(table):
 
 def test_volcano_names_the_largest_changes(table):
     axes = pl.volcano(table, n_labels=2)
-    assert [text.get_text() for text in axes.texts] == ["down", "up"]
+    assert {text.get_text() for text in axes.texts} == {"down", "up"}
+
+
+@pytest.mark.parametrize("height", [1e-9, 0.01, 0.04])
+def test_volcano_writes_names_inside_the_frame_and_not_over_each_other(height):
+    # All genes in one point of each side, at the top or at the bottom among higher ones.
+    changes = [5.0] * 8 + [-5.0] * 8 + [0.0, 1.0, -1.0]
+    names = [f"TMEM{place:03d}A" for place in range(16)] + ["same", "top", "low"]
+    table = pd.DataFrame(
+        {"lfc_mean": changes, "proba_not_de": [height] * 16 + [0.9, 1e-9, 1e-9]}, index=names
+    )
+    axes = pl.volcano(table, n_labels=16)
+    axes.figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without their lines
+    assert len(boxes) == 16
+    for place, box in enumerate(boxes):
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:place])
 
 
 def test_volcano_names_what_is_wrong(table):
