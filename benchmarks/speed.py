@@ -360,7 +360,7 @@ def scaling(axis: str) -> list[dict]:
 def draw_scaling(rows: list[dict], axis: str) -> None:
     """Seconds per epoch against the size, on logarithmic axes."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     plot = figure.subplots()
@@ -379,6 +379,7 @@ def draw_scaling(rows: list[dict], axis: str) -> None:
         of.set_major_locator(LogLocator(subs=(1, 2, 5)))
         of.set_major_formatter(StrMethodFormatter("{x:,g}"))
         of.set_minor_locator(LogLocator(subs=()))
+    plot.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     write_beside(
         RESULTS / f"speed_{axis}.png",

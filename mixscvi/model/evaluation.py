@@ -144,7 +144,7 @@ class EvaluationMixin:
         -----
         UserWarning
             If the proposal has a k-hat above 0.7 in more than a tenth of the cells (the encoder's
-            with 25 draws or more).
+            with 25 draws or more), or is adapted under ``gene_likelihood="normal"``.
 
         Examples
         --------

@@ -51,6 +51,14 @@ def test_adapted_posterior_by_cell(kwargs, make_adata):
     assert (abs(posterior.log_likelihood - table["log_likelihood"]) < 6 * error + 1e-3).all()
 
 
+def test_posteriors_under_a_normal_likelihood_are_warned_of(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2, gene_likelihood="normal")
+    for method in (model.get_adapted_posterior, model.get_marginal_ll):
+        kwargs = {"proposal": "adapted"} if method == model.get_marginal_ll else {}
+        with pytest.warns(UserWarning, match="gene_likelihood='normal' .* miss the highest mode"):
+            method(indices=[0], n_mc_samples=25, **kwargs)
+
+
 def test_the_mixture_has_the_moments_of_the_draws(make_adata):
     model = fit(MixSCVI, make_adata(), n_components=2, train_kwargs=LEARN)
     posterior = seeded(model.get_adapted_posterior, indices=[3], n_mc_samples=20_000, n_draws=5_000)
