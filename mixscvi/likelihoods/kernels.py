@@ -20,12 +20,11 @@ from numba import njit
 
 from mixscvi.compiling import cached, checksum
 from mixscvi.lanes import SLACK, places_above
+from mixscvi.likelihoods.terms import BUFFER, BY_THETA, BY_ZI, TILE, terms_of_genes
 from mixscvi.likelihoods.vector_math import (
     add,
-    exp,
     larger,
     log,
-    log1p,
     log_gamma_ratio,
     softmax_exp,
     use_wide_vectors,
@@ -37,18 +36,14 @@ __all__ = ["TABLE_SIZE", "fill_table", "rows", "table_length"]
 TABLE_SIZE = 16
 
 # See `checksum`.
-_SOURCES = checksum("mixscvi.likelihoods.vector_math", "mixscvi.lanes")
+_SOURCES = checksum("mixscvi.likelihoods.vector_math", "mixscvi.likelihoods.terms", "mixscvi.lanes")
 
-# Genes that are worked on at once. Outputs lie at constant distances in one buffer, which tells
-# the compiler that they do not overlap; nothing else that numba can say does.
-_TILE = 512
-_TABLE = TABLE_SIZE * _TILE
-_BY_THETA, _BY_ZI, _TERM, _EXCESS = _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE
+_TABLE = TABLE_SIZE * TILE
 
 
 def table_length(n_genes: int) -> int:
     """Elements of the table that :func:`fill_table` fills."""
-    return -(-n_genes // _TILE) * 2 * _TABLE
+    return -(-n_genes // TILE) * 2 * _TABLE
 
 
 _inlined = njit(error_model="numpy", forceinline=True)
@@ -64,20 +59,20 @@ def fill_table(theta, table, sources=_SOURCES):
     """
     real = theta.dtype.type
     zero, one = real(0), real(1)
-    for start in range(0, theta.size, _TILE):
-        n = min(_TILE, theta.size - start)
+    for start in range(0, theta.size, TILE):
+        n = min(TILE, theta.size - start)
         at = start * 2 * TABLE_SIZE
         for i in range(n):
             table[at + i] = zero
             table[at + _TABLE + i] = zero
         for count in range(1, TABLE_SIZE):
-            at += _TILE
+            at += TILE
             step, inverse = real(count - 1), real(1.0 / count)
             for i in range(n):
-                now, before = np.uintp(at + i), np.uintp(at - _TILE + i)
+                now, before = np.uintp(at + i), np.uintp(at - TILE + i)
                 shifted = theta[np.uintp(start + i)] + step
                 table[now] = table[before] + log(shifted * inverse)
-                now, before = np.uintp(at + _TABLE + i), np.uintp(at + _TABLE - _TILE + i)
+                now, before = np.uintp(at + _TABLE + i), np.uintp(at + _TABLE - TILE + i)
                 table[now] = table[before] + one / shifted
 
 
@@ -104,7 +99,7 @@ def _look_up(n, index, count, theta, table, slopes, far, far_count, far_theta):
     for j in range(n):
         k = int(count[j]) if count[j] < TABLE_SIZE else 0
         if k == count[j]:
-            at = index[j] // _TILE * (2 * _TABLE) + k * _TILE + index[j] % _TILE
+            at = index[j] // TILE * (2 * _TABLE) + k * TILE + index[j] % TILE
             total += table[at]
             slopes[j] = table[at + _TABLE]
         else:
@@ -150,93 +145,6 @@ def _exponentials(logits, bias, row, out):
     for gene in range(n_genes):
         total = add(total, out[gene])
     return total
-
-
-@_inlined
-def _mean_and_dispersion(mean, scale, log_library, theta, theta_row, start, n, eps, d_mean, out):
-    """Of `n` genes, theta * log(theta / (theta + mean)) and its gradients by log(mean) and theta.
-
-    For a Poisson likelihood it is -mean.
-    """
-    use_wide_vectors()
-    one = mean.dtype.type(1)
-    for i in range(n):
-        gene = np.uintp(start + i)
-        mu = mean[gene] * scale
-        factor = one if log_library is None else mu
-        if theta is None:
-            out[_TERM + i] = -mu
-            if d_mean is not None:
-                out[i] = -factor
-        else:
-            th = theta[theta_row, gene]
-            th_eps = th + eps
-            ratio = mu / th_eps
-            log_ratio = log1p(ratio)  # log(theta + mean + eps) - log(theta + eps)
-            out[_TERM + i] = -th * log_ratio
-            if d_mean is not None:
-                inverse = one / (th_eps + mu)
-                out[i] = -th * factor * inverse
-                out[_BY_THETA + i] = th * ratio * inverse - log_ratio
-
-
-@_inlined
-def _dropout(x, zi, zi_bias, row, start, n, eps, d_mean, out):
-    """From the terms of a negative binomial to those of a zero-inflated one, and their gradients.
-
-    With t what a negative binomial has, less zi, they are those of `zinb_log_prob`.
-    """
-    use_wide_vectors()
-    real = zi.dtype.type
-    zero, one = real(0), real(1)
-    for i in range(n):
-        gene = np.uintp(start + i)
-        pi = zi[row, gene] if zi_bias is None else zi[row, gene] + zi_bias[gene]
-        positive = not x[gene] <= eps
-        t = out[_TERM + i] - pi
-        u = exp(-abs(pi))
-        v = exp(-abs(t))
-        inverse_u = one / (one + u)
-        # softplus(t) - softplus(-pi); a positive count has t instead of softplus(t)
-        out[_EXCESS + i] = ((zero if positive else v) - u) * inverse_u
-        top = t if positive or not t <= zero else zero
-        bottom = zero if pi >= zero else -pi
-        out[_TERM + i] = top - bottom
-        if d_mean is not None:
-            # How surely a zero is one that did not drop out.
-            certain = (v if t < zero else one) / (one + v)
-            certain = one if positive else certain
-            out[i] *= certain
-            out[_BY_THETA + i] *= certain
-            out[_BY_ZI + i] = (one if pi < zero else u) * inverse_u - certain
-    for i in range(n):
-        out[_TERM + i] += log1p(out[_EXCESS + i])
-
-
-@_inlined
-def _tile_of_genes(
-    x, mean, scale, log_library, theta, theta_row, zi, zi_bias, row, start, n, eps, d_mean, out
-):
-    """Sum of all terms of `n` genes but those in log(mean) and log-gamma.
-
-    The gradients are those by log(mean) (by the mean if there is no `log_library`), by theta and by
-    the logit of dropping out; they are written to `out` unless `d_mean` is ``None``.
-
-    Each step is a loop of its own over genes: a processor then works on several of them at once,
-    while in one long loop each operation waits for the one before.
-    """
-    use_wide_vectors()
-    _mean_and_dispersion(mean, scale, log_library, theta, theta_row, start, n, eps, d_mean, out)
-    if zi is not None:
-        _dropout(x, zi, zi_bias, row, start, n, eps, d_mean, out)
-    zero = mean.dtype.type(0)
-    total, total_slope = zero, zero
-    for i in range(n):
-        total = add(total, out[_TERM + i])
-    if d_mean is not None:
-        for i in range(n):
-            total_slope = add(total_slope, out[i])
-    return total, total_slope
 
 
 @cached(error_model="numpy", nogil=True)
@@ -327,7 +235,7 @@ def rows(
     scattered = np.zeros(n_genes if indptr.size else 0, mean.dtype)
     share = np.empty(n_genes, mean.dtype)
     slope = np.empty(n_genes, mean.dtype)
-    buffer = np.empty(5 * _TILE, mean.dtype)
+    buffer = np.empty(BUFFER, mean.dtype)
     along_l, along_b, along_s = theta_strides
     shared = along_l == 0 and along_s == 0
 
@@ -371,9 +279,9 @@ def rows(
                 means = share
 
             dense, row_slope = 0.0, zero
-            for start in range(0, n_genes, _TILE):
-                n_tile = min(_TILE, n_genes - start)
-                part, part_slope = _tile_of_genes(
+            for start in range(0, n_genes, TILE):
+                n_tile = min(TILE, n_genes - start)
+                part, part_slope = terms_of_genes(
                     counts, means, scale, log_library, theta, theta_row, zi, zi_bias, row, start,
                     n_tile, eps, d_mean, buffer,
                 )  # fmt: skip
@@ -384,16 +292,16 @@ def rows(
                         gene = np.uintp(start + i)
                         slope[gene] = buffer[i]
                         if d_theta is not None:
-                            d_theta[row, gene] = buffer[_BY_THETA + i]
+                            d_theta[row, gene] = buffer[BY_THETA + i]
                         if zi is not None:
-                            d_zi[row, gene] = buffer[_BY_ZI + i]
+                            d_zi[row, gene] = buffer[BY_ZI + i]
                     if sums is not None:
                         for i in range(n_tile):
                             gene = np.uintp(start + i)
                             if theta is not None:
-                                sums[task, 1, gene] += buffer[_BY_THETA + i]
+                                sums[task, 1, gene] += buffer[BY_THETA + i]
                             if zi is not None:
-                                sums[task, 2, gene] += buffer[_BY_ZI + i]
+                                sums[task, 2, gene] += buffer[BY_ZI + i]
 
             for j in range(n):
                 mean_nz[j] = means[index[j]]
