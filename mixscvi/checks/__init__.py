@@ -10,18 +10,26 @@ from mixscvi.checks.annotation import (
     check_unique,
     warn_of_repeated,
 )
-from mixscvi.checks.arguments import check_choice, check_indices, check_positive_int
+from mixscvi.checks.arguments import (
+    check_choice,
+    check_indices,
+    check_library_size,
+    check_positive_int,
+)
+from mixscvi.checks.comparisons import check_comparison
 from mixscvi.checks.counts import check_counts, check_numbers
 
 __all__ = [
     "check_categories",
     "check_choice",
     "check_column",
+    "check_comparison",
     "check_counts",
     "check_finite",
     "check_gene_list",
     "check_genes",
     "check_indices",
+    "check_library_size",
     "check_numbers",
     "check_positive",
     "check_positive_int",

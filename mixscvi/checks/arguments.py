@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_choice", "check_indices", "check_positive_int"]
+__all__ = ["check_choice", "check_indices", "check_library_size", "check_positive_int"]
 
 
 def check_positive_int(name: str, value: Any, *, least: int = 1) -> int:
@@ -51,13 +51,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def check_indices(indices: Any, n_obs: int) -> None:
-    """Raise if `indices` do not choose cells by position, or by a mask.
+def check_indices(indices: Any, n_obs: int, *, name: str = "indices") -> np.ndarray:
+    """Return the positions of cells that are chosen by position, or by a mask.
 
     Raises
     ------
     TypeError
-        If they are names or other values than integers and booleans.
+        If they are names or other values than integers and booleans, or no sequence.
     ValueError
         If there are none.
     IndexError
@@ -65,25 +65,57 @@ def check_indices(indices: Any, n_obs: int) -> None:
 
     Examples
     --------
-    >>> check_indices([0, 5], n_obs=6)
+    >>> check_indices([True, False, True], n_obs=3)
+    array([0, 2])
     >>> check_indices(["AAC"], n_obs=6)
     Traceback (most recent call last):
     ...
     TypeError: indices must be positions of cells or a mask, got 'AAC' first: take
     adata.obs_names.get_indexer(names)
     """
-    given = np.asarray(indices)
+    try:
+        given = np.asarray(indices)  # which makes one text or slice an array without an axis
+    except ValueError:  # sequences of several lengths
+        given = np.empty((0, 0))
+    if given.ndim != 1:
+        raise TypeError(
+            f"{name} must be one sequence of positions of cells or a mask, got {indices!r:.60}"
+        )
     if given.size == 0 or (given.dtype.kind == "b" and not given.any()):
-        raise ValueError("indices must choose at least one cell, got none")
+        raise ValueError(f"{name} must choose at least one cell, got none")
     if given.dtype.kind not in "biu":
         raise TypeError(
-            f"indices must be positions of cells or a mask, got {given.ravel().tolist()[0]!r} "
-            "first: take adata.obs_names.get_indexer(names)"
+            f"{name} must be positions of cells or a mask, got {given.tolist()[0]!r} first: take "
+            "adata.obs_names.get_indexer(names)"
         )
     if given.dtype.kind == "b":
         if given.shape != (n_obs,):
-            raise IndexError(f"indices as a mask must be of the {n_obs} cells, got {given.shape}")
-        return
+            raise IndexError(f"{name} as a mask must be of the {n_obs} cells, got {given.shape}")
+        return np.flatnonzero(given)
     outside = given[(given < -n_obs) | (given >= n_obs)]
     if outside.size:
-        raise IndexError(f"indices must be below the {n_obs} cells, got {outside.ravel()[0]}")
+        raise IndexError(f"{name} must be below the {n_obs} cells, got {outside[0]}")
+    return given
+
+
+def check_library_size(value: Any) -> None:
+    """Raise if expression cannot be scaled to a library size.
+
+    Raises
+    ------
+    TypeError
+        If it is neither ``"latent"`` nor a number.
+    ValueError
+        If it is not above zero and finite.
+
+    Examples
+    --------
+    >>> check_library_size(1e4)
+    >>> check_library_size("latent")
+    """
+    if isinstance(value, str) and value == "latent":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"library_size must be 'latent' or a number, got {value!r}")
+    if not 0 < value < np.inf:
+        raise ValueError(f"library_size must be 'latent' or above zero, got {value!r}")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from anndata import AnnData
 from scvi.data._constants import _SETUP_ARGS_KEY
+from scvi.data._utils import _check_if_view
 from scvi.model import SCVI
 from torch import Tensor
 
-from mixscvi.checks import check_gene_list, check_genes, check_indices
+from mixscvi.checks import check_gene_list, check_genes, check_indices, check_positive_int
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.data import MINIFY_UNS_KEY, check_data
@@ -91,6 +92,7 @@ class MixtureMixin(
         given = inspect.signature(SCVI.posterior_predictive_sample).bind(self, *args, **kwargs)
         if given.arguments.get("gene_list") is not None:
             check_gene_list(given.arguments["gene_list"], pd.Index(self.get_var_names()))
+        check_positive_int("n_samples", given.arguments.get("n_samples", 1))
         return super().posterior_predictive_sample(*args, **kwargs)
 
     def _complete_summary(self, title: str, own_title: str) -> None:
@@ -112,6 +114,7 @@ class MixtureMixin(
             if self.adata is not None and adata is not self.adata:
                 check_known_categories(adata, self.registry)
         if isinstance(adata, AnnData):
+            _check_if_view(adata, copy_if_view=copy_if_view)  # as scvi-tools does next
             take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
         if adata is not self.adata:
@@ -129,17 +132,19 @@ class MixtureMixin(
         self,
         adata: AnnData,
         indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> LeanDataLoader:
         """Minibatches for every method; their cells are checked here for all of them."""
-        if indices is not None:
-            check_indices(indices, adata.n_obs)
+        positions = None if indices is None else check_indices(indices, adata.n_obs)
+        if batch_size is not None:
+            check_positive_int("batch_size", batch_size)
         if counts_are_gone(self.get_anndata_manager(adata, required=True)):
             raise ValueError(
                 "adata has latent posteriors in place of its counts: call minify_adata() first"
             )
-        return super()._make_data_loader(adata, indices, *args, **kwargs)
+        return super()._make_data_loader(adata, positions, batch_size, *args, **kwargs)
 
     def _minibatches(
         self,

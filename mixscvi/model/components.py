@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixscvi.mixture import dead_components
 from mixscvi.model.checkpoints import CheckpointsMixin
+from mixscvi.model.inputs import check_training
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class ComponentsMixin:
 
         Raises
         ------
+        TypeError
+            If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number.
         ValueError
-            If the checkpoint is of other data, options or seed, naming what differs, or its file is
-            truncated, damaged or holds Python objects; or if the model holds no data, and no
-            `datamodule` is given.
+            If one of them is out of range; if the checkpoint is of other data, options or seed,
+            naming what differs, or its file is truncated, damaged or holds Python objects; or if
+            the model holds no data, and no `datamodule` is given.
 
         Warns
         -----
@@ -94,6 +97,7 @@ class ComponentsMixin:
         # Not that of the next train, which may take its arguments in another order.
         by_scvi_tools = getattr(scvi.model, self._by_scvi_tools).train
         given = inspect.signature(by_scvi_tools).bind(self, *args, **kwargs)
+        check_training(**given.arguments)
         datamodule = given.arguments.get("datamodule")
         if self.adata is None and datamodule is None:
             raise ValueError("the model holds no data: give datamodule, or make it of an adata")

@@ -16,7 +16,13 @@ from scvi.model import SCVI
 from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
 
-from mixscvi.checks import check_choice, check_gene_list, check_positive_int
+from mixscvi.checks import (
+    check_choice,
+    check_comparison,
+    check_gene_list,
+    check_library_size,
+    check_positive_int,
+)
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
 from mixscvi.model.raw_counts import with_raw_counts
@@ -150,9 +156,11 @@ class ExpressionMixin:
         ------
         RuntimeError
             If the model is not trained.
+        TypeError
+            If `n_samples`, `n_samples_overall` or `library_size` is no number.
         ValueError
-            If `weights` is unknown, an argument is out of range, or with ``weights="adapted"``
-            the counts were replaced by minification.
+            If `weights` is unknown, an argument is out of range, no gene is of a name, or with
+            ``weights="adapted"`` the counts were replaced by minification.
 
         Warns
         -----
@@ -178,6 +186,10 @@ class ExpressionMixin:
             check_choice("weights", weights, _WEIGHTS)
         if gene_list is not None:
             check_gene_list(gene_list, pd.Index(self.get_var_names()))
+        check_positive_int("n_samples", n_samples)
+        if n_samples_overall is not None:
+            check_positive_int("n_samples_overall", n_samples_overall)
+        check_library_size(library_size)
         if weights == "adapted":
             with torch.inference_mode(False):  # which scvi-tools samples differences in
                 return self._adapted_expression(
@@ -231,8 +243,13 @@ class ExpressionMixin:
         ------
         RuntimeError
             If the model is not trained.
+        KeyError
+            If `groupby` is no column of ``adata.obs``.
+        TypeError, IndexError
+            If `idx1`, `idx2` or `subset_idx` are no positions of cells, a mask or a query.
         ValueError
-            As :meth:`get_normalized_expression`.
+            If they choose no cell, or `group1` or `group2` is no value of the column; or as
+            :meth:`get_normalized_expression`.
 
         Examples
         --------
@@ -250,6 +267,7 @@ class ExpressionMixin:
         """
         self._check_if_trained(warn=False)
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
+        self._check_comparison(given.arguments)
         if self._counts_are_on_disk(given.arguments):
             self._check_pseudocounts(given.arguments)
             if given.arguments.get("all_stats", True):
@@ -267,6 +285,14 @@ class ExpressionMixin:
         if draws:
             warn_of_adapted_tails(draws.pareto_k.values(), stacklevel=2)
         return table
+
+    def _check_comparison(self, arguments: Mapping[str, Any]) -> None:
+        """Raise if it is not clear which cells to compare, unless scvi-tools finds out."""
+        adata = self.adata if arguments.get("adata") is None else arguments["adata"]
+        if adata is not None and arguments.get("dataloader") is None:
+            obs = adata.obs
+            if isinstance(obs, pd.DataFrame):  # that of collections cannot be queried
+                check_comparison(obs, {**arguments, **arguments.get("kwargs", {})})
 
     def _counts_are_on_disk(self, arguments: Mapping[str, Any]) -> bool:
         no_data = self.adata is None and arguments.get("adata") is None
@@ -318,9 +344,7 @@ class ExpressionMixin:
         """Expression of draws from the exact posteriors; see :meth:`get_normalized_expression`."""
         self._check_counts(adata)
         dataloader = loading[1]
-        check_positive_int("n_samples", n_samples)
         if n_samples_overall is not None:
-            check_positive_int("n_samples_overall", n_samples_overall)
             if n_samples != 1:
                 raise ValueError(
                     "n_samples_overall takes the place of n_samples, got "

@@ -21,7 +21,13 @@ from mixscvi.checks import (
     warn_of_repeated,
 )
 
-__all__ = ["check_known_categories", "check_network", "check_setup", "take_sparse_array"]
+__all__ = [
+    "check_known_categories",
+    "check_network",
+    "check_setup",
+    "check_training",
+    "take_sparse_array",
+]
 
 
 def check_setup(
@@ -195,8 +201,11 @@ def check_network(
     dispersion: Any,
     gene_likelihood: Any,
     latent_distribution: Any,
+    further: Mapping[str, Any],
 ) -> None:
     """Raise if an argument that describes scVI's networks is not one.
+
+    Of `further` arguments those that scVI takes for another value, without a word, are looked at.
 
     Raises
     ------
@@ -212,3 +221,41 @@ def check_network(
     check_choice("dispersion", dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
     check_choice("gene_likelihood", gene_likelihood, ("zinb", "nb", "poisson", "normal"))
     check_choice("latent_distribution", latent_distribution, ("normal", "ln"))
+    for name in ("use_batch_norm", "use_layer_norm"):
+        if further.get(name, False) is not False:  # which scVI takes for "none"
+            check_choice(name, further[name], ("encoder", "decoder", "none", "both"))
+    for name in ("use_observed_lib_size", "encode_covariates", "deeply_inject_covariates"):
+        if name in further and further[name] not in (True, False):
+            raise TypeError(f"{name} must be True or False, got {further[name]!r}")
+
+
+def check_training(
+    *,
+    max_epochs: Any = None,
+    batch_size: Any = None,
+    train_size: Any = None,
+    validation_size: Any = None,
+    **_others: Any,
+) -> None:
+    """Raise if an argument of ``train`` that says how long, or on which cells, is not one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+    if max_epochs is not None:
+        check_positive_int("max_epochs", max_epochs, least=-1)  # -1: until it is stopped
+    if batch_size is not None:
+        check_positive_int("batch_size", batch_size)
+    for name, value in (("train_size", train_size), ("validation_size", validation_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise TypeError(f"{name} must be a share of the cells, got {value!r}")
+        if not (0 < value <= 1 if name == "train_size" else 0 <= value < 1):
+            raise ValueError(f"{name} must be a share of the cells, got {value!r}")
+    if train_size is not None and validation_size is not None and train_size + validation_size > 1:
+        raise ValueError(
+            f"train_size + validation_size must be at most 1, got {train_size} + {validation_size}"
+        )

@@ -168,6 +168,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, CheckpointsMixin, SCANVI):
             dispersion=dispersion,
             gene_likelihood=gene_likelihood,
             latent_distribution="normal",
+            further={**kwargs, "use_observed_lib_size": use_observed_lib_size},
         )
         self._check_alternatives(kwargs)
         if adata is None:

@@ -166,6 +166,7 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             dispersion=dispersion,
             gene_likelihood=gene_likelihood,
             latent_distribution=latent_distribution,
+            further={**kwargs, "use_observed_lib_size": use_observed_lib_size},
         )
         if adata is None and registry is not None and not use_observed_lib_size:
             raise ValueError(

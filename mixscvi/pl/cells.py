@@ -55,6 +55,8 @@ def posterior(
     ------
     IndexError
         If there is no such cell.
+    TypeError
+        If it is not named by its position.
     ValueError
         If there are fewer than two draws or latents, or other latents than the encoder's: draws
         lie behind a flow, its components ahead of it.
@@ -78,6 +80,8 @@ def posterior(
             "adapted and encoder must be of the same cells and at least two latents, got draws of "
             f"shape {adapted.draws.shape} and means of shape {encoder.loc.shape}"
         )
+    if isinstance(cell, bool) or not isinstance(cell, (int, np.integer)):
+        raise TypeError(f"cell must be the position of one of the {n_cells} cells, got {cell!r}")
     if not -n_cells <= cell < n_cells:
         raise IndexError(f"cell={cell}, but there are {n_cells} cells")
     draws = adapted.draws[:, cell].astype(float)

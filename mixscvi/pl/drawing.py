@@ -47,6 +47,8 @@ def labels_of(
 ) -> pd.Series:
     """Labels of the rows of a table: one of its columns by name, or as given.
 
+    A series that has the names of all rows gives each row that of its name, whatever their order.
+
     Raises
     ------
     KeyError
@@ -64,6 +66,9 @@ def labels_of(
         if groups not in table:
             raise KeyError(f"groups={groups!r} is not a column, of which there are: {[*table]}")
         groups = table[groups]
+    elif isinstance(groups, pd.Series) and groups.index.is_unique:
+        if table.index.isin(groups.index).all():
+            groups = groups.loc[table.index]
     if len(groups) != len(table):
         raise ValueError(f"groups must name {len(table)} cells, got {len(groups)}")
     name = getattr(groups, "name", None) or "group"

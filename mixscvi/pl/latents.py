@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixscvi.checks import check_indices
 from mixscvi.pl.drawing import COLORS, axes_or_new, finish, labels_of
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def component_means(
 
     obs = model.adata.obs
     labels = None if groups is None else labels_of(groups, obs)
-    if indices is not None and labels is not None:
-        labels = labels.iloc[indices]
     loc = model.get_latent_mixture(indices=indices).loc
+    if indices is not None and labels is not None:
+        labels = labels.iloc[check_indices(indices, len(obs))]
     n_cells, n_components, _ = loc.shape
     if labels is None:
         color, title = np.tile(np.arange(1, n_components + 1), n_cells), "component"

@@ -4,11 +4,14 @@ import warnings
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
-from fitting import BATCH, SMALL, fit, train
-from mixscvi import MixSCVI
+from fitting import BATCH, SMALL, fit, seeded, train
+from mixscvi import MixSCANVI, MixSCVI
+
+LABELS = {"labels_key": "label", "unlabeled_category": "type0"}
 
 
 def setup(adata, **kwargs):
@@ -92,6 +95,11 @@ def test_too_few_cells(n_obs, make_adata):
         ({"gene_likelihood": "zip"}, "gene_likelihood must be one of 'zinb'"),
         ({"dispersion": "cell"}, "dispersion must be one of 'gene'"),
         ({"latent_distribution": "t"}, "latent_distribution must be one of"),
+        ({"use_batch_norm": "yes"}, "use_batch_norm must be one of 'encoder'"),
+        ({"use_layer_norm": True}, "use_layer_norm must be one of 'encoder'"),
+        ({"encode_covariates": "no"}, "encode_covariates must be True or False, got 'no'"),
+        ({"deeply_inject_covariates": "no"}, "deeply_inject_covariates must be True or False"),
+        ({"use_observed_lib_size": "no"}, "use_observed_lib_size must be True or False"),
     ],
 )
 @pytest.mark.parametrize("n_components", [1, 3])
@@ -217,3 +225,126 @@ def test_sparse_arrays_train_as_matrices(kind, layer, make_adata):
         model = fit(MixSCVI, adata, {"layer": layer}, n_components=2)
         latents.append(model.get_latent_representation())
     np.testing.assert_array_equal(*latents)
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_sparse_arrays_of_other_data(layer, view, make_adata):
+    model = fit(MixSCVI, make_adata(layer=layer, sparse=True), {"layer": layer}, n_components=2)
+    latents = []
+    for kind in (sparse.csr_array, sparse.csr_matrix):
+        other = make_adata(n_obs=30, seed=3, layer=layer, sparse=True)
+        if layer is None:
+            other.X = kind(other.X)
+        else:
+            other.layers[layer] = kind(other.layers[layer])
+        latents.append(model.get_latent_representation(other[:20] if view else other))
+    np.testing.assert_array_equal(*latents)
+
+
+@pytest.mark.parametrize("indices", [3, slice(0, 5), "cell3", [[0, 1]], [[0], [1, 2]]])
+def test_indices_that_are_no_sequence(indices, make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    for method in (model.get_latent_representation, model.get_posterior_diagnostics):
+        with pytest.raises(TypeError, match="indices must be one sequence of positions of cells"):
+            method(indices=indices)
+
+
+def test_a_list_of_booleans_is_a_mask(make_adata):
+    """Of which scvi-tools takes cells 0 and 1 many times."""
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    mask = np.arange(72) % 3 == 1
+    for method in (
+        model.get_latent_representation,
+        model.get_normalized_expression,
+        model.get_latent_library_size,
+    ):
+        given, expected = (
+            seeded(method, indices=indices) for indices in (mask.tolist(), np.flatnonzero(mask))
+        )
+        np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"max_epochs": "all"}, "max_epochs must be an integer of at least -1, got 'all'"),
+        ({"train_size": 0}, "train_size must be a share of the cells, got 0"),
+        ({"train_size": 1.5}, "train_size must be a share of the cells, got 1.5"),
+        ({"train_size": "0.9"}, "train_size must be a share of the cells, got '0.9'"),
+        ({"validation_size": 1}, "validation_size must be a share of the cells, got 1"),
+        (
+            {"train_size": 0.9, "validation_size": 0.5},
+            r"train_size \+ validation_size must be at most 1, got 0.9 \+ 0.5",
+        ),
+    ],
+)
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_arguments_of_train(cls, kwargs, match, make_adata):
+    adata = make_adata()
+    cls.setup_anndata(adata, **(LABELS if cls is MixSCANVI else {}))
+    model = cls(adata, n_components=2, **SMALL)
+    with pytest.raises((TypeError, ValueError), match=match):
+        model.train(accelerator="cpu", **kwargs)
+    assert not model.is_trained
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"n_samples": 0}, "n_samples must be an integer of at least 1, got 0"),
+        ({"n_samples_overall": 0}, "n_samples_overall must be an integer of at least 1, got 0"),
+        ({"library_size": "own"}, "library_size must be 'latent' or a number, got 'own'"),
+        ({"library_size": -1}, "library_size must be 'latent' or above zero, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_arguments_of_expression(kwargs, match, make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    for weights in ("uniform", "adapted"):
+        with pytest.raises((TypeError, ValueError), match=match):
+            model.get_normalized_expression(**kwargs, weights=weights)
+    for name in kwargs.keys() & {"n_samples", "batch_size"}:
+        with pytest.raises(ValueError, match=match):
+            model.posterior_predictive_sample(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({}, ValueError, "give groupby, a column of adata.obs, or the cells to compare as idx1"),
+        ({"groupby": "sort"}, KeyError, "groupby='sort' is no column of adata.obs, .*'label'"),
+        ({"group1": "T"}, ValueError, r"group1='T' is no value of .*'label'\], which has 'type0'"),
+        ({"group1": ["type1", "T"]}, ValueError, "group1='T' is no value"),
+        ({"group1": "type1", "group2": "T"}, ValueError, "group2='T' is no value"),
+        ({"idx1": []}, ValueError, "idx1 must choose at least one cell, got none"),
+        ({"idx1": ["cell1"]}, TypeError, "idx1 must be positions .*, got 'cell1' first"),
+        ({"idx1": [0, 99]}, IndexError, "idx1 must be below the 72 cells, got 99"),
+        ({"idx1": [0], "idx2": [99]}, IndexError, "idx2 must be below the 72 cells, got 99"),
+        ({"idx1": np.ones(5, bool)}, IndexError, "idx1 as a mask must be of the 72 cells"),
+        ({"idx1": "age > 1e9"}, ValueError, "idx1='age > 1e9' chooses no cell"),
+        ({"idx1": "sort == 1"}, ValueError, "idx1='sort == 1' is no query of adata.obs, .*'sort'"),
+        ({"idx1": "age >"}, ValueError, "idx1='age >' is no query of adata.obs"),
+        ({"groupby": "label", "mode": "both"}, ValueError, "mode must be one of 'vanilla'"),
+    ],
+)
+def test_what_cannot_be_compared(kwargs, error, match, make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    if "group1" in kwargs:
+        kwargs = {"groupby": "label", **kwargs}
+    with pytest.raises(error, match=match):
+        model.differential_expression(**kwargs, silent=True)
+    assert "_scvi_temp_de" not in model.adata.obs
+
+
+def test_cells_to_compare_as_scvi_tools_takes_them(make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    mask = model.adata.obs["label"].to_numpy() == "type1"
+    tables = [
+        seeded(model.differential_expression, idx1=cells, silent=True)
+        for cells in (mask, mask.tolist(), np.where(mask), "label == 'type1'")
+    ]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])

@@ -41,5 +41,7 @@ def test_what_does_not_fit_is_named():
         pl.posterior(of_draws(None), encoder)
     with pytest.raises(ValueError, match=r"\(9, 2, 4\) and means of shape \(2, 1, 3\)"):
         pl.posterior(of_draws(np.zeros((9, 2, 4))), encoder)
+    with pytest.raises(TypeError, match="position of one of the 2 cells, got 'AAC'"):
+        pl.posterior(of_draws(np.zeros((9, 2, 3))), encoder, "AAC")
     with pytest.raises(IndexError, match="cell=2, but there are 2 cells"):
         pl.posterior(of_draws(np.zeros((9, 2, 3))), encoder, 2)

@@ -44,6 +44,8 @@ def test_component_means_are_one_point_a_component_and_cell():
     assert {text.get_text() for text in axes.get_legend().get_texts()} == types
     with pytest.raises(ValueError, match="groups must name 60 cells, got 5"):
         pl.component_means(model, groups=["a"] * 5)
+    with pytest.raises(TypeError, match="indices must be positions .*, got 'cell' first"):
+        pl.component_means(model, groups="cell_type", indices=["cell"])
 
 
 def test_component_weights_fill_every_cell():
@@ -53,3 +55,12 @@ def test_component_weights_fill_every_cell():
     assert lower[:, 1].max() == pytest.approx(0.9)  # components are ordered within a cell
     assert upper[:, 1].max() == pytest.approx(1)
     assert axes.get_xlim() == (0, 3)
+
+
+def test_a_series_gives_each_cell_the_label_of_its_name(diagnostics):
+    labels = diagnostics["cell_type"][::-1]
+    axes = pl.divergence(diagnostics[:3], labels)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["B (1)", "T (2)"]
+    by_place = pd.Series(["T", "B", "B"], index=[0, 1, 2])
+    axes = pl.divergence(diagnostics[:3], by_place)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["B (2)", "T (1)"]
