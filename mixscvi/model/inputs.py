@@ -110,7 +110,9 @@ def take_sparse_array(adata: AnnData, layer: str | None) -> None:
     layer
         Layer with the counts; ``X`` if ``None``.
     """
-    x = getattr(adata, "X", None) if layer is None else adata.layers.get(layer)
+    x = getattr(adata, "X", None)
+    if layer is not None:  # a collection's layers are read from files, not replaced
+        x = adata.layers.get(layer) if isinstance(adata.layers, Mapping) else None
     if isinstance(x, sparse.sparray) and not adata.is_view:
         matrix = sparse.csr_matrix(x)
         if layer is None:
