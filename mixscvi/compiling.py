@@ -8,16 +8,30 @@ import zlib
 import numba
 from numba import njit
 
-__all__ = ["ERRORS", "cached", "checksum"]
+__all__ = ["ERRORS", "cached"]
 
 # What numba raises when it cannot compile, cache or load a function.
 ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError)
 
 
-def cached(**options):
-    """Compile and keep the machine code across processes, if there is a folder to keep it in."""
+def cached(*sources, **options):
+    """Compile and keep the machine code across processes, if there is a folder to keep it in.
+
+    Parameters
+    ----------
+    *sources
+        Modules of which the function inlines something. numba finds what it kept by the time of
+        the function's own file alone. So that another version of these modules compiles anew, the
+        function's qualified name, by which it is kept too, ends in a checksum of their sources. (A
+        default of an argument would be part of the signature, but calls with an argument left out
+        take numba's slow path, which takes longer than some of these functions.)
+    **options
+        Of :func:`numba.njit`.
+    """
 
     def decorate(function):
+        if sources:
+            function.__qualname__ += f"_{_checksum(sources):08x}"
         try:
             return njit(cache=True, **options)(function)
         except RuntimeError:  # no folder can be written to
@@ -26,13 +40,8 @@ def cached(**options):
     return decorate
 
 
-def checksum(*modules):
-    """A number that changes with the source of the modules.
-
-    numba finds what it cached by the time of the file of a function alone. As the default of an
-    argument that is left out, the number is part of the function's signature, and another version
-    of what it inlines from these modules compiles anew.
-    """
+def _checksum(modules):
+    """A number that changes with the source of the modules."""
     total = 0
     for module in modules:
         loader = importlib.util.find_spec(module).loader

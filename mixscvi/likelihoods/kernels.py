@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixscvi.compiling import cached, checksum
+from mixscvi.compiling import cached
 from mixscvi.lanes import SLACK, places_above
 from mixscvi.likelihoods.terms import BUFFER, BY_THETA, BY_ZI, TILE, terms_of_genes
 from mixscvi.likelihoods.vector_math import (
@@ -35,8 +35,8 @@ __all__ = ["TABLE_SIZE", "fill_table", "rows", "table_length"]
 # Counts below it look their log-gamma terms up.
 TABLE_SIZE = 16
 
-# See `checksum`.
-_SOURCES = checksum("mixscvi.likelihoods.vector_math", "mixscvi.likelihoods.terms", "mixscvi.lanes")
+# Of what is inlined here.
+_SOURCES = ("mixscvi.likelihoods.vector_math", "mixscvi.likelihoods.terms", "mixscvi.lanes")
 
 _TABLE = TABLE_SIZE * TILE
 
@@ -49,8 +49,8 @@ def table_length(n_genes: int) -> int:
 _inlined = njit(error_model="numpy", forceinline=True)
 
 
-@cached(error_model="numpy", nogil=True)
-def fill_table(theta, table, sources=_SOURCES):
+@cached(*_SOURCES, error_model="numpy", nogil=True)
+def fill_table(theta, table):
     """Log-gamma terms of the counts 0, 1, ... under the dispersion of each gene.
 
     They are log Gamma(k + theta) - log Gamma(theta) - log k!, a sum of `k` logarithms. They lie in
@@ -114,7 +114,7 @@ def _look_up(n, index, count, theta, table, slopes, far, far_count, far_theta):
 def _nonzero_counts(x, indptr, indices, data, cell, smallest, scattered, index, nonzero):
     """All counts of a cell; where they are above `smallest`, and what they are there."""
     n = 0
-    if x is None:
+    if indptr.size:
         for j in range(indptr[cell], indptr[cell + 1]):
             index[n] = indices[j]
             nonzero[n] = data[j]
@@ -147,7 +147,7 @@ def _exponentials(logits, bias, row, out):
     return total
 
 
-@cached(error_model="numpy", nogil=True)
+@cached(*_SOURCES, error_model="numpy", nogil=True)
 def rows(
     first_cell,
     last_cell,
@@ -174,7 +174,6 @@ def rows(
     d_zi,
     d_log_library,
     sums,
-    sources=_SOURCES,
 ):
     """Log-likelihoods of some draws of some cells, and their gradients.
 
@@ -188,9 +187,9 @@ def rows(
     task
         Number of this call among those that share the work.
     x
-        Counts `(B, G)`; ``None`` to take them from `indptr`, `indices` and `data` (CSR).
+        Counts `(B, G)`; not read if they are in `indptr`, `indices` and `data`.
     indptr, indices, data
-        Compressed sparse rows of counts; empty if `x` is given.
+        Compressed sparse rows of counts, or empty arrays.
     mean
         Means, or logits of a softmax that is multiplied by ``exp(log_library)``, `(R, G)`.
     mean_bias, zi_bias
@@ -212,8 +211,6 @@ def rows(
     sums
         Gradients by mean, theta and zi are added up over rows into ``sums[task]``, `(n, 3, G)`;
         ``None`` not to.
-    sources
-        Not to be given.
     """
     use_wide_vectors()
     real = mean.dtype.type

@@ -6,13 +6,12 @@ from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mixscvi import compiled
 
-__all__ = ["Gradients", "SparseCounts", "compiles", "dense_rows", "evaluate", "usable"]
+__all__ = ["Gradients", "SparseCounts", "evaluate", "usable"]
 
 _ELEMENTS_PER_TASK = 2**16
 _TASKS_PER_THREAD = 4
@@ -93,11 +92,6 @@ def usable(counts: Tensor | SparseCounts, *tensors: Tensor | None) -> bool:
     )
 
 
-def compiles() -> bool:
-    """Whether compiled functions can be used, as far as is known."""
-    return _kernels() is not None
-
-
 def _kernels() -> ModuleType | None:
     return compiled.load("mixscvi.likelihoods.kernels")
 
@@ -148,9 +142,26 @@ def evaluate(
     gradients
         Contiguous tensors to write gradients to; may hold `mean` (if it holds logits) and `zi`.
         With ``sums`` there need be no ``theta``.
+
+    Raises
+    ------
+    ValueError
+        If the counts are not those of the parameters' cells and genes.
     """
     kernels = _kernels()
     n_strata, n_cells, n_per_stratum, n_genes = mean.shape
+    if isinstance(counts, SparseCounts):
+        x, sparse = mean.new_empty(0, n_genes), counts
+        shape = (len(sparse.indptr) - 1, sparse.n_genes)
+    else:
+        empty = torch.empty(0, dtype=torch.int64)
+        x, sparse = counts, SparseCounts(empty, empty, mean.new_empty(0), n_genes)
+        shape = tuple(x.shape)
+    if shape != (n_cells, n_genes):
+        raise ValueError(
+            f"counts must have shape (B, G) = {(n_cells, n_genes)}, as the parameters have shape "
+            f"(L, B, S, G) = {tuple(mean.shape)}, got {shape}"
+        )
     value = mean.new_empty(mean.shape[:-1])
     if kernels is None or value.numel() == 0:
         return None if kernels is None else value
@@ -163,11 +174,6 @@ def evaluate(
             theta_strides = (0, 1, 0)
         elif theta.dim() == 4:
             theta_strides = (n_cells * n_per_stratum, n_per_stratum, 1)
-    if isinstance(counts, SparseCounts):
-        x, sparse = None, counts
-    else:
-        empty = torch.empty(0, dtype=torch.int64)
-        x, sparse = _array(counts), SparseCounts(empty, empty, mean.new_empty(0), n_genes)
     rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
     tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes)
     written: tuple[Any, ...] = (None,) * 4
@@ -189,7 +195,7 @@ def evaluate(
     computed = compiled.in_blocks(
         kernels.rows,
         tasks,
-        *(n_cells, n_per_stratum, x, *rows),
+        *(n_cells, n_per_stratum, _array(x), *rows),
         *(_array(mean).reshape(-1, n_genes), _array(mean_bias)),
         None if log_library is None else _array(log_library).reshape(-1),
         *(theta_rows, theta_strides),
@@ -201,44 +207,3 @@ def evaluate(
     if gradients is not None and sums is not None:
         torch.sum(sums, 0, out=gradients.sums)
     return value
-
-
-def dense_rows(
-    rows: np.ndarray,
-    indptr: np.ndarray,
-    indices: np.ndarray,
-    data: np.ndarray,
-    n_columns: int,
-    dtype: type,
-) -> np.ndarray | None:
-    """Some rows of a CSR matrix, `(len(rows), n_columns)`, or ``None`` if it cannot be compiled.
-
-    Parameters
-    ----------
-    rows
-        Which rows, in which order.
-    indptr, indices, data
-        The matrix, its indices of any integer type; entries of one place are added up.
-    n_columns
-        Of the matrix.
-    dtype
-        Of the result.
-
-    Raises
-    ------
-    IndexError
-        If a row or a column is not one of the matrix.
-    """
-    if _kernels() is None:
-        return None
-    from mixscvi.likelihoods.rows import add_rows
-
-    if rows.size and not (0 <= rows.min() and rows.max() < len(indptr) - 1):
-        raise IndexError(f"rows must lie in [0, {len(indptr) - 1})")
-    out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
-    inside = compiled.attempt(add_rows, rows, indptr, indices, data, out)
-    if inside is None:
-        return None
-    if not inside:
-        raise IndexError(f"the matrix of {n_columns} columns has entries in others")
-    return out

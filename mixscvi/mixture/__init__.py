@@ -7,7 +7,9 @@
 | objectives | MISELBO and SIWAE of log-weights; the estimators that choose components |
 | layers | A linear maps or convolutions in one call |
 | mlp | A multilayer perceptrons in one call |
-| products | matrix products with what is mostly zero |
+| products | matrix products by the faster of two libraries |
+| nonzeros | matrix products that skip zeros |
+| mostly_zero | a matrix that has its non-zeros, and is dense to all who do not know |
 | encoders | a trunk and heads, with separate or amortized components |
 | heads | from hidden units to Gaussians: what components share |
 | priors | standard normal, mixture of Gaussians, VampPrior |

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixscvi.mixture.products import few_nonzeros, linear, product_by_nonzeros
+from mixscvi.mixture.nonzeros import few_nonzeros, product_by_nonzeros
+from mixscvi.mixture.products import linear
 
 __all__ = ["LinearByFeature", "StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
 
@@ -54,7 +55,7 @@ class StackedLinear(nn.Module):
         Whether all weights of an input feature lie together in memory, as suits an input that
         all maps share and that is mostly zero, such as counts of genes: on a CPU, minibatches with
         few non-zeros are then computed as sums of such rows
-        (``mixscvi.mixture.products.few_nonzeros``). Shapes and values do not depend on it.
+        (``mixscvi.mixture.nonzeros.few_nonzeros``). Shapes and values do not depend on it.
 
     Examples
     --------

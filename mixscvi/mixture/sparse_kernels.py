@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mixscvi.compiling import cached, checksum
+from mixscvi.compiling import cached
 from mixscvi.lanes import SLACK, places_other_than
 
 __all__ = [
@@ -34,12 +34,9 @@ _VECTOR_BYTES = 64
 
 _INTEGER = ir.IntType(64)
 
-# See `checksum`.
-_SOURCES = checksum("mixscvi.lanes")
 
-
-@cached(error_model="numpy", nogil=True)
-def find_nonzeros(x, starts, index, value, sources=_SOURCES):
+@cached("mixscvi.lanes", error_model="numpy", nogil=True)
+def find_nonzeros(x, starts, index, value):
     """Columns and values of what is not zero in `x`, by rows; whether there is room for all.
 
     `index` has room for `SLACK` more than may be found.

@@ -37,6 +37,13 @@ class LeanDataSplitter(SplitAlike, DataSplitter):
 
     data_loader_cls = TrainingLoader
 
+    def train_dataloader(self) -> DataLoader:
+        """Minibatches of the training cells."""
+        loader = super().train_dataloader()
+        plan = getattr(self.trainer, "lightning_module", None)
+        loader.mostly_zero = getattr(plan, "takes_nonzeros", False)
+        return loader
+
 
 class WithoutSingleCells(LeanDataSplitter):
     """scvi-tools' splitter, which leaves a last training minibatch of one cell out.

@@ -15,7 +15,9 @@ from scvi.dataloaders import AnnDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mixscvi.likelihoods import native
+from mixscvi import csr
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
+from mixscvi.mixture.nonzeros import MOST_NONZERO
 from mixscvi.model.rows import RowsOnDisk, is_on_disk
 
 __all__ = ["LeanDataLoader", "Minibatches", "TrainingLoader"]
@@ -34,6 +36,9 @@ class Minibatches(Dataset):
         scvi-tools' dataset.
     cells
         Which cells there are, and in which order, `(n,)`.
+    mostly_zero
+        Whether sparse counts with few non-zeros become
+        :class:`~mixscvi.mixture.mostly_zero.MostlyZero` instead of dense tensors.
 
     Raises
     ------
@@ -42,8 +47,11 @@ class Minibatches(Dataset):
         cannot be put together as numba compiles nothing.
     """
 
-    def __init__(self, dataset: AnnTorchDataset, cells: np.ndarray) -> None:
+    def __init__(
+        self, dataset: AnnTorchDataset, cells: np.ndarray, *, mostly_zero: bool = False
+    ) -> None:
         self._cells = np.arange(len(dataset))[cells]
+        self._mostly_zero = False
         self._dtypes = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._sparse: dict[str, sparse.csr_matrix | sparse.csr_array] = {}
@@ -57,8 +65,11 @@ class Minibatches(Dataset):
             if isinstance(data, np.ndarray):
                 # Counts may be large: those of a minibatch are converted when it is made.
                 self._arrays[key] = data if key == REGISTRY_KEYS.X_KEY else data.astype(dtype)
-            elif isinstance(data, sparse.csr_matrix | sparse.csr_array) and native.compiles():
+            elif isinstance(data, sparse.csr_matrix | sparse.csr_array) and csr.compiles():
                 self._sparse[key] = data
+                if key == REGISTRY_KEYS.X_KEY and mostly_zero:
+                    few = data.nnz <= MOST_NONZERO * np.prod(data.shape, dtype=float)
+                    self._mostly_zero = bool(few and data.has_canonical_format)
             else:
                 raise TypeError(f"{key} is a {type(data).__name__}")
 
@@ -71,16 +82,31 @@ class Minibatches(Dataset):
         minibatch = {}
         for key, dtype in self._dtypes.items():
             if key in self._sparse:
-                matrix = self._sparse[key]
-                rows = native.dense_rows(
-                    cells, matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], dtype
-                )
-                if rows is None:  # numba failed at this function alone
-                    rows = matrix[cells].astype(dtype, copy=False).toarray()
+                by_nonzeros = key == REGISTRY_KEYS.X_KEY and self._mostly_zero
+                minibatch[key] = _rows(self._sparse[key], cells, dtype, by_nonzeros=by_nonzeros)
             else:
                 rows = self._arrays[key][cells].astype(dtype, copy=False)
-            minibatch[key] = torch.from_numpy(rows)
+                minibatch[key] = torch.from_numpy(rows)
         return minibatch
+
+
+def _rows(
+    matrix: sparse.csr_matrix | sparse.csr_array,
+    cells: np.ndarray,
+    dtype: type,
+    *,
+    by_nonzeros: bool,
+) -> Tensor:
+    """Rows of a matrix."""
+    arguments = (cells, matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], dtype)
+    if by_nonzeros:
+        entries = csr.sparse_rows(*arguments)
+        if entries is not None:
+            return MostlyZero(SparseRows(*map(torch.from_numpy, entries)), matrix.shape[1])
+    dense = csr.dense_rows(*arguments)
+    if dense is None:  # numba failed at this function alone
+        dense = matrix[cells].astype(dtype, copy=False).toarray()
+    return torch.from_numpy(dense)
 
 
 class LeanDataLoader(AnnDataLoader):
@@ -94,6 +120,8 @@ class LeanDataLoader(AnnDataLoader):
     """
 
     _sorts = False
+    # Set before minibatches are asked for; see `Minibatches`.
+    mostly_zero = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Go through the minibatches once."""
@@ -114,7 +142,7 @@ class LeanDataLoader(AnnDataLoader):
         if self.num_workers > 0 or "collate_fn" in self.kwargs:
             return None
         try:
-            minibatches = Minibatches(dataset, self.indices)
+            minibatches = Minibatches(dataset, self.indices, mostly_zero=self.mostly_zero)
         except TypeError:  # data of other kinds are scvi-tools' to read
             return None
         return DataLoader(

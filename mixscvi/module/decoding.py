@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mixscvi.likelihoods import (
+    SparseCounts,
     head_log_prob,
     nb_log_prob,
     poisson_log_prob,
     zinb_log_prob,
 )
+from mixscvi.mixture.mostly_zero import MostlyZero
 
 __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
@@ -83,7 +85,7 @@ class CountLikelihood:
         dropout = self.decoder.px_dropout_decoder if self.gene_likelihood == "zinb" else None
         if isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal":
             return head_log_prob(
-                x,
+                SparseCounts(*x.rows, x.shape[1]) if isinstance(x, MostlyZero) else x,
                 hidden,
                 scale.weight,
                 scale.bias,

@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixscvi import compiled, compiling
 from mixscvi.likelihoods import (
+    SparseCounts,
     eager,
     head_log_prob,
     kernels,
+    logits_log_prob,
     native,
     zinb_log_prob,
 )
@@ -179,3 +181,15 @@ def test_the_eager_terms_compile_to_one_graph():
     expected = eager.dense_terms(x, mu, theta, logits, True)
     for got, wanted in zip(compiled(x, mu, theta, logits, True), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 4), (4, 5)])
+def test_counts_of_other_cells_or_genes_are_refused(shape):
+    logits, log_library = torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2)
+    counts = torch.zeros(shape)
+    sparse = SparseCounts(
+        torch.zeros(shape[0] + 1, dtype=torch.int64), torch.empty(0), torch.empty(0), shape[1]
+    )
+    for x in (counts, sparse):
+        with pytest.raises(ValueError, match=r"\(B, G\) = \(3, 5\)"):
+            logits_log_prob(x, logits, log_library, torch.ones(5))

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear, products
+from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear, nonzeros
 from mixscvi.mixture.layers import LinearByFeature
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
@@ -99,7 +99,7 @@ def a_share_of(x, share):
 def test_stacked_sparse_linear_is_stacked_linear(
     normal, share, n_out, bias, components, monkeypatch
 ):
-    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
     torch.manual_seed(0)
     reference = StackedLinear(4, 30, n_out, bias=bias).double()
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_stacked_sparse_linear_is_stacked_linear(
 @pytest.mark.parametrize("components", [None, [2, 0]])
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_weights_by_feature_are_those_in_another_order(normal, share, components, monkeypatch):
-    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
     torch.manual_seed(0)
     reference = StackedLinear(4, 30, 50).double()
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_weights_by_feature_are_those_in_another_order(normal, share, components
 
 
 def test_a_linear_layer_by_feature_is_the_layer(normal, monkeypatch):
-    monkeypatch.setattr(products, "_LEAST_WORK", 0)
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
     reference = torch.nn.Linear(30, 50).double()
     layer = LinearByFeature(reference)
     assert isinstance(layer, torch.nn.Linear)

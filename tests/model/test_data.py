@@ -1,5 +1,8 @@
 """Training minibatches: scvi-tools' own, made faster."""
 
+import itertools
+from types import SimpleNamespace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -7,16 +10,20 @@ import pytest
 import torch
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
+from scvi.train import TrainingPlan
 
-from mixscvi import MixSCVI, compiled
-from mixscvi.likelihoods import native
+from fitting import fit
+from mixscvi import MixSCVI, compiled, csr
+from mixscvi.mixture import nonzeros
+from mixscvi.mixture.mostly_zero import MostlyZero
 from mixscvi.model.data import LeanDataSplitter
 from mixscvi.model.loaders import LeanDataLoader
+from mixscvi.model.training import LeanTrainingPlan
 
 
-def registered(convert, n_cells=53):
+def registered(convert, n_cells=53, mean=0.4):
     rng = np.random.default_rng(0)
-    counts = rng.poisson(0.4, (n_cells, 17)).astype(np.float32)
+    counts = rng.poisson(mean, (n_cells, 17)).astype(np.float32)
     counts[:, 0] += 1
     obs = pd.DataFrame(
         {
@@ -38,14 +45,19 @@ def registered(convert, n_cells=53):
     return MixSCVI(adata, n_hidden=8).adata_manager
 
 
-def minibatches(splitter_cls, manager, **kwargs):
+def minibatches(splitter_cls, manager, *, plan=None, **kwargs):
     splitter = splitter_cls(
         manager, train_size=0.8, batch_size=10, shuffle_set_split=False, **kwargs
     )
     splitter.setup()
+    splitter.trainer = None if plan is None else SimpleNamespace(lightning_module=plan)
     torch.manual_seed(3)
     loader = splitter.train_dataloader()
     return loader, [*loader, *loader], torch.rand(())
+
+
+def few_counts(convert):
+    return registered(convert, mean=0.1)
 
 
 KINDS = {
@@ -73,6 +85,108 @@ def test_minibatches_are_those_of_scvi_tools(kind):
             assert got[key].dtype == expected[key].dtype
             assert torch.equal(got[key], expected[key]), key
     assert not torch.equal(ours[0]["X"], ours[5]["X"])  # shuffled in every epoch
+
+
+@pytest.mark.parametrize("kind", ["csr", "integers", "doubles"])
+def test_minibatches_by_their_nonzeros(kind):
+    manager = few_counts(KINDS[kind])
+    plan = SimpleNamespace(takes_nonzeros=True)
+    _, ours, random = minibatches(LeanDataSplitter, manager, plan=plan)
+    _, theirs, expected_random = minibatches(DataSplitter, manager)
+    assert random == expected_random
+    for got, expected in zip(ours, theirs, strict=True):
+        assert isinstance(got["X"], MostlyZero)
+        assert got["X"].dtype == torch.float32
+        for key in expected:
+            assert torch.equal(torch.as_tensor(got[key] + 0), expected[key]), key
+
+
+def unsorted(counts):
+    matrix = sparse.csr_matrix(counts)
+    for start, stop in itertools.pairwise(matrix.indptr):
+        for array in (matrix.indices, matrix.data):
+            array[start:stop] = array[start:stop][::-1]
+    matrix.has_sorted_indices = False
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("manager", "takes_nonzeros"),
+    [
+        (lambda: registered(sparse.csr_matrix), True),
+        (lambda: few_counts(unsorted), True),
+        (lambda: few_counts(np.asarray), True),
+        (lambda: few_counts(sparse.csr_matrix), False),
+    ],
+    ids=["many nonzeros", "unsorted", "dense", "not asked for"],
+)
+def test_counts_that_stay_dense(manager, takes_nonzeros):
+    plan = SimpleNamespace(takes_nonzeros=takes_nonzeros)
+    _, ours, _ = minibatches(LeanDataSplitter, manager(), plan=plan)
+    _, theirs, _ = minibatches(DataSplitter, manager())
+    for got, expected in zip(ours, theirs, strict=True):
+        assert type(got["X"]) is torch.Tensor
+        assert torch.equal(got["X"], expected["X"])
+
+
+@pytest.mark.parametrize("kwargs", [{"n_components": 1}, {"n_components": 3}])
+@pytest.mark.parametrize("setup", [{}, {"batch_key": "batch", "size_factor_key": "size"}])
+def test_training_on_nonzeros_is_training_on_dense_counts(kwargs, setup, monkeypatch):
+    """The same sums are taken of the same numbers; matrix products may round by memory's layout."""
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    seen = []
+    forward = LeanTrainingPlan.training_step
+
+    def spied(self, batch, batch_idx):
+        seen.append(type(batch["X"]))
+        return forward(self, batch, batch_idx)
+
+    monkeypatch.setattr(LeanTrainingPlan, "training_step", spied)
+    weights = []
+    for convert in (sparse.csr_matrix, np.asarray):
+        adata = few_counts(convert).adata.copy()
+        model = fit(MixSCVI, adata, setup, **kwargs)
+        weights.append(model.module.state_dict())
+    sparse_weights, dense_weights = weights
+    for name, expected in dense_weights.items():
+        torch.testing.assert_close(sparse_weights[name], expected)
+    half = len(seen) // 2
+    assert set(seen[:half]) == {MostlyZero}
+    assert set(seen[half:]) == {torch.Tensor}
+
+
+@pytest.mark.parametrize(
+    ("model_kwargs", "train_kwargs"),
+    [
+        ({"likelihood": "reference"}, {}),
+        ({}, {"plan_kwargs": {"compile": True, "compile_kwargs": {"backend": "eager"}}}),
+    ],
+    ids=["as scvi-tools", "compiled"],
+)
+def test_who_takes_no_nonzeros_gets_dense_counts(model_kwargs, train_kwargs, monkeypatch):
+    seen = []
+    forward = TrainingPlan.training_step
+
+    def spied(self, batch, batch_idx):
+        seen.append(type(batch["X"]))
+        return forward(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingPlan, "training_step", spied)
+    lean = LeanTrainingPlan.training_step
+    monkeypatch.setattr(
+        LeanTrainingPlan,
+        "training_step",
+        lambda *args: seen.append(type(args[1]["X"])) or lean(*args),
+    )
+    adata = few_counts(sparse.csr_matrix).adata.copy()
+    fit(
+        MixSCVI,
+        adata,
+        n_components=1,
+        train_kwargs={"max_epochs": 1, **train_kwargs},
+        **model_kwargs,
+    )
+    assert set(seen) == {torch.Tensor}
 
 
 def test_entries_of_one_place_are_added_up():
@@ -118,6 +232,6 @@ def test_nothing_is_compiled_where_numba_is_not(monkeypatch):
 def test_a_matrix_with_entries_beyond_its_columns_is_refused():
     indptr, indices, data = np.array([0, 1]), np.array([5], np.int32), np.ones(1, np.float32)
     with pytest.raises(IndexError, match="3 columns"):
-        native.dense_rows(np.array([0]), indptr, indices, data, 3, np.float32)
+        csr.dense_rows(np.array([0]), indptr, indices, data, 3, np.float32)
     with pytest.raises(IndexError, match=r"\[0, 1\)"):
-        native.dense_rows(np.array([1]), indptr, indices, data, 6, np.float32)
+        csr.dense_rows(np.array([1]), indptr, indices, data, 6, np.float32)

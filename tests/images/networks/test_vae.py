@@ -10,8 +10,8 @@ from mixscvi.images.experiments.configs import BUDGETS, RunConfig
 from mixscvi.images.experiments.runs import build
 from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters
-from mixscvi.mixture import layers, miselbo, products
-from mixscvi.mixture.products import product_by_nonzeros
+from mixscvi.mixture import layers, miselbo, nonzeros
+from mixscvi.mixture.nonzeros import product_by_nonzeros
 
 TINY = Sizes(
     n_latent=2,
@@ -235,12 +235,11 @@ def test_sums_of_rows_are_reached_and_change_nothing(estimator, monkeypatch):
     components = model.choose(torch.Generator().manual_seed(0))
     calls = []
 
-    def counted(nonzeros, table):
+    def counted(x, table):
         calls.append(table.shape)
-        return product_by_nonzeros(nonzeros, table)
+        return product_by_nonzeros(x, table)
 
-    monkeypatch.setattr(products, "_LEAST_WORK", 0)
-
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
     monkeypatch.setattr(layers, "product_by_nonzeros", counted)
 
     def results() -> list[torch.Tensor]:
