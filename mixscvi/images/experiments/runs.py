@@ -94,7 +94,7 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     >>> from mixscvi.images.experiments.configs import RunConfig
     >>> model = build(RunConfig.from_preset("vanilla", budget="smoke", n_components=4), (8, 8))
     >>> model.encoder.trunk.layers[0]
-    StackedSparseLinear(n_components=4, n_in=64, n_out=24, bias=True)
+    StackedLinear(n_components=4, n_in=64, n_out=24, bias=True)
     """
     mixture, sizes = config.mixture, config.sizes
     if config.objective == "iwae":
@@ -276,8 +276,9 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 
 def weights_hash(model: ImageVAE) -> str:
-    """Hash of a model's weights."""
-    return content_hash(*(value.cpu().numpy() for value in model.state_dict().values()))
+    """Hash of a model's weights, in the order in which they lie in memory."""
+    arrays = (value.cpu().numpy() for value in model.state_dict().values())
+    return content_hash(*(np.ravel(array, order="K") for array in arrays))
 
 
 def parameter_counts(model: ImageVAE) -> dict[str, int]:
@@ -393,13 +394,13 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     weights = _weights(path)
     _check_sizes(folder, config, summary["image_shape"], weights)
     model = build(config, tuple(summary["image_shape"]))
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    if expected != {name: value.shape for name, value in weights.items()}:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the model of config.json: another version of mixscvi wrote it, "
             "or one of the two was changed. Train again, or use that version"
-        )
-    model.load_state_dict(weights)
+        ) from error
     return config, model.to(device).eval()
 
 
@@ -458,10 +459,17 @@ def _check_sizes(
 
 def _weights(path: Path) -> dict[str, Tensor]:
     weights = read_checkpoint(path)
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise ValueError(f"{path} must hold the weights of a model by name, and holds other values")
+    versions = getattr(weights, "_metadata", {})  # of the modules, as torch stores them
+    if not isinstance(versions, dict) or not all(isinstance(v, dict) for v in versions.values()):
+        raise ValueError(f"{path} must hold versions of modules by name, got {versions!r}")
     for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"{path} holds values of {name} that are not finite")
     # Earlier versions had the codes in the encoders, not in their heads.
-    return {re.sub(r"encoder\.codes$", "encoder.heads.codes", k): v for k, v in weights.items()}
+    for name in [*weights]:
+        weights[re.sub(r"encoder\.codes$", "encoder.heads.codes", name)] = weights.pop(name)
+    return weights

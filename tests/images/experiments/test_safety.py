@@ -98,6 +98,10 @@ def test_weights_must_be_finite_and_fit(folder):
     torch.save(weights | {name: torch.cat((value, value))}, path)
     with pytest.raises(ValueError, match=r"best.pt does not fit the model of config.json"):
         load_run(folder)
+    weights._metadata[""] = 3
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"best.pt must hold versions of modules by name, got"):
+        load_run(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"best.pt, the weights of the run, is missing"):
         load_run(folder)
