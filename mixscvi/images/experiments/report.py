@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData
-from mixscvi.images.experiments.runs import (
-    finished_run_data,
-    load_run,
-    read_config,
-    resolve_device,
-)
+from mixscvi.images.experiments.devices import resolve_device
+from mixscvi.images.experiments.runs import finished_run_data, read_config
+from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.configs import PRESETS
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text, markdown_table, mean_and_spread

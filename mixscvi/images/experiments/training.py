@@ -25,14 +25,9 @@ from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
-from mixscvi.images.experiments.runs import (
-    build,
-    load_run,
-    parameter_counts,
-    prepare,
-    resolve_device,
-    run_data,
-)
+from mixscvi.images.experiments.devices import resolve_device
+from mixscvi.images.experiments.runs import build, parameter_counts, prepare, run_data
+from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.configs import MixtureConfig
 from mixscvi.images.networks.layers import DenseTrunk
 from mixscvi.images.networks.priors import PseudoImages

@@ -9,8 +9,9 @@ import torch
 
 from image_runs import run, small_data
 from mixscvi.images import RunConfig, evaluate, load_run, train
+from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.report import curves
-from mixscvi.images.experiments.runs import read_config, read_json, resolve_device
+from mixscvi.images.experiments.runs import read_config, read_json
 from mixscvi.images.experiments.sweep import run_once
 
 

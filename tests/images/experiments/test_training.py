@@ -11,8 +11,8 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 
 from image_runs import of_version_1
 from mixscvi.images import ImageData, MixtureConfig, RunConfig, build, load_run, train
-from mixscvi.images.experiments.runs import weights_hash
 from mixscvi.images.experiments.training import ImageTraining, _Recorder
+from mixscvi.images.experiments.weights import weights_hash
 from mixscvi.images.files import content_hash
 
 
