@@ -10,5 +10,6 @@
 | evaluation | test likelihood and diagnostics, streamed over draws |
 | probe | linear classification from the latents |
 | sweep | many runs, one table |
-| report | tables and pictures |
+| report | tables and curves |
+| pictures | what a run's model draws and reconstructs |
 """
