@@ -99,7 +99,7 @@ def _trunk(stacked: nn.Module, a: int) -> nn.Sequential:
     layers = []
     for layer in stacked.layers:
         if isinstance(layer, StackedLinear):
-            layers.append(_Gated(_linear, layer.weight_of(a), layer.bias[a]))
+            layers.append(_Gated(_linear, layer.weight[a], layer.bias[a]))
         else:
             layers.append(_Gated(_conv(layer.stride), layer.weight[a], layer.bias[a]))
     convolutional = not isinstance(stacked.layers[0], StackedLinear)

@@ -32,3 +32,18 @@ def rows_of(folder, proposal="encoder") -> dict[str, np.ndarray]:
     with open(evaluation_file(folder, proposal, ".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def of_version_1(state, *, versions=True):
+    """A state of modules as earlier versions had it: the first weight of dense trunks by pixel."""
+    weights = {
+        name: value.permute(2, 0, 1).contiguous()
+        for name, value in state.items()
+        if name.endswith("layers.0.weight") and value.dim() == 3
+    }
+    if not versions:
+        return dict(state) | weights
+    state.update(weights)
+    for name in weights:
+        state._metadata[name.removesuffix("layers.0.weight").removesuffix(".")]["version"] = 1
+    return state

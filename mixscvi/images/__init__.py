@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from mixscvi.images.datasets import ImageData, load
     from mixscvi.images.experiments.configs import BUDGETS, Budget, RunConfig, TrainingConfig
     from mixscvi.images.experiments.evaluation import evaluate
-    from mixscvi.images.experiments.runs import build, load_run
+    from mixscvi.images.experiments.runs import build
     from mixscvi.images.experiments.training import train
+    from mixscvi.images.experiments.weights import load_run
     from mixscvi.images.networks.configs import PRESETS, MixtureConfig, ModelConfig, Sizes
     from mixscvi.images.networks.vae import ImageVAE
 
@@ -50,8 +51,9 @@ _MODULES = {
     "datasets": ("ImageData", "load"),
     "experiments.configs": ("BUDGETS", "Budget", "RunConfig", "TrainingConfig"),
     "experiments.evaluation": ("evaluate",),
-    "experiments.runs": ("build", "load_run"),
+    "experiments.runs": ("build",),
     "experiments.training": ("train",),
+    "experiments.weights": ("load_run",),
     "networks.configs": ("PRESETS", "MixtureConfig", "ModelConfig", "Sizes"),
     "networks.vae": ("ImageVAE",),
 }

@@ -205,7 +205,7 @@ class Sample(Device):
 
     def run(self) -> None:
         """Sample."""
-        from mixscvi.images.experiments.report import sample
+        from mixscvi.images.experiments.pictures import sample
 
         print(sample(self.run_folder, n_images=self.images, seed=self.seed, device=self.device))
 
@@ -222,7 +222,7 @@ class Reconstruct(Data, Device):
 
     def run(self) -> None:
         """Reconstruct."""
-        from mixscvi.images.experiments.report import reconstruct
+        from mixscvi.images.experiments.pictures import reconstruct
 
         print(
             reconstruct(

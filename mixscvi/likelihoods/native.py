@@ -156,7 +156,7 @@ def evaluate(
     else:
         empty = torch.empty(0, dtype=torch.int64)
         x, sparse = counts, SparseCounts(empty, empty, mean.new_empty(0), n_genes)
-        shape = tuple(x.shape)
+        shape = (x.shape[0], x.shape[1])
     if shape != (n_cells, n_genes):
         raise ValueError(
             f"counts must have shape (B, G) = {(n_cells, n_genes)}, as the parameters have shape "

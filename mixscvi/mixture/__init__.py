@@ -34,7 +34,7 @@ from mixscvi.mixture.diagnostics import (
 from mixscvi.mixture.encoders import AmortizedEncoder, Encoder, SeparateEncoder
 from mixscvi.mixture.flows import InverseAutoregressiveFlow
 from mixscvi.mixture.heads import CodedHeads, GaussianHeads, ShiftedHeads
-from mixscvi.mixture.layers import StackedConv2d, StackedLinear, StackedSparseLinear
+from mixscvi.mixture.layers import StackedConv2d, StackedLinear
 from mixscvi.mixture.mlp import StackedMLP
 from mixscvi.mixture.objectives import (
     Estimator,
@@ -65,7 +65,6 @@ __all__ = [
     "StackedConv2d",
     "StackedLinear",
     "StackedMLP",
-    "StackedSparseLinear",
     "StandardNormal",
     "StudentMixture",
     "VampPrior",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixscvi.mixture.nonzeros import few_nonzeros, product_by_nonzeros
 from mixscvi.mixture.products import linear
 
-__all__ = ["LinearByFeature", "StackedConv2d", "StackedLinear", "StackedSparseLinear", "rows"]
+__all__ = ["LinearByFeature", "StackedConv2d", "StackedLinear", "rows"]
 
 
 def rows(parameter: Tensor, components: Tensor | None) -> Tensor:
@@ -99,10 +99,6 @@ class StackedLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def weight_of(self, component: int) -> Tensor:
-        """The weight of one map as :class:`torch.nn.Linear` has it, `(n_out, n_in)`: a view."""
-        return self.weight[component]
-
     def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
         """Apply the maps.
 
@@ -119,70 +115,12 @@ class StackedLinear(nn.Module):
         """
         bias = None if self.bias is None else rows(self.bias, components)
         if x.dim() == 2:
-            weight = self._by_feature()
+            weight = self.weight.permute(2, 0, 1)
             weight = weight if components is None else weight.index_select(1, components)
             y = _of_shared_input(x, weight.flatten(1), None if bias is None else bias.flatten())
             return y.unflatten(-1, weight.shape[1:])
         y = torch.einsum("bai,aoi->bao", x, rows(self.weight, components))
         return y if bias is None else y + bias
-
-    def _by_feature(self) -> Tensor:
-        """The weights as `(n_in, A, n_out)`, a view."""
-        return self.weight.permute(2, 0, 1)
-
-
-class StackedSparseLinear(StackedLinear):
-    r"""`A` linear maps of one input that is mostly zero, such as a binary image.
-
-    The same maps as :class:`StackedLinear` with ``by_feature=True``, but `weight` has the shape
-    `(n_in, A, n_out)`.
-
-    Parameters
-    ----------
-    n_components, n_in, n_out, bias
-        As in :class:`StackedLinear`, which is initialized with the same weights.
-
-    Examples
-    --------
-    >>> import torch
-    >>> layer = StackedSparseLinear(n_components=3, n_in=5, n_out=2)
-    >>> layer(torch.zeros(7, 5)).shape
-    torch.Size([7, 3, 2])
-    """
-
-    def __init__(self, n_components: int, n_in: int, n_out: int, *, bias: bool = True) -> None:
-        super().__init__(n_components, n_in, n_out, bias=bias)
-        self.weight = nn.Parameter(self.weight.detach().permute(2, 0, 1).contiguous())
-
-    def weight_of(self, component: int) -> Tensor:
-        """The weight of one map as :class:`torch.nn.Linear` has it, `(n_out, n_in)`: a view."""
-        return self.weight[:, component].T
-
-    def _by_feature(self) -> Tensor:
-        return self.weight
-
-    def forward(self, x: Tensor, components: Tensor | None = None) -> Tensor:
-        """Apply the maps.
-
-        Parameters
-        ----------
-        x
-            One input for all maps, `(B, n_in)`.
-        components
-            The `S` maps to apply, `(S,)`; all `A` when ``None``.
-
-        Returns
-        -------
-        `(B, S, n_out)`.
-
-        Raises
-        ------
-        ValueError
-            If `x` is not one input for all maps.
-        """
-        if x.dim() != 2:
-            raise ValueError(f"x must have shape (B, {self.n_in}), got {tuple(x.shape)}")
-        return super().forward(x, components)
 
 
 class LinearByFeature(nn.Linear):

@@ -6,20 +6,23 @@
 | mixscvi | the model: what it is made of, and its data |
 | mixscanvi | the semi-supervised model |
 | pretrained | a trained model of the counts as its start |
-| labels | its labels, checked, its minibatches and training plan |
-| data | checks of the data, minibatches |
+| prediction | its labels of the cells |
+| labels | the labels of the data, checked, its minibatches and training plan |
+| data, inputs | checks of the data and of arguments, splits of the cells |
+| loaders, rows | minibatches of data in memory, and on disk |
 | training | the training plan |
 | latents | latent representations and mixtures |
 | evaluation | likelihoods and diagnostics |
 | components | whether all components are of use |
 | adapted | exact posteriors |
 | expression | expression under the encoder's or the exact posteriors |
+| raw_counts | columns on counts in tables of differential expression |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving and loading |
 | files, plain, sizes | the file of a model, what may stand in it, and how large it may say it is |
 | queries | query mapping, minified data |
 | runner | how a training is started |
-| checkpoints, identity | trainings that may be interrupted |
+| checkpoints, identity, random_states | trainings that may be interrupted |
 | distributed | training by several processes |
 """
 

@@ -1,4 +1,8 @@
-"""Sizes that a model's file claims, held against the weights that it has."""
+"""Sizes that a model's file claims, held against the weights that it has.
+
+The images' runs are looked at on their own, by the sizes of their configuration: the two have no
+name in common, and what they share is one comparison.
+"""
 
 from __future__ import annotations
 

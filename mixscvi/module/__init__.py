@@ -6,7 +6,7 @@
 | vae | the mixture's module |
 | scvi_vae | scvi-tools' own module with importance sampling |
 | semi_supervised | scANVI's modules: labels of some of the cells |
-| signatures | the signatures that scvi-tools reads |
+| signatures, devices | the signatures that scvi-tools reads, and minibatches where the module is |
 | encoding | from scvi-tools' inputs to the core's encoders |
 | decoding | from draws and covariates to the likelihood of the counts |
 | sampling | importance sampling of log p(x) |

@@ -8,4 +8,4 @@ def first_layer(request, monkeypatch):
     """Both ways in which a dense encoder multiplies images; small ones do not reach the second."""
     if request.param == "sums of rows":
         monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
-        monkeypatch.setattr(nonzeros, "_MOST_NONZERO", 1.0)
+        monkeypatch.setattr(nonzeros, "MOST_NONZERO", 1.0)

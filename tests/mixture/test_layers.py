@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear, nonzeros
+from mixscvi.mixture import StackedConv2d, StackedLinear, nonzeros
 from mixscvi.mixture.layers import LinearByFeature
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
@@ -94,50 +94,31 @@ def a_share_of(x, share):
 @pytest.mark.parametrize("components", [None, [2, 0], [3]])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("share", "n_out"), [(0.1, 700), (0.0, 700), (0.9, 700), (0.1, 5)], ids=str
+    ("share", "n_out"), [(0.1, 700), (0.0, 700), (0.9, 700), (0.1, 50), (0.1, 5)], ids=str
 )
-def test_stacked_sparse_linear_is_stacked_linear(
+def test_weights_by_feature_are_those_in_another_order(
     normal, share, n_out, bias, components, monkeypatch
 ):
     monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
     torch.manual_seed(0)
     reference = StackedLinear(4, 30, n_out, bias=bias).double()
     torch.manual_seed(0)
-    layer = StackedSparseLinear(4, 30, n_out, bias=bias).double()
-    for a in range(4):
-        assert torch.equal(layer.weight_of(a), reference.weight_of(a))
+    layer = StackedLinear(4, 30, n_out, bias=bias, by_feature=True).double()
+    assert torch.equal(layer.weight, reference.weight)
+    assert layer.weight.permute(2, 0, 1).is_contiguous()
     x, weights = a_share_of(normal(8, 30), share), normal(n_out)
     x[0] = 0  # whatever the share, a row without any non-zero is among them
     index = None if components is None else torch.tensor(components)
     results = []
     for module in (reference, layer):
-        y = module(x, index)
-        (y.square() * weights).sum().backward()
-        results.append(y)
+        results.append(module(x, index))
+        (results[-1].square() * weights).sum().backward()
     assert_close(*results)
-    assert_close(layer.weight.grad, reference.weight.grad.permute(2, 0, 1))
-    if bias:
-        assert_close(layer.bias.grad, reference.bias.grad)
-
-
-@pytest.mark.parametrize("components", [None, [2, 0]])
-@pytest.mark.parametrize("share", [0.1, 0.9])
-def test_weights_by_feature_are_those_in_another_order(normal, share, components, monkeypatch):
-    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
-    torch.manual_seed(0)
-    reference = StackedLinear(4, 30, 50).double()
-    torch.manual_seed(0)
-    layer = StackedLinear(4, 30, 50, by_feature=True).double()
-    assert torch.equal(layer.weight, reference.weight)
-    assert layer.weight.permute(2, 0, 1).is_contiguous()
-    x, weights = a_share_of(normal(8, 30), share), normal(50)
-    index = None if components is None else torch.tensor(components)
-    for module in (reference, layer):
-        (module(x, index).square() * weights).sum().backward()
-    assert_close(layer(x, index), reference(x, index))
-    own = normal(8, 4 if components is None else 2, 30)
+    own = normal(8, 4 if components is None else len(components), 30)
     assert_close(layer(own, index), reference(own, index))
     assert_close(layer.weight.grad, reference.weight.grad)
+    if bias:
+        assert_close(layer.bias.grad, reference.bias.grad)
     if components is None:  # an optimizer finds both in one order
         assert layer.weight.grad.stride() == layer.weight.stride()
 
@@ -157,14 +138,8 @@ def test_a_linear_layer_by_feature_is_the_layer(normal, monkeypatch):
     assert list(layer.state_dict()) == list(reference.state_dict())
 
 
-@pytest.mark.parametrize("shape", [(30,), (8, 4, 30)])
-def test_a_sparse_linear_takes_one_input_for_all_maps(shape):
-    with pytest.raises(ValueError, match=r"x must have shape \(B, 30\), got"):
-        StackedSparseLinear(4, 30, 700)(torch.zeros(shape))
-
-
-def test_inputs_of_a_sparse_linear_can_have_a_gradient(normal):
-    layer = StackedSparseLinear(4, 30, 700).double()
+def test_inputs_of_weights_by_feature_can_have_a_gradient(normal):
+    layer = StackedLinear(4, 30, 700, by_feature=True).double()
     x = a_share_of(normal(8, 30), 0.1).requires_grad_()
     torch.autograd.gradcheck(lambda x: layer(x).square().sum(-1), x)
 

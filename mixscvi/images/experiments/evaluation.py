@@ -15,14 +15,9 @@ from tqdm.auto import tqdm
 from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.images.datasets import ImageData, epoch_seed
 from mixscvi.images.experiments.configs import Proposal, check_proposal
-from mixscvi.images.experiments.runs import (
-    evaluation_file,
-    finished_run_data,
-    first_images,
-    load_run,
-    resolve_device,
-    weights_hash,
-)
+from mixscvi.images.experiments.devices import resolve_device
+from mixscvi.images.experiments.runs import evaluation_file, finished_run_data, first_images
+from mixscvi.images.experiments.weights import load_run, weights_hash
 from mixscvi.images.networks.adapting import adapt_images
 from mixscvi.images.networks.vae import EncodedImages, ImageVAE
 from mixscvi.mixture import (

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, binarize, epoch_seed
-from mixscvi.images.experiments.runs import finished_run_data, load_run, resolve_device
+from mixscvi.images.experiments.devices import resolve_device
+from mixscvi.images.experiments.runs import finished_run_data
+from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.system import write_beside
 

@@ -15,6 +15,7 @@ import torch
 from mixscvi.engines import Engine, sequential
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
+from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.evaluation import evaluate
 from mixscvi.images.experiments.report import (
     percent,
@@ -27,14 +28,12 @@ from mixscvi.images.experiments.runs import (
     check_same,
     evaluation_file,
     first_images,
-    load_run,
     read_json,
     read_summary,
-    resolve_device,
     run_data,
-    weights_hash,
 )
 from mixscvi.images.experiments.training import train
+from mixscvi.images.experiments.weights import load_run, weights_hash
 from mixscvi.images.networks.configs import Preset
 from mixscvi.system import write_beside
 from mixscvi.tables import run_missing

@@ -25,15 +25,11 @@ from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
-from mixscvi.images.experiments.runs import (
-    build,
-    load_run,
-    parameter_counts,
-    prepare,
-    resolve_device,
-    run_data,
-)
+from mixscvi.images.experiments.devices import resolve_device
+from mixscvi.images.experiments.runs import build, parameter_counts, prepare, run_data
+from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.configs import MixtureConfig
+from mixscvi.images.networks.layers import DenseTrunk
 from mixscvi.images.networks.priors import PseudoImages
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
@@ -123,6 +119,21 @@ class ImageTraining(lightning.LightningModule):
         """Adam on all parameters that are not frozen."""
         learned = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.Adam(learned, lr=self.config.training.learning_rate, fused=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring Adam's moments of an earlier version's weights into the shape of this one's."""
+        versions = getattr(checkpoint["state_dict"], "_metadata", {})
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        (optimizer,) = checkpoint["optimizer_states"]
+        for name, trunk in self.named_modules():
+            if not isinstance(trunk, DenseTrunk):
+                continue
+            version = versions.get(name, {}).get("version")
+            for i, parameter in enumerate(learned):
+                if parameter is trunk.layers[0].weight and i in optimizer["state"]:
+                    moments = optimizer["state"][i]
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        moments[key] = trunk.of_this_version(moments[key], version)
 
 
 class _Recorder(Callback):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixscvi.mixture import StackedConv2d, StackedLinear, StackedSparseLinear
+from mixscvi.mixture import StackedConv2d, StackedLinear
 
 __all__ = ["ConvTrunk", "DenseTrunk", "MaskedConv2d", "gate", "gated_mlp"]
 
@@ -106,6 +106,8 @@ class DenseTrunk(Trunk):
     torch.Size([3, 4, 12])
     """
 
+    _version = 2  # the first weight of version 1 is `(n_in, A, n_out)`
+
     def __init__(
         self, n_components: int, image_shape: tuple[int, int], hidden: tuple[int, ...]
     ) -> None:
@@ -113,8 +115,8 @@ class DenseTrunk(Trunk):
         widths = [image_shape[0] * image_shape[1], *hidden]
         for n_in, n_out in zip(widths, hidden, strict=False):
             # In most images, few pixels are on.
-            layer = StackedLinear if self.layers else StackedSparseLinear
-            self.layers.append(layer(n_components, n_in, 2 * n_out))
+            first = not self.layers
+            self.layers.append(StackedLinear(n_components, n_in, 2 * n_out, by_feature=first))
         self.n_hidden, self.n_units = hidden[-1], 2 * max(hidden)
 
     def _forward(self, x: Tensor, components: Tensor | None) -> Tensor:
@@ -122,6 +124,36 @@ class DenseTrunk(Trunk):
         for layer in self.layers[1:]:
             h = layer(gate(h), components)
         return h
+
+    def of_this_version(self, stored: Tensor, version: int | None) -> Tensor:
+        """The first weight, or what has its shape, as this version has it.
+
+        Parameters
+        ----------
+        stored
+            As it was stored.
+        version
+            Of the trunk that it was stored of; when ``None``, shapes tell.
+
+        Returns
+        -------
+        `(A, n_out, n_in)`.
+        """
+        earlier = stored.shape != self.layers[0].weight.shape if version is None else version == 1
+        return stored.permute(1, 2, 0) if earlier and stored.dim() == 3 else stored
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        name = f"{prefix}layers.0.weight"
+        if name in state_dict:
+            version = local_metadata.get("version")
+            state_dict[name] = self.of_this_version(state_dict[name], version)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def _check_odd(kernel_size: int) -> None:

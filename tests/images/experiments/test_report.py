@@ -2,11 +2,10 @@ import csv
 
 import matplotlib.image
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from mixscvi.images import RunConfig
-from mixscvi.images.experiments.report import curves, picture_grid, sweep_figure, sweep_table
+from mixscvi.images.experiments.report import curves, sweep_figure, sweep_table
 
 
 def row(preset: str, components: int, seed: int, nll: float) -> dict:
@@ -103,15 +102,3 @@ def test_curves(tmp_path):
 def test_curves_of_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run \(config.json is missing\)"):
         curves([tmp_path], tmp_path / "curves")
-
-
-@pytest.mark.parametrize("n_images", [1, 5, 8])
-def test_picture_grid(tmp_path, n_images):
-    images = torch.zeros(n_images, 1, 4, 3)
-    images[-1] = 1
-    picture_grid(images, tmp_path / "grid.png", n_columns=4)
-    picture = matplotlib.image.imread(tmp_path / "grid.png")[..., 0]
-    n_rows = -(-n_images // 4)
-    assert picture.shape == (2 * (5 * n_rows + 1), 2 * (4 * 4 + 1))
-    black = (picture == 0).sum()
-    assert black == 4 * 12 * (n_images - 1)

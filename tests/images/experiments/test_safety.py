@@ -9,8 +9,9 @@ import torch
 
 from image_runs import run, small_data
 from mixscvi.images import RunConfig, evaluate, load_run, train
+from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.report import curves
-from mixscvi.images.experiments.runs import read_config, read_json, resolve_device
+from mixscvi.images.experiments.runs import read_config, read_json
 from mixscvi.images.experiments.sweep import run_once
 
 
@@ -97,6 +98,10 @@ def test_weights_must_be_finite_and_fit(folder):
         load_run(folder)
     torch.save(weights | {name: torch.cat((value, value))}, path)
     with pytest.raises(ValueError, match=r"best.pt does not fit the model of config.json"):
+        load_run(folder)
+    weights._metadata[""] = 3
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"best.pt must hold versions of modules by name, got"):
         load_run(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"best.pt, the weights of the run, is missing"):

@@ -9,8 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 
+from image_runs import of_version_1
 from mixscvi.images import ImageData, MixtureConfig, RunConfig, build, load_run, train
 from mixscvi.images.experiments.training import ImageTraining, _Recorder
+from mixscvi.images.experiments.weights import weights_hash
+from mixscvi.images.files import content_hash
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,48 @@ def test_resumed_is_uninterrupted(tmp_path, data, monkeypatch, preset, kwargs, w
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
     last = [weights(tmp_path / run / "last.ckpt")["state_dict"] for run in ("whole", "killed")]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "hierarchical"])
+@pytest.mark.usefixtures("first_layer")
+def test_runs_of_earlier_versions_are_read_and_resumed(tmp_path, data, monkeypatch, preset):
+    config = config_of(preset, max_epochs=2)
+    whole = train(config, tmp_path / "whole", data=data)
+    end_of_epoch = _Recorder.on_train_epoch_end
+
+    def kill_in_the_second_epoch(self, trainer, pl_module):
+        if pl_module.current_epoch == 1 and self.folder.name == "run":
+            raise Killed
+        end_of_epoch(self, trainer, pl_module)
+
+    monkeypatch.setattr(_Recorder, "on_train_epoch_end", kill_in_the_second_epoch)
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(config, folder, data=data)
+    monkeypatch.undo()
+
+    checkpoint = weights(folder / "last.ckpt")
+    moments = checkpoint["optimizer_states"][0]["state"]
+    for i, (name, _) in enumerate(build(config, data.image_shape).named_parameters()):
+        if name.endswith("trunk.layers.0.weight"):
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[i][key] = moments[i][key].permute(2, 0, 1).contiguous()
+    of_version_1(checkpoint["state_dict"])
+    torch.save(checkpoint, folder / "last.ckpt")
+    resumed = train(config, folder, data=data, resume=True)
+    assert weights_hash(resumed) == weights_hash(whole)
+    moments = weights(folder / "last.ckpt")["optimizer_states"][0]["state"]
+    for i, parameter in enumerate(whole.parameters()):
+        assert moments[i]["exp_avg"].shape == moments[i]["exp_avg_sq"].shape == parameter.shape
+    assert (folder / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+
+    best = of_version_1(weights(folder / "best.pt"))
+    torch.save(best, folder / "best.pt")
+    _, loaded = load_run(folder)
+    for ours, theirs in zip(loaded.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    # An evaluation of these weights is still known to be of them.
+    assert weights_hash(loaded) == content_hash(*(value.numpy() for value in best.values()))
 
 
 class Payload:
@@ -280,7 +325,7 @@ def test_components_of_an_ensemble_do_not_learn_from_each_other(data):
     before = gradient()
     with torch.no_grad():
         for layer in (*model.encoder.trunk.layers, *model.encoder.heads.children()):
-            layer.weight_of(1).add_(1)
+            layer.weight[1].add_(1)
             layer.bias[1] += 1
     torch.testing.assert_close(gradient(), before)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from image_runs import of_version_1
 from mixscvi.images.networks import layers
 from mixscvi.images.networks.layers import ConvTrunk, DenseTrunk, MaskedConv2d, gate
 from tensor_sizes import LargestTensor
@@ -36,9 +37,30 @@ def test_dense_trunk_against_a_loop():
     x = torch.randn(2, 1, 4, 5, dtype=torch.float64)
     for a, y in enumerate(trunk(x).unbind(1)):
         first, second = trunk.layers
-        h = x.flatten(1) @ first.weight_of(a).T + first.bias[a]
+        h = x.flatten(1) @ first.weight[a].T + first.bias[a]
         h = h[:, :6] * h[:, 6:].sigmoid()
-        torch.testing.assert_close(y, h @ second.weight_of(a).T + second.bias[a])
+        torch.testing.assert_close(y, h @ second.weight[a].T + second.bias[a])
+
+
+@pytest.mark.parametrize("versions", [True, False])
+@pytest.mark.parametrize(
+    ("n_components", "image_shape", "hidden"),
+    [(3, (4, 5), (6, 7)), (1, (2, 2), (3, 2)), (4, (2, 2), (2, 3))],
+    ids=["unequal sizes", "some equal", "all equal"],
+)
+def test_states_of_earlier_dense_trunks_are_read(n_components, image_shape, hidden, versions):
+    torch.manual_seed(0)
+    trunk = DenseTrunk(n_components, image_shape, hidden)
+    if not versions and n_components == 4:
+        pytest.skip("without a version, nothing tells")
+    earlier = of_version_1(trunk.state_dict(), versions=versions)
+    stored = earlier["layers.0.weight"].clone()
+    for state in (earlier, trunk.state_dict(), dict(trunk.state_dict())):
+        loaded = DenseTrunk(n_components, image_shape, hidden)
+        loaded.load_state_dict(state)
+        for ours, theirs in zip(loaded.parameters(), trunk.parameters(), strict=True):
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert torch.equal(earlier["layers.0.weight"], stored)  # what is read is left as it is
 
 
 @pytest.mark.parametrize("image_shape", [(8, 8), (9, 6)])

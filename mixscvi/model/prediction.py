@@ -1,0 +1,98 @@
+"""Labels of the cells, by the classifier of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["PredictionMixin"]
+
+
+class PredictionMixin:
+    """The method of :class:`mixscvi.MixSCANVI` that predicts labels.
+
+    The model provides ``module``, ``adata``, ``_minibatches`` and ``_label_mapping``.
+    """
+
+    def predict(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        soft: bool = False,
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,
+        ig_interpretability: bool = False,
+        ig_args: dict[str, Any] | None = None,
+        dataloader: Iterator[dict[str, Tensor]] | None = None,
+    ) -> np.ndarray | pd.DataFrame | tuple[np.ndarray | pd.DataFrame, pd.DataFrame]:
+        r"""Labels of the cells.
+
+        Probabilities are those of the classifier, averaged over the components of a cell's
+        posterior: :math:`\frac{1}{A} \sum_a q(y \mid z_a)`.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader
+            As in :meth:`get_latent_mixture`.
+        soft
+            Whether to return the probabilities of all labels, or the most probable label.
+        use_posterior_mean
+            Whether :math:`z_a` is the mean of component `a` (ahead of the flow, if there is one,
+            and then sent through it), or a draw from it, which makes predictions random.
+        ig_interpretability, ig_args
+            Whether to attribute predictions to genes by integrated gradients, and how; as in
+            :meth:`scvi.model.SCANVI.predict`. It needs the package captum.
+
+        Returns
+        -------
+        Labels `(n,)`; or a table `(n, C)` of probabilities by cell (by number with a `dataloader`)
+        and label. With attributions, the pair of it and a table of genes.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If the genes are not those trained on, or the counts are bad.
+
+        Examples
+        --------
+        See :class:`mixscvi.MixSCANVI`.
+        """
+        if ig_interpretability:
+            self._check_if_trained(warn=False)
+            return super().predict(
+                adata,
+                indices,
+                soft,
+                batch_size,
+                use_posterior_mean,
+                ig_interpretability,
+                ig_args,
+                dataloader,
+            )
+        probabilities = []
+        for tensors in self._minibatches(adata, indices, batch_size, dataloader, None):
+            scores = self.module.classify(
+                **self.module._get_inference_input(tensors), use_posterior_mean=use_posterior_mean
+            )
+            if self.module.classifier.logits:
+                scores = scores.softmax(-1)
+            probabilities.append(scores.detach().cpu())
+        table = torch.cat(probabilities).numpy()
+        labels = np.asarray(self._label_mapping)[: table.shape[1]]
+        if not soft:
+            return np.array(labels[table.argmax(1)].tolist())
+        names = None
+        if dataloader is None:
+            names = (self.adata if adata is None else adata).obs_names
+            names = names if indices is None else names[indices]
+        return pd.DataFrame(table, columns=labels, index=names)
