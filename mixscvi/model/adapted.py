@@ -20,13 +20,20 @@ from mixscvi.mixture import Adapted
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["AdaptedMixin", "AdaptedPosterior"]
+__all__ = [
+    "LEAST_FOR_K",
+    "AdaptedMixin",
+    "AdaptedPosterior",
+    "check_enough_for_k",
+    "resample",
+    "warn_of_adapted_tails",
+    "warn_of_encoder_tails",
+]
 
 LEAST_FOR_K = 25  # draws
 _LARGEST_K = 0.7
 _SHARE_TO_WARN_OF = 0.1
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
-
 
 _ABOUT_NORMAL = (
     "gene_likelihood='normal' makes posteriors that are narrow and far apart: adaptation may miss "

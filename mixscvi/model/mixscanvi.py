@@ -266,6 +266,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             As in :meth:`mixscvi.MixSCVI.setup_anndata`.
         use_minified
             Whether data that were minified are registered as such.
+        **kwargs
+            As in :meth:`mixscvi.MixSCVI.setup_anndata`.
 
         Raises
         ------

@@ -228,6 +228,8 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             Column of ``obs`` with size factors, positive, instead of library sizes.
         categorical_covariate_keys, continuous_covariate_keys
             Columns of ``obs`` with further covariates.
+        **kwargs
+            What scvi-tools passes on when it registers data for a model that there is.
 
         Raises
         ------

@@ -210,7 +210,11 @@ def decode(
 
 
 def latent_priors(module: VAE, z: Tensor, batch_index: Tensor) -> dict[str, Distribution | None]:
-    """Priors of library size and z, as :meth:`scvi.module.VAE.generative` returns them."""
+    """Priors of the log library size and of z, as :meth:`scvi.module.VAE.generative` returns them.
+
+    ``pl`` is over `(B, 1)`, or ``None`` where library sizes are observed; ``pz``, the standard
+    normal, is of the shape of `z`.
+    """
     pl = None
     if not module.use_observed_lib_size:
         means, variances = module._compute_local_library_params(batch_index)

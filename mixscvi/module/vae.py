@@ -42,8 +42,6 @@ __all__ = ["MixVAE"]
 
 _COMPONENT_ENCODERS = {"separate": SeparateEncoder, "amortized": AmortizedEncoder}
 _OBJECTIVES = {"siwae": siwae, "miselbo": importance_weighted_miselbo}
-
-
 _DEFAULT = MixtureOptions()
 
 

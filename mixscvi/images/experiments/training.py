@@ -33,6 +33,7 @@ from mixscvi.images.networks.layers import DenseTrunk
 from mixscvi.images.networks.priors import PseudoImages
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
+from mixscvi.optimizers import fused
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 
@@ -118,7 +119,7 @@ class ImageTraining(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on all parameters that are not frozen."""
         learned = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.Adam(learned, lr=self.config.training.learning_rate, fused=True)
+        return fused(torch.optim.Adam)(learned, lr=self.config.training.learning_rate)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring Adam's moments of an earlier version's weights into the shape of this one's."""

@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 import warnings
 from dataclasses import replace
 
@@ -281,6 +282,19 @@ def test_weights_of_another_model_are_refused(tmp_path, data):
     torch.save(best | {name: best[name].permute(1, 2, 0)}, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="best.pt does not fit the model.*another version"):
         load_run(tmp_path)
+
+
+def test_weights_by_feature_are_updated_where_they_lie(data, monkeypatch):
+    """By the fused kernel, which would copy what is not contiguous."""
+    config, seen = config_of(), []
+    training = ImageTraining(build(config, data.image_shape), config, data)
+    optimizer = training.configure_optimizers()
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_fused_adam", lambda *lists, **kwargs: seen.extend(lists[:3]))
+    training.bound(data.validation).mean().backward()
+    optimizer.step()
+    assert not training.model.encoder.trunk.layers[0].weight.is_contiguous()
+    assert len(seen) == 3 and all(tensor.is_contiguous() for part in seen for tensor in part)
 
 
 def test_load_run_needs_a_finished_one(tmp_path):

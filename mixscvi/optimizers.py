@@ -1,0 +1,59 @@
+"""torch's fused optimizers, for parameters of any strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["fused"]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of all elements of a tensor that is contiguous, if there is one."""
+    if tensor.is_contiguous():
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    view = tensor.permute(order)
+    return view if view.is_contiguous() else tensor
+
+
+def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
+    """Have torch's fused kernel update parameters of any strides in place.
+
+    It copies what is not contiguous, which takes longer than the update. A parameter, its gradient
+    and its moments lie in memory alike, such as those of layers with weights by feature
+    (:class:`~mixscvi.mixture.StackedLinear`).
+
+    Parameters
+    ----------
+    optimizer_cls
+        :class:`torch.optim.Adam` or :class:`torch.optim.AdamW`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(3, 2).T)
+    >>> optimizer = fused(torch.optim.Adam)([weight], lr=0.1)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([[0.9000, 0.9000, 0.9000],
+            [0.9000, 0.9000, 0.9000]])
+    """
+
+    class InMemoryOrder(optimizer_cls):
+        def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
+            result = super()._init_group(group, *tensors)
+            strides = [parameter.stride() for parameter in tensors[0]]
+            for listed in tensors:
+                for i, tensor in enumerate(listed):
+                    if i < len(strides) and tensor.stride() == strides[i]:
+                        listed[i] = _in_memory_order(tensor)
+            return result
+
+    InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
+    return partial(InMemoryOrder, fused=True)
