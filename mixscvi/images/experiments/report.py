@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData
+from mixscvi.images.experiments.configs import check_seed
 from mixscvi.images.experiments.runs import (
     finished_run_data,
     load_run,
@@ -20,7 +21,7 @@ from mixscvi.images.experiments.runs import (
     resolve_device,
 )
 from mixscvi.images.networks.configs import PRESETS
-from mixscvi.system import write_beside
+from mixscvi.system import check_folder, write_beside
 from mixscvi.tables import csv_text, markdown_table, mean_and_spread
 
 __all__ = [
@@ -244,7 +245,10 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     """
     from matplotlib.figure import Figure
 
+    if not folders:
+        raise ValueError("run_folders must name at least one run, got none")
     path, logs = Path(path), []
+    check_folder(path.parent, "output")
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers: dict[int, None] = {}
@@ -300,6 +304,12 @@ def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> Non
     )
 
 
+def _check_pictures(n_images: int, seed: int) -> None:
+    check_seed(seed)
+    if n_images < 1:
+        raise ValueError(f"images must be at least 1, got {n_images}")
+
+
 def sample(
     folder: str | Path,
     *,
@@ -341,6 +351,7 @@ def sample(
     ...     sample(folder, n_images=8).name
     'samples.png'
     """
+    _check_pictures(n_images, seed)
     device = resolve_device(device)
     path = Path(folder) / "samples.png"
     picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
@@ -395,6 +406,7 @@ def reconstruct(
     ...     reconstruct(folder, data=data).name
     'reconstructions.png'
     """
+    _check_pictures(n_images, seed)
     device = resolve_device(device)
     _, model = load_run(folder, device)
     x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)
