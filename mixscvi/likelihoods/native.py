@@ -16,6 +16,7 @@ __all__ = ["Gradients", "SparseCounts", "compiles", "dense_rows", "evaluate", "u
 
 _ELEMENTS_PER_TASK = 2**16
 _TASKS_PER_THREAD = 4
+_MOST_BYTES = 8  # of a number, which numba knows
 _CELLS_PER_TABLE = 16  # fewer cells do not look up often enough
 
 
@@ -229,7 +230,7 @@ def dense_rows(
     IndexError
         If a row or a column is not one of the matrix.
     """
-    if _kernels() is None:
+    if data.dtype.itemsize > _MOST_BYTES or _kernels() is None:
         return None
     from mixscvi.likelihoods.rows import add_rows
 
