@@ -120,7 +120,10 @@ def test_arguments_of_the_networks(n_components, kwargs, match, make_adata):
         MixSCVI(adata, n_components=n_components, **kwargs)
 
 
-def test_too_many_components(make_adata):
+@pytest.mark.parametrize("is_known", [True, False], ids=["memory known", "allocator asked"])
+def test_too_many_components(is_known, make_adata, monkeypatch):
+    if not is_known:
+        monkeypatch.setattr("mixscvi.model.base.physical_memory", lambda: None)
     adata = make_adata()
     MixSCVI.setup_anndata(adata)
     with pytest.raises(MemoryError, match=r"n_components=10000000000 .*'amortized'"):
