@@ -109,11 +109,6 @@ KNOWN = (
         "stack, `z_encoder.encoder.trunk`.",
     ),
     Known(
-        ("test_annbatch_memory_contract",),
-        "CalledProcessError",
-        "It starts a program on scvi-tools' own SCVI, which needs psutil; that was not installed.",
-    ),
-    Known(
         (
             "test_lamindb_dataloader_scvi_small",
             "test_lamindb_dataloader_scanvi_small",

@@ -9,6 +9,7 @@ from mixscvi import compiled
 __all__ = ["compiles", "dense_rows", "sparse_rows"]
 
 _KERNELS = "mixscvi.csr_kernels"
+_MOST_BYTES = 8  # of a number that numba knows
 
 
 def compiles() -> bool:
@@ -66,7 +67,7 @@ def dense_rows(
            [1., 0., 2.]], dtype=float32)
     """
     kernels = compiled.load(_KERNELS)
-    if kernels is None:
+    if kernels is None or data.dtype.itemsize > _MOST_BYTES:
         return None
     _check(rows, indptr)
     out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
@@ -111,7 +112,7 @@ def sparse_rows(
     (array([0, 2]), array([0, 2]), array([1., 2.], dtype=float32))
     """
     kernels = compiled.load(_KERNELS)
-    if kernels is None:
+    if kernels is None or data.dtype.itemsize > _MOST_BYTES:
         return None
     _check(rows, indptr)
     n = int((indptr[rows + 1] - indptr[rows]).sum())

@@ -55,5 +55,14 @@ def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
                         listed[i] = _in_memory_order(tensor)
             return result
 
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            # torch's own is a tenth of the update, for what it could do besides.
+            if not set_to_none:
+                super().zero_grad(set_to_none=False)
+                return
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
     return partial(InMemoryOrder, fused=True)

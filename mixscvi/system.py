@@ -1,4 +1,4 @@
-"""Atomic file writes, and the C library's memory settings."""
+"""Atomic file writes, the memory that there is, and the C library's settings of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "write_beside"]
+__all__ = ["check_folder", "keep_freed_memory", "physical_memory", "write_beside"]
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -47,6 +47,33 @@ def write_beside(path: str | Path, content: str | Callable[[Path], object]) -> N
         beside.unlink(missing_ok=True)
 
 
+def check_folder(folder: str | Path, name: str) -> None:
+    """Raise if a folder cannot be made, as a file is in its place.
+
+    Parameters
+    ----------
+    folder
+        The folder, which need not exist.
+    name
+        The argument that names it.
+
+    Raises
+    ------
+    NotADirectoryError
+        If it is a file, or below one.
+
+    Examples
+    --------
+    >>> check_folder("results", "output")
+    """
+    folder = Path(folder)
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(
+                f"{name} must be a folder, got {str(folder)!r}, and {str(part)!r} is a file"
+            )
+
+
 def keep_freed_memory() -> bool:
     """Have the C library keep the memory that tensors free, for the next ones.
 
@@ -68,3 +95,18 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0))
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory that this machine has; ``None`` where the system does not say.
+
+    Examples
+    --------
+    >>> memory = physical_memory()
+    >>> memory is None or memory > 10**6
+    True
+    """
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system, or one without these
+        return None

@@ -42,3 +42,18 @@ def test_parameters_are_updated_where_they_lie(name, monkeypatch):
     for tensors in updated[0]:
         assert all(tensor.is_contiguous() for tensor in tensors)
     assert updated[0][0][1].data_ptr() == parameters[1].data_ptr()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_removed_or_zeroed(set_to_none):
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = fused(torch.optim.Adam)(
+        [{"params": weights[:1]}, {"params": weights[1:], "lr": 0.1}]
+    )
+    sum(weight.sum() for weight in weights).backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for weight in weights:
+        if set_to_none:
+            assert weight.grad is None
+        else:
+            assert torch.equal(weight.grad, torch.zeros(2))

@@ -11,6 +11,7 @@ from mixscvi.checks.annotation import (
     warn_of_repeated,
 )
 from mixscvi.checks.arguments import (
+    check_batches,
     check_choice,
     check_indices,
     check_library_size,
@@ -20,6 +21,7 @@ from mixscvi.checks.comparisons import check_comparison
 from mixscvi.checks.counts import check_counts, check_numbers
 
 __all__ = [
+    "check_batches",
     "check_categories",
     "check_choice",
     "check_column",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_choice", "check_indices", "check_library_size", "check_positive_int"]
+__all__ = [
+    "check_batches",
+    "check_choice",
+    "check_indices",
+    "check_library_size",
+    "check_positive_int",
+]
 
 
 def check_positive_int(name: str, value: Any, *, least: int = 1) -> int:
@@ -119,3 +125,29 @@ def check_library_size(value: Any) -> None:
         raise TypeError(f"library_size must be 'latent' or a number, got {value!r}")
     if not 0 < value < np.inf:
         raise ValueError(f"library_size must be 'latent' or above zero, got {value!r}")
+
+
+def check_batches(transform_batch: Any, known: Sequence[Any]) -> None:
+    """Raise if cells cannot be decoded as of these batches.
+
+    Raises
+    ------
+    ValueError
+        If one is none of the batches that the model was trained on.
+
+    Examples
+    --------
+    >>> check_batches("STIM", ["CTRL", "STIM"])
+    >>> check_batches(["STIM", "new"], ["CTRL", "STIM"])
+    Traceback (most recent call last):
+    ...
+    ValueError: transform_batch must be of the model's batches, 'CTRL', 'STIM', got 'new'
+    """
+    if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
+        transform_batch = [transform_batch]
+    for batch in transform_batch:
+        if batch is not None and batch not in known:
+            expected = ", ".join(repr(name) for name in known[:5]) + ", ..." * (len(known) > 5)
+            raise ValueError(
+                f"transform_batch must be of the model's batches, {expected}, got {batch!r}"
+            )

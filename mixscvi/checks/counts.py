@@ -143,6 +143,8 @@ def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, n, step):
         some = slice(start, min(start + step, n))
         block = x[:, some] if by_gene else x[some]
+        if block.dtype.kind == "f" and block.dtype.itemsize not in (4, 8):
+            block = block.astype(np.float64)  # which SciPy and NumPy can count
         if not sparse.issparse(block):
             block = sparse.csr_matrix(np.asarray(block))
         block = block.tocoo()

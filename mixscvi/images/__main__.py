@@ -324,7 +324,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 # Errors that the user can correct.
-_EXPECTED = (OSError, ValueError, FloatingPointError)
+_EXPECTED = (OSError, ValueError, FloatingPointError, MemoryError)
 
 
 def _show_failure(name: str, error: Exception) -> None:

@@ -59,6 +59,8 @@ def _gray_levels(images: ArrayLike, name: str) -> Tensor:
     array = np.asarray(images)
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"{name} must have shape (n, height, width), got {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be numbers, got an array of {array.dtype}")
     levels = torch.from_numpy(array.astype(np.float32))
     if array.dtype == np.uint8:
         if array.max() == 1:
@@ -68,9 +70,11 @@ def _gray_levels(images: ArrayLike, name: str) -> Tensor:
             )
         levels /= 255
     if not _within_unit_interval(levels):
+        outside = ~((levels >= 0) & (levels <= 1)).flatten(1).all(1)
         raise ValueError(
             f"{name} must be unsigned bytes or lie in [0, 1], got {array.dtype} in "
-            f"[{array.min()}, {array.max()}]"
+            f"[{array.min()}, {array.max()}]; image {int(outside.nonzero()[0])} is the first that "
+            "does not"
         )
     return levels[:, None]
 

@@ -28,11 +28,14 @@ from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin, counts_are_gone
 from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
+from mixscvi.system import physical_memory
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
 __all__ = ["MixtureMixin", "naming_what_takes_memory"]
+
+_BYTES_A_WEIGHT = 16  # with its gradient, and two moments of Adam
 
 
 def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,18 +50,31 @@ def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def naming_what_takes_memory(mixture: MixtureOptions, n_hidden: int) -> Iterator[None]:
-    """Say what to choose where a model is too large to be made."""
+def naming_what_takes_memory(
+    mixture: MixtureOptions, n_hidden: int, n_latent: int, n_layers: int
+) -> Iterator[None]:
+    """Say what to choose where a model is too large to be made, or to be trained here."""
+    too_large = (
+        f"a model of n_components={mixture.n_components} with component_encoder="
+        f"{mixture.component_encoder!r}, n_hidden={n_hidden}, n_latent={n_latent}, n_layers="
+        f"{n_layers} and n_prior_components={mixture.n_prior_components} does not fit into memory: "
+        "choose smaller ones, or component_encoder='amortized', which shares one encoder"
+    )
+    # At least; systems hand out more memory than they have, and end whoever uses it.
+    n_weights = n_hidden * (n_hidden * (n_layers - 1) + 2 * n_latent)
+    if mixture.component_encoder == "separate":
+        n_weights *= mixture.n_components
+    if mixture.prior == "mog":
+        n_weights += 2 * n_latent * mixture.n_prior_components
+    memory = physical_memory()
+    if memory is not None and n_weights * _BYTES_A_WEIGHT > memory:
+        raise MemoryError(too_large)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        raise MemoryError(
-            f"a model of n_components={mixture.n_components} with component_encoder="
-            f"{mixture.component_encoder!r} and n_hidden={n_hidden} does not fit into memory: "
-            "choose fewer components, or component_encoder='amortized', which shares one encoder"
-        ) from error
+        raise MemoryError(too_large) from error
 
 
 class MixtureMixin(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from scvi.model import SCVI
 from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.checks import check_positive_int
 from mixscvi.model.distributed import of_all_ranks
+from mixscvi.model.files import NOT_MADE
 from mixscvi.model.identity import (
     SEEDED_BELOW,
     differences,
@@ -43,6 +46,13 @@ _OWN = "mixscvi"
 _FILE = "training.ckpt"
 _EVERY = 10
 _NAMED = 5  # differences, in an error
+# Everything that is restored.
+_ENTRIES = {
+    "identity", "versions", "epochs", "stopped", "random", "split", "metrics", "history",
+    "stopping", "loops",
+}  # fmt: skip
+# What Lightning keeps of them.
+_OF_OPTIMIZERS = ("optimizer_states", "lr_schedulers")
 # Of a data splitter: which cells are which, and what shuffles them where there are several ranks.
 _SPLIT = ("train_idx", "val_idx", "test_idx", "shuffle_seed")
 # Of scvi-tools' early stopping, beside what Lightning keeps.
@@ -72,6 +82,7 @@ class Checkpoints(Callback):
         self._writing: dict[str, Any] | None = None
         self._to_restore: dict[str, Any] | None = None
         self.found = _read(path) if path.exists() else None
+        self._is_restored = self.found is None
         if self.found is not None:
             self._check(self.found)
 
@@ -115,11 +126,32 @@ class Checkpoints(Callback):
         else:
             _tell(f"{self.path}: training goes on after {epochs} of {max_epochs} epochs.")
 
+    @contextmanager
+    def naming_the_file(self) -> Iterator[None]:
+        """Name the file where its state cannot be given back to a training.
+
+        Raises
+        ------
+        ValueError
+            If it cannot.
+        """
+        try:
+            yield
+        except NOT_MADE as e:
+            if self._is_restored:
+                raise
+            detail = " ".join(str(e).split()[:40])
+            raise ValueError(
+                f"{self.path} was tampered with, or is of another version: training cannot go on "
+                f"from it ({type(e).__name__}: {detail}). Delete it to start anew"
+            ) from e
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Give the cells back to training, validation and test; the rest waits for the start."""
         self._to_restore = state = _own_part(checkpoint, self.path)
+        self._n_restored = {name: len(checkpoint[name]) for name in _OF_OPTIMIZERS}
         for name, value in state["split"].items():
             setattr(trainer.datamodule, name, value)
 
@@ -128,6 +160,11 @@ class Checkpoints(Callback):
         state = self._to_restore
         if state is None:
             return
+        # Lightning restores as many as there are in the file.
+        counts = (len(trainer.optimizers), len(trainer.lr_scheduler_configs))
+        for name, n_expected in zip(_OF_OPTIMIZERS, counts, strict=True):
+            if self._n_restored[name] != n_expected:
+                raise ValueError(f"it has {self._n_restored[name]} {name}, expected {n_expected}")
         loop = trainer.fit_loop
         loop.load_state_dict(state["loops"]["fit_loop"])
         loop.restarting = loop.epoch_loop.restarting = False
@@ -160,6 +197,7 @@ class Checkpoints(Callback):
         state, self._to_restore = self._to_restore, None
         if state is not None:
             set_random_states(state["random"][trainer.global_rank], pl_module.device)
+            self._is_restored = True
         return state is not None
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +238,12 @@ def _own_part(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         if not later:
             for _ in from_plain(own["values"], own["notes"]):
                 raise ValueError("it leaves values out")
+            missing = sorted(_ENTRIES - own["values"].keys())
+            if missing:
+                raise KeyError(f"it lacks {', '.join(missing)}")
+            for name, kind in (("identity", dict), ("versions", dict), ("epochs", int)):
+                if not isinstance(own["values"][name], kind):
+                    raise TypeError(f"{name} is {own['values'][name]!r:.40}")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of a training, or was tampered with "

@@ -17,6 +17,7 @@ from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
 
 from mixscvi.checks import (
+    check_batches,
     check_choice,
     check_comparison,
     check_gene_list,
@@ -190,6 +191,9 @@ class ExpressionMixin:
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
         check_library_size(library_size)
+        if transform_batch is not None and dataloader is None:
+            batches = self.registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]["state_registry"]
+            check_batches(transform_batch, list(batches["categorical_mapping"]))
         if weights == "adapted":
             with torch.inference_mode(False):  # which scvi-tools samples differences in
                 return self._adapted_expression(

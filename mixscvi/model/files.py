@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mixscvi.checkpoint_file import UNREADABLE, check_tensors, damaged_record
+from mixscvi.model.description import check_description
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.sizes import check_sizes
 
@@ -31,8 +32,18 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["StoredModel", "data_file", "put_in_place", "read_model", "staged", "write_model"]
+__all__ = [
+    "NOT_MADE",
+    "StoredModel",
+    "data_file",
+    "put_in_place",
+    "read_model",
+    "staged",
+    "write_model",
+]
 
+# What the makers of a model raise where it cannot be made as it is described.
+NOT_MADE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _FORMAT = 1
 _MODEL, _DATA = "model.pt", "adata.h5ad"
 _COMPLETE = "complete"
@@ -143,7 +154,7 @@ def read_model(
             path, stored[_WEIGHTS], stored[_GENES], stored[_ATTRIBUTES], own["data_id"], left_out
         )
         _check(model)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except NOT_MADE as e:
         raise ValueError(
             f"{path} is not the file of a model, or was tampered with ({type(e).__name__}: {e})"
         ) from e
@@ -197,9 +208,7 @@ def _check(model: StoredModel) -> None:
     for name in model.attributes:
         if name.startswith("_") or not (name.endswith("_") or name in _OF_DATAMODULES):
             raise KeyError(f"attribute {name}")
-    for name in ("init_params_", "registry_"):
-        if not isinstance(model.attributes[name], dict):
-            raise TypeError(f"{name} is no dictionary")
+    check_description(model.attributes, model.var_names)
     if not isinstance(model.data_id, str | None):
         raise TypeError("data_id is no text")
     # scvi-tools calls the method of this name with arguments out of the file.

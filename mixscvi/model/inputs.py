@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
+from scvi.module import VAE
 
 from mixscvi.checks import (
     check_categories,
@@ -28,6 +30,12 @@ __all__ = [
     "check_training",
     "take_sparse_array",
 ]
+
+# Arguments of scVI's networks that the model takes from the data.
+_OF_DATA = {
+    "n_input", "n_batch", "n_labels", "n_continuous_cov", "n_cats_per_cov", "use_size_factor_key",
+    "library_log_means", "library_log_vars",
+}  # fmt: skip
 
 
 def check_setup(
@@ -153,9 +161,11 @@ def _check_columns(
         ("categorical_covariate_keys", categorical_covariate_keys, False),
         ("continuous_covariate_keys", continuous_covariate_keys, True),
     ):
-        if isinstance(keys, str):
+        if keys is None:
+            continue
+        if isinstance(keys, str) or not isinstance(keys, Iterable):
             raise TypeError(f"{argument} must be a list of columns, got {keys!r}")
-        for key in keys if keys is not None else ():
+        for key in keys:
             check_column(obs, key, argument=argument, numeric=numeric)
 
 
@@ -204,10 +214,12 @@ def check_network(
     gene_likelihood: Any,
     latent_distribution: Any,
     further: Mapping[str, Any],
+    networks: Sequence[Callable[..., Any]] = (VAE,),
 ) -> None:
     """Raise if an argument that describes scVI's networks is not one.
 
-    Of `further` arguments those that scVI takes for another value, without a word, are looked at.
+    `further` arguments must be among those of `networks`. Of their values those are looked at that
+    scVI takes for another value, without a word, or fails with in the middle of something.
 
     Raises
     ------
@@ -223,12 +235,33 @@ def check_network(
     check_choice("dispersion", dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
     check_choice("gene_likelihood", gene_likelihood, ("zinb", "nb", "poisson", "normal"))
     check_choice("latent_distribution", latent_distribution, ("normal", "ln"))
+    _check_known(further, networks)
     for name in ("use_batch_norm", "use_layer_norm"):
         if further.get(name, False) is not False:  # which scVI takes for "none"
             check_choice(name, further[name], ("encoder", "decoder", "none", "both"))
+    if "batch_representation" in further:
+        value = further["batch_representation"]
+        check_choice("batch_representation", value, ("one-hot", "embedding"))
     for name in ("use_observed_lib_size", "encode_covariates", "deeply_inject_covariates"):
         if name in further and further[name] not in (True, False):
             raise TypeError(f"{name} must be True or False, got {further[name]!r}")
+    activation = further.get("var_activation")
+    if activation is not None and not callable(activation):
+        raise TypeError(f"var_activation must be a function of tensors, got {activation!r}")
+    for name in ("extra_encoder_kwargs", "extra_decoder_kwargs", "batch_embedding_kwargs"):
+        if not isinstance(further.get(name) or {}, Mapping):
+            raise TypeError(f"{name} must be a dictionary of arguments, got {further[name]!r}")
+
+
+def _check_known(further: Mapping[str, Any], networks: Sequence[Callable[..., Any]]) -> None:
+    """Raise if there are arguments that no network has, or that are taken from the data."""
+    known = {name for of in networks for name in inspect.signature(of).parameters}
+    for name, value in further.items():
+        if name in _OF_DATA:
+            raise TypeError(f"{name} is taken from the data, got {value!r}: leave it out")
+        if name not in known:
+            others = sorted(known - _OF_DATA - {"self", "vae_kwargs"})
+            raise TypeError(f"there is no argument {name!r}, got {value!r}: expected {others}")
 
 
 def check_training(

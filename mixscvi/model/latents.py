@@ -280,7 +280,7 @@ class LatentsMixin:
         >>> model.get_aggregated_posterior().sample((3,)).shape
         torch.Size([3, 10])
         """
-        if indices is not None and len(indices) == 0:
+        if indices is not None and hasattr(indices, "__len__") and len(indices) == 0:
             indices = None
         loc, scale = (
             torch.from_numpy(part).flatten(0, 1).to(self.device)

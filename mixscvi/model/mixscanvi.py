@@ -12,6 +12,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import SemiSupervisedDataSplitter
 from scvi.model import SCANVI
+from scvi.module import SCANVAE, VAE
 
 from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
 from mixscvi.model.checkpoints import CheckpointsMixin
@@ -160,6 +161,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             objective=objective,
             likelihood=likelihood,
         )
+        self._check_alternatives(kwargs)
         check_network(
             n_hidden=n_hidden,
             n_latent=n_latent,
@@ -169,11 +171,11 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             gene_likelihood=gene_likelihood,
             latent_distribution="normal",
             further={**kwargs, "use_observed_lib_size": use_observed_lib_size},
+            networks=(VAE, SCANVAE),
         )
-        self._check_alternatives(kwargs)
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
-        with naming_what_takes_memory(self._mixture, n_hidden):
+        with naming_what_takes_memory(self._mixture, n_hidden, n_latent, n_layers):
             super().__init__(
                 adata,
                 registry,

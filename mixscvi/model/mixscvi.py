@@ -173,7 +173,7 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
                 "use_observed_lib_size=False takes its library priors from adata, got a registry "
                 "alone"
             )
-        with naming_what_takes_memory(self._mixture, n_hidden):
+        with naming_what_takes_memory(self._mixture, n_hidden, n_latent, n_layers):
             super().__init__(
                 adata,
                 registry,

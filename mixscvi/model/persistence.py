@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import urllib.request
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import anndata
 import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not import it
+from anndata._io.specs.registry import IORegistryError
 from scvi.data import AnnDataManager
 
 from mixscvi.model.files import (
+    NOT_MADE,
     StoredModel,
     data_file,
     put_in_place,
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from lightning import LightningDataModule
 
-__all__ = ["PersistenceMixin", "read_for"]
+__all__ = ["PersistenceMixin", "naming_the_file", "read_for"]
 
 
 class PersistenceMixin:
@@ -182,28 +187,30 @@ class PersistenceMixin:
         )
         if adata is None:
             adata = _read_data(data_file(stored, prefix))
-        with stored.as_written_by_scvi(prefix) as folder:
-            try:
-                return super().load(
-                    folder,
-                    adata=adata,
-                    accelerator=accelerator,
-                    device=device,
-                    prefix=prefix,
-                    datamodule=datamodule,
-                    allowed_classes_names_list=allowed_classes_names_list,
-                )
-            except (AttributeError, KeyError, TypeError) as error:
-                error.add_note(f"while making the model that {stored.path} describes")
-                raise
-            except RuntimeError as error:
-                if not str(error).startswith("Error(s) in loading state_dict"):
-                    raise
-                detail = " ".join(str(error).split()[:40])
-                raise ValueError(
-                    f"{stored.path} was tampered with, or is of another version: its weights are "
-                    f"not those of the model it describes ({detail} ...)"
-                ) from error
+        alone = None
+        if adata is not False or accelerator != "cpu":
+            alone = partial(
+                cls.load,
+                dir_path,
+                False,
+                "cpu",
+                prefix=prefix,
+                allowed_classes_names_list=allowed_classes_names_list,
+                allow_pickle=allow_pickle,
+                arguments=arguments,
+            )
+        # A data module, which may be at fault as well, is not to be done without.
+        naming = naming_the_file(stored.path, alone) if datamodule is None else nullcontext()
+        with naming, stored.as_written_by_scvi(prefix) as folder:
+            return super().load(
+                folder,
+                adata=adata,
+                accelerator=accelerator,
+                device=device,
+                prefix=prefix,
+                datamodule=datamodule,
+                allowed_classes_names_list=allowed_classes_names_list,
+            )
 
     @staticmethod
     def load_registry(
@@ -300,6 +307,36 @@ def read_for(
     return stored
 
 
+@contextmanager
+def naming_the_file(path: Path, load_alone: Callable[[], object] | None = None) -> Iterator[None]:
+    """Name the file of a model that cannot be made.
+
+    Parameters
+    ----------
+    path
+        The file.
+    load_alone
+        Loads the model without what else may be at fault, as data are. It raises if the file is.
+        ``None``: nothing else may.
+    """
+    try:
+        yield
+    except NOT_MADE as error:
+        if load_alone is not None:
+            load_alone()
+            # What a file says of data is looked at with data alone; errors of ours name these.
+            if isinstance(error, ValueError) or "adata" in str(error):
+                error.add_note(f"while making the model that {path} describes")
+                raise
+        what = "the model that it describes cannot be made"
+        if str(error).startswith("Error(s) in loading state_dict"):
+            what = "its weights are not those of the model it describes"
+        raise ValueError(
+            f"{path} was tampered with, or is of another version or class: {what} "
+            f"({type(error).__name__}: {' '.join(str(error).split()[:40])})"
+        ) from error
+
+
 def _fetch(url: str, path: Path) -> None:
     """Fetch a file, if it is not there."""
     if path.exists():
@@ -320,5 +357,5 @@ def _read_data(path: Path) -> AnnData | Literal[False]:
         return False
     try:
         return anndata.read_h5ad(path)
-    except OSError as error:
+    except (IORegistryError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from error

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from mixscvi.checks import check_unique
 from mixscvi.mixture import VampPrior
 from mixscvi.model.files import read_model
-from mixscvi.model.persistence import read_for
+from mixscvi.model.persistence import naming_the_file, read_for
 from mixscvi.model.rows import is_on_disk
 from mixscvi.module.pseudo_cells import PseudoCells
 
@@ -150,37 +151,43 @@ class QueriesMixin:
         if inplace_subset_query_vars and adata is not None:
             check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
+        naming: AbstractContextManager[Any] = nullcontext()
         if isinstance(reference_model, (str, os.PathLike)):
             stored = read_for(cls, reference_model, allow_pickle=allow_pickle, arguments=arguments)
-            state_dict, source = stored.state_dict, stored.as_written_by_scvi()
-            known = _n_columns(stored.attributes["registry_"])
-        elif reference_model is not None:
-            state_dict = reference_model.module.state_dict()
-            known = _n_columns(reference_model.registry)
-        with source as reference:
-            model = super().load_query_data(
-                adata,
-                reference,
-                registry,
-                inplace_subset_query_vars,
-                accelerator,
-                device,
-                unfrozen,
-                freeze_dropout,
-                freeze_expression,
-                *args,
-                **kwargs,
-            )
-        _order_covariates(model.module, state_dict, known, _n_columns(model.registry))
-        if isinstance(model.module.prior, VampPrior):
-            # The pseudo-cells are the reference's: none of them is of a batch that is new.
-            pseudo_cells = cast(PseudoCells, model.module.prior.pseudo_inputs)
-            pseudo_cells.hide_categories(_n_categories(state_dict))
-        if not unfrozen:
-            model.module.train_covariates_only(freeze_expression=freeze_expression)
-            if isinstance(model.module.prior, VampPrior) and freeze_expression:
-                _freeze_known_covariates(model.module, known, _n_columns(model.registry))
-            _train_new_embeddings(model.module, state_dict)
+            given, state_dict = stored.attributes["registry_"], stored.state_dict
+            trusted = {"allow_pickle": allow_pickle, "arguments": arguments}
+            alone = partial(cls.load, reference_model, False, "cpu", **trusted)
+            source, naming = stored.as_written_by_scvi(), naming_the_file(stored.path, alone)
+        elif reference_model is None:
+            raise TypeError("reference_model must be a model or the folder of one, got None")
+        else:
+            given, state_dict = reference_model.registry, reference_model.module.state_dict()
+        with naming:
+            known = _n_columns(given)
+            with source as reference:
+                model = super().load_query_data(
+                    adata,
+                    reference,
+                    registry,
+                    inplace_subset_query_vars,
+                    accelerator,
+                    device,
+                    unfrozen,
+                    freeze_dropout,
+                    freeze_expression,
+                    *args,
+                    **kwargs,
+                )
+            _order_covariates(model.module, state_dict, known, _n_columns(model.registry))
+            if isinstance(model.module.prior, VampPrior):
+                # The pseudo-cells are the reference's: none of them is of a batch that is new.
+                pseudo_cells = cast(PseudoCells, model.module.prior.pseudo_inputs)
+                pseudo_cells.hide_categories(_n_categories(state_dict))
+            if not unfrozen:
+                model.module.train_covariates_only(freeze_expression=freeze_expression)
+                if isinstance(model.module.prior, VampPrior) and freeze_expression:
+                    _freeze_known_covariates(model.module, known, _n_columns(model.registry))
+                _train_new_embeddings(model.module, state_dict)
         return model
 
     def minify_adata(

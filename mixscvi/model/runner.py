@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -62,6 +63,7 @@ class Runner(TrainRunner):
                 f"early_stopping=True watches {stopping.monitor!r}, but no cells are held out for "
                 "validation: choose a train_size below 1, or a validation_size above 0"
             )
+        self._checkpoints = checkpoints
         if checkpoints is not None:
             self._use(checkpoints)
 
@@ -92,7 +94,9 @@ class Runner(TrainRunner):
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
                 part.eval()
-        with as_first_rank(self.trainer), warnings.catch_warnings():
+        checkpoints = self._checkpoints
+        naming = nullcontext() if checkpoints is None else checkpoints.naming_the_file()
+        with naming, as_first_rank(self.trainer), warnings.catch_warnings():
             # So the plan leaves a minibatch of one cell out.
             warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
             return super().__call__()

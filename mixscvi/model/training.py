@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,46 +13,9 @@ from scvi.train import TrainingPlan
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixscvi.optimizers import fused
+
 __all__ = ["LeanTrainingPlan", "ScviTrainingPlan", "WithoutSingleCellSteps"]
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A view of all elements of a tensor that is contiguous, if there is one."""
-    if tensor.is_contiguous():
-        return tensor
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    view = tensor.permute(order)
-    return view if view.is_contiguous() else tensor
-
-
-def _fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
-    """Have torch's fused kernel update parameters of any strides in place.
-
-    It copies what is not contiguous, which takes longer than the update. A parameter, its gradient
-    and its moments lie in memory alike.
-    """
-
-    class InMemoryOrder(optimizer_cls):
-        def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
-            result = super()._init_group(group, *tensors)
-            strides = [parameter.stride() for parameter in tensors[0]]
-            for listed in tensors:
-                for i, tensor in enumerate(listed):
-                    if i < len(strides) and tensor.stride() == strides[i]:
-                        listed[i] = _in_memory_order(tensor)
-            return result
-
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            # torch's own is a tenth of the update, for what it could do besides.
-            if not set_to_none:
-                super().zero_grad(set_to_none=False)
-                return
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-
-    InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
-    return partial(InMemoryOrder, fused=True)
 
 
 class WithoutSingleCellSteps:
@@ -102,7 +64,7 @@ class LeanTrainingPlan(ScviTrainingPlan):
             # Fused optimizers unscale gradients themselves, where nobody could clip them.
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:
                 try:
-                    return _fused(optimizer_cls)(parameters, **options)
+                    return fused(optimizer_cls)(parameters, **options)
                 except RuntimeError:  # the device has no such kernel
                     pass
             return optimizer_cls(parameters, **options)

@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,6 +10,15 @@ from idx_files import write_idx_files
 from mixscvi.images import files
 from mixscvi.images.datasets import ImageBatches, ImageData, binarize, load
 from mixscvi.images.files import read_idx
+
+
+class Payload:
+    """Notes that it was unpickled."""
+
+    ran: ClassVar[list] = []
+
+    def __reduce__(self):
+        return self.ran.append, (1,)
 
 
 def test_images_of_each_file_go_where_they_belong(tmp_path, monkeypatch):
@@ -98,7 +108,10 @@ def test_arrays_of_the_users_own(tmp_path):
         (np.zeros((5, 3)), "shape"),
         (np.zeros((5, 3, 3, 3)), "shape"),
         (np.full((30, 3, 3), 2.0), r"\[0, 1\]"),
-        (np.full((30, 3, 3), np.nan), r"\[0, 1\]"),
+        (np.full((30, 3, 3), np.nan), r"\[0, 1\].*image 0 is the first"),
+        (np.zeros((30, 3, 3), complex), "must be numbers, got an array of complex128"),
+        (np.zeros((30, 3, 3), "M8[s]"), "must be numbers, got an array of datetime64"),
+        (np.zeros((30, 3, 3), [("level", "f4")]), "must be numbers, got an array of"),
         (np.zeros((5, 3, 3)), "5 images"),
     ],
 )
@@ -123,13 +136,15 @@ def test_bytes_of_zero_and_one_are_not_taken_for_gray_levels():
         lambda path: np.save(path, np.zeros((5, 4, 4))) or path.write_bytes(path.read_bytes()[:-9]),
         lambda path: np.save(path, np.float32(1)),
         lambda path: np.save(path, np.zeros((5, 4))),
+        lambda path: np.save(path, np.full((70, 4, 4), Payload(), dtype=object)),
     ],
-    ids=["empty", "no array", "truncated", "a number", "two axes"],
+    ids=["empty", "no array", "truncated", "a number", "two axes", "objects"],
 )
 def test_array_files_that_hold_no_images_are_named(tmp_path, write):
     write(tmp_path / "mine.npy")
     with pytest.raises(ValueError, match=r"mine\.npy holds no \(n, height, width\) images"):
         load(str(tmp_path / "mine.npy"))
+    assert not Payload.ran
 
 
 def test_binarization_has_the_gray_level_as_its_mean():

@@ -225,10 +225,26 @@ def test_resumed_after_sigkill_is_uninterrupted(tmp_path, folder):
         (["train", "--output", "x", "--dataset", "mnits"], "'mnits'"),
         (["train", "--output", "x", "--data-folder", "nowhere"], "train-images-idx3-ubyte"),
         (["train", "--output", "x", "--sampled", "2"], "n_sampled must be between"),
+        (["train", "--output", "x", "--seed", "-1"], r"seed must be between 0 .*, got -1"),
+        (["train", "--output", "file"], "output must be a folder, got 'file', and 'file' is a"),
+        (["train", "--output", "file/x"], "output must be a folder, got 'file/x'"),
+        (["train", "--output", "x", "--components", "100000000000"], "n_components=1000.* memory"),
+        (["sweep", "--output", "x", "--results", "file/x"], "results must be a folder"),
+        (["sweep", "--output", "x", "--draws", "1"], "draws must be at least 25 .*, got 1"),
+        (["sweep", "--output", "x", "--device", "tpu"], "device must be cpu.* got 'tpu'"),
+        (["curves", "--output", "x"], "run_folders must name at least one run"),
+        (["sample", "run", "--images", "0"], "images must be at least 1, got 0"),
+        (["reconstruct", "run", "--images", "-1"], "images must be at least 1, got -1"),
+        (["evaluate", "run", "--seed", "-1"], "seed must be between 0"),
+        (["probe", "run", "--seed", "-1"], "seed must be between 0"),
     ],
 )
 def test_errors_that_the_user_can_correct_end_in_one_line(tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    if {"file", "file/x", "100000000000", "1", "tpu"} & {*arguments}:
+        np.save("mine.npy", np.random.default_rng(0).random((80, 6, 5)))
+        arguments = [*arguments, "--dataset", "mine.npy", *SMOKE]
     with pytest.raises(SystemExit, match=f"mixscvi-images: .*{match}"):
         main(arguments)
     assert not (tmp_path / "x").exists()

@@ -221,6 +221,63 @@ def test_spoiled_files_are_named(spoil, named, tmp_path):
         trained(tmp_path)
 
 
+def _without(*path):
+    def spoil(values):
+        for name in path[:-1]:
+            values = values[name]
+        del values[path[-1]]
+
+    return spoil
+
+
+def _with_other(value, *path):
+    def spoil(values):
+        for name in path[:-1]:
+            values = values[name]
+        values[path[-1]] = value
+
+    return spoil
+
+
+OURS = ("mixscvi", "values")
+TAMPERED = {
+    "no identity": (_without(*OURS, "identity"), "KeyError: 'it lacks identity'"),
+    "no loops": (_without(*OURS, "loops"), "it lacks loops"),
+    "epochs a text": (_with_other("3", *OURS, "epochs"), "TypeError: epochs is '3'"),
+    "split a number": (_with_other(3, *OURS, "split"), "TypeError"),
+    "no random numbers": (_with_other([], *OURS, "random"), "IndexError"),
+    "no weights": (_without("state_dict"), "training cannot go on .*KeyError: 'state_dict'"),
+    "other weights": (
+        lambda values: values["state_dict"].update({"module.px_r": torch.ones(3)}),
+        "training cannot go on .*size mismatch for module.px_r",
+    ),
+    "no optimizer": (_with_other([], "optimizer_states"), "it has 0 optimizer_states, expected 1"),
+    "another optimizer": (
+        _with_other([], "optimizer_states", 0, "param_groups"),
+        "training cannot go on",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), TAMPERED.values(), ids=TAMPERED)
+def test_tampered_files_are_named(spoil, named, tmp_path):
+    trained(tmp_path)
+    path = tmp_path / "training.ckpt"
+    stored = torch.load(path, weights_only=True)
+    spoil(stored)
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match=f"training.ckpt .*tampered with.*{named}"):
+        trained(tmp_path, max_epochs=4)
+
+
+def test_errors_of_the_training_itself_are_left_alone(tmp_path):
+    trained(tmp_path)
+    model = make_model(n_components=2)
+    model.module.register_forward_hook(lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
+        train(model, tmp_path, max_epochs=4, check_val_every_n_epoch=1)
+
+
 def test_misuse_is_named(tmp_path):
     model = make_model(n_components=2)
     with pytest.raises(ValueError, match="checkpoint_every=2 needs checkpoint_dir"):

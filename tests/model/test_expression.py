@@ -291,7 +291,10 @@ def test_filtered_cells_and_positional_arguments(plain):
         ({"n_samples_overall": 0}, "n_samples_overall"),
         ({"n_mc_samples": 24}, "n_mc_samples must be at least 25"),
         ({"adapt_kwargs": {"n_final": 3}}, "adapt_kwargs must not hold 'n_final'"),
-        ({"transform_batch": "b7"}, "not a valid batch category"),
+        (
+            {"transform_batch": "b7"},
+            "transform_batch must be of the model's batches, 'b0', 'b1', got 'b7'",
+        ),
         ({"transform_batch": "b1", "dataloader": [], "indices": None}, "needs adata"),
     ],
 )

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -134,6 +135,78 @@ def test_a_tampered_file(change, expected, trained, saved):
     rewrite(saved, change)
     with pytest.raises(ValueError, match=rf"model\.pt .*{expected}"):
         MixSCVI.load(saved, trained.adata.copy())
+
+
+def _put(value, *path):
+    def change(stored):
+        for name in path[:-1]:
+            stored = stored[name]
+        if value is None:
+            del stored[path[-1]]
+        else:
+            stored[path[-1]] = value
+
+    return change
+
+
+REGISTRY = ("attr_dict", "registry_")
+BATCH_FIELD = (*REGISTRY, "field_registries", "batch")
+DESCRIBED = {
+    "no name": (_put(None, *REGISTRY, "model_name"), "KeyError: 'model_name'"),
+    "no setup": (_put(None, *REGISTRY, "setup_args"), "KeyError: 'setup_args'"),
+    "setup a number": (_put(3, *REGISTRY, "setup_args"), "setup_args is no dictionary, got 3"),
+    "key a number": (_put(3, *REGISTRY, "setup_args", "batch_key"), "batch_key is no text, got 3"),
+    "keys a text": (
+        _put("x", *REGISTRY, "setup_args", "categorical_covariate_keys"),
+        "categorical_covariate_keys is no list, got 'x'",
+    ),
+    "a field without statistics": (
+        _put(None, *BATCH_FIELD, "summary_stats"),
+        "KeyError: 'summary_stats'",
+    ),
+    "a number that is a text": (
+        _put("2", *BATCH_FIELD, "summary_stats", "n_batch"),
+        "batch.summary_stats.n_batch is no integer, got '2'",
+    ),
+    "a negative number": (
+        _put(-2, *BATCH_FIELD, "summary_stats", "n_batch"),
+        "n_batch is negative, got -2",
+    ),
+    "a gene that is a number": (_put(3, "var_names", 0), r"var_names\[0\] is no text, got 3"),
+    "no arguments": (_put(None, "attr_dict", "init_params_", "kwargs"), "KeyError: 'kwargs'"),
+    "an argument of another type": (
+        _put("x", "attr_dict", "init_params_", "non_kwargs", "n_components"),
+        "cannot be made .*n_components must be an integer of at least 1, got 'x'",
+    ),
+    "covariates that are none": (
+        _put(None, *REGISTRY, "setup_args", "categorical_covariate_keys"),
+        "(cannot be made|weights are not those) .*RuntimeError",
+    ),
+    "another class": (_put("SCVI", *REGISTRY, "model_name"), "loading a model from a different"),
+}
+QUERY_WAYS = ("load", "load_query_data")
+
+
+@pytest.mark.parametrize("way", QUERY_WAYS)
+@pytest.mark.parametrize(("change", "expected"), DESCRIBED.values(), ids=DESCRIBED)
+def test_a_model_that_is_described_otherwise(change, expected, way, trained, saved):
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=rf"model\.pt .*{expected}"):
+        ways_to_read(trained.adata.copy(), saved)[way]()
+
+
+def test_data_that_do_not_go_with_a_whole_file_keep_their_error(trained, saved):
+    adata = trained.adata.copy()
+    del adata.obs["donor"]
+    with pytest.raises(KeyError, match="categorical_covariate_keys='donor' is no column") as found:
+        MixSCVI.load(saved, adata)
+    assert "model.pt" in found.value.__notes__[0]
+
+
+def test_a_device_that_is_not_there_is_no_fault_of_the_file(saved):
+    with pytest.raises(Exception, match="(?i)accelerator") as found:
+        MixSCVI.load(saved, False, accelerator="abacus")
+    assert "tampered" not in str(found.value)
 
 
 def _change_registry(field, **changed):
@@ -281,9 +354,19 @@ def test_a_truncated_or_damaged_file(trained, saved):
 def test_truncated_data(trained, tmp_path):
     trained.save(tmp_path / "model", save_anndata=True)
     path = tmp_path / "model" / "adata.h5ad"
-    path.write_bytes(path.read_bytes()[:2000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000])
     with pytest.raises(ValueError, match=r"adata\.h5ad is truncated or damaged"):
         MixSCVI.load(tmp_path / "model")
+    for changed in ("obs", "X/indptr", "var/_index"):
+        path.write_bytes(whole)
+        with h5py.File(path, "a") as file:
+            if changed in file:
+                del file[changed]
+            else:
+                file["X"].attrs["encoding-type"] = "nothing"
+        with pytest.raises(ValueError, match=r"adata\.h5ad is truncated or damaged"):
+            MixSCVI.load(tmp_path / "model")
 
 
 def test_a_model_without_data_says_so(saved):

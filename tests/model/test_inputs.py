@@ -7,6 +7,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scvi
 from scipy import sparse
 
 from fitting import BATCH, SMALL, fit, seeded, train
@@ -62,8 +63,9 @@ def test_other_arguments_of_setup(make_adata):
     adata.obs["mixed"] = np.array(["a", *[1] * 71], dtype=object)
     with pytest.raises(TypeError, match=r"'mixed'\] mixes str with other types in 71 of 72 cells"):
         MixSCVI.setup_anndata(adata, batch_key="mixed")
-    with pytest.raises(TypeError, match="must be a list of columns, got 'donor'"):
-        MixSCVI.setup_anndata(adata, categorical_covariate_keys="donor")
+    for keys in ("donor", 3):
+        with pytest.raises(TypeError, match=f"must be a list of columns, got {keys!r}"):
+            MixSCVI.setup_anndata(adata, categorical_covariate_keys=keys)
     with pytest.raises(TypeError, match="adata must be an AnnData, got ndarray"):
         MixSCVI.setup_anndata(adata.X)
     with pytest.raises(ValueError, match="adata must have genes"):
@@ -101,6 +103,13 @@ def test_too_few_cells(n_obs, make_adata):
         ({"encode_covariates": "no"}, "encode_covariates must be True or False, got 'no'"),
         ({"deeply_inject_covariates": "no"}, "deeply_inject_covariates must be True or False"),
         ({"use_observed_lib_size": "no"}, "use_observed_lib_size must be True or False"),
+        ({"batch_representation": "x"}, "batch_representation must be one of 'one-hot'.* got 'x'"),
+        ({"var_activation": "exp"}, "var_activation must be a function of tensors, got 'exp'"),
+        ({"extra_encoder_kwargs": 5}, "extra_encoder_kwargs must be a dictionary .*, got 5"),
+        ({"batch_embedding_kwargs": "x"}, "batch_embedding_kwargs must be a dictionary"),
+        ({"n_input": 5}, "n_input is taken from the data, got 5: leave it out"),
+        ({"use_size_factor_key": "f"}, "use_size_factor_key is taken from the data, got 'f'"),
+        ({"n_foo": 2}, r"there is no argument 'n_foo', got 2: expected \[.*'var_activation'"),
     ],
 )
 @pytest.mark.parametrize("n_components", [1, 3])
@@ -111,11 +120,43 @@ def test_arguments_of_the_networks(n_components, kwargs, match, make_adata):
         MixSCVI(adata, n_components=n_components, **kwargs)
 
 
-def test_too_many_components(make_adata):
+@pytest.mark.parametrize("is_known", [True, False], ids=["memory known", "allocator asked"])
+def test_too_many_components(is_known, make_adata, monkeypatch):
+    if not is_known:
+        monkeypatch.setattr("mixscvi.model.base.physical_memory", lambda: None)
     adata = make_adata()
     MixSCVI.setup_anndata(adata)
     with pytest.raises(MemoryError, match=r"n_components=10000000000 .*'amortized'"):
         MixSCVI(adata, n_components=10**10)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"n_latent": 10**9}, {"n_hidden": 10**5, "n_layers": 9}, {"n_prior_components": 10**9}],
+)
+def test_too_large_for_the_memory_of_the_machine(sizes, make_adata, monkeypatch):
+    """Nothing is made: the system might hand out memory that it does not have."""
+    monkeypatch.setattr("mixscvi.model.base.physical_memory", lambda: 2**33)
+    monkeypatch.setattr(scvi.model.SCVI, "__init__", lambda *_, **__: pytest.fail("it is made"))
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata)
+    expected = ".*".join(f"{name}={value}" for name, value in sizes.items())
+    with pytest.raises(MemoryError, match=f"{expected}.* does not fit into memory: choose"):
+        MixSCVI(adata, prior="mog", n_components=2, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "as_kind"),
+    [("float16", np.asarray), ("longdouble", np.asarray), ("longdouble", sparse.csr_matrix)],
+)
+def test_floats_of_any_size_are_counts(kind, as_kind, make_adata):
+    latents = []
+    for dtype in (kind, "float32"):
+        adata = make_adata()
+        adata.layers["counts"] = as_kind(adata.X).astype(dtype)
+        model = fit(MixSCVI, adata, {"layer": "counts"}, n_components=2)
+        latents.append(model.get_latent_representation())
+    np.testing.assert_array_equal(*latents)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +165,8 @@ def test_too_many_components(make_adata):
         ([], ValueError, "at least one cell, got none"),
         (["cell3"], TypeError, "got 'cell3' first: take adata.obs_names.get_indexer"),
         ([0.5], TypeError, "positions"),
-        ([3, 99], IndexError, "below the 72 cells, got 99"),
+        ([3, 72], IndexError, "below the 72 cells, got 72"),
+        ([3, -73], IndexError, "below the 72 cells, got -73"),
         (np.ones(4, dtype=bool), IndexError, r"of the 72 cells, got \(4,\)"),
         (np.zeros(72, dtype=bool), ValueError, "at least one cell"),
     ],
@@ -271,6 +313,7 @@ def test_a_list_of_booleans_is_a_mask(make_adata):
     [
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"max_epochs": -2}, "max_epochs must be an integer of at least -1, got -2"),
         ({"max_epochs": "all"}, "max_epochs must be an integer of at least -1, got 'all'"),
         ({"train_size": 0}, "train_size must be a share of the cells, got 0"),
         ({"train_size": 1.5}, "train_size must be a share of the cells, got 1.5"),
@@ -299,11 +342,16 @@ def test_arguments_of_train(cls, kwargs, match, make_adata):
         ({"n_samples_overall": 0}, "n_samples_overall must be an integer of at least 1, got 0"),
         ({"library_size": "own"}, "library_size must be 'latent' or a number, got 'own'"),
         ({"library_size": -1}, "library_size must be 'latent' or above zero, got -1"),
+        ({"library_size": 0}, "library_size must be 'latent' or above zero, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        (
+            {"transform_batch": ["b0", "new"]},
+            "transform_batch must be of the model's batches, 'b0', 'b1', got 'new'",
+        ),
     ],
 )
 def test_arguments_of_expression(kwargs, match, make_adata):
-    model = fit(MixSCVI, make_adata(), n_components=2)
+    model = fit(MixSCVI, make_adata(), BATCH, n_components=2)
     for weights in ("uniform", "adapted"):
         with pytest.raises((TypeError, ValueError), match=match):
             model.get_normalized_expression(**kwargs, weights=weights)

@@ -1,7 +1,5 @@
 """The lean training plan gives the updates and the history of scvi-tools' own."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from scvi.train import TrainingPlan
 
 from fitting import fit
 from mixscvi import MixSCVI
-from mixscvi.model import training
 from mixscvi.model.training import LeanTrainingPlan
 
 PLANS = {
@@ -65,41 +62,3 @@ def test_adam_is_fused(make_adata):
 def test_autotune_payload_is_kept(make_adata):
     model = fit(MixSCVI, make_adata(), n_components=2, extra_payload_autotune=True)
     assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_parameters_are_updated_where_they_lie(name, monkeypatch):
-    """By the fused kernel, which would copy what is not contiguous."""
-    optimizer_cls = getattr(torch.optim, name)
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(5, 3, 4, generator=generator)
-    parameters = [
-        torch.nn.Parameter(values.clone()),
-        torch.nn.Parameter(values.permute(2, 0, 1).contiguous().permute(1, 2, 0)),
-        torch.nn.Parameter(torch.tensor(1.0)),
-    ]
-    updated = []
-    module = sys.modules["torch.optim.adam"]
-    fused = module._fused_adam
-
-    def seen(params, grads, exp_avgs, *args, **kwargs):
-        updated.append((params, grads, exp_avgs))
-        return fused(params, grads, exp_avgs, *args, **kwargs)
-
-    monkeypatch.setattr(module, "_fused_adam", seen)
-    ours = training._fused(optimizer_cls)(parameters, lr=0.1)
-    reference = torch.nn.Parameter(values.clone())
-    theirs = optimizer_cls([reference], lr=0.1, fused=True)
-    for _ in range(3):
-        gradient = torch.randn(5, 3, 4, generator=generator)
-        parameters[0].grad, reference.grad = gradient.clone(), gradient.clone()
-        parameters[1].grad = gradient.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-        parameters[2].grad = torch.tensor(0.5)
-        ours.step()
-        theirs.step()
-        assert torch.equal(parameters[0], reference)
-        torch.testing.assert_close(parameters[1], reference, rtol=1e-6, atol=1e-6)
-    assert parameters[2] < 1
-    for tensors in updated[0]:
-        assert all(tensor.is_contiguous() for tensor in tensors)
-    assert updated[0][0][1].data_ptr() == parameters[1].data_ptr()

@@ -25,6 +25,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "check_proposal",
+    "check_seed",
 ]
 
 BudgetName = Literal["paper", "small", "smoke"]
@@ -37,6 +38,13 @@ def check_proposal(proposal: Proposal) -> Proposal:
     if proposal not in get_args(Proposal):
         raise ValueError(f"proposal must be one of {[*get_args(Proposal)]}, got {proposal!r}")
     return proposal
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if generators can be seeded with it; raises a ValueError otherwise."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+    return seed
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_seed(self.seed)
         if self.objective == "iwae" and self.ensemble:
             raise ValueError("objective='iwae' and ensemble=True are two different controls")
         if self.ensemble and self.mixture.component_encoder != "separate":

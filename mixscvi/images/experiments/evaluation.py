@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mixscvi.checkpoint_file import read_checkpoint
 from mixscvi.images.datasets import ImageData, epoch_seed
-from mixscvi.images.experiments.configs import Proposal, check_proposal
+from mixscvi.images.experiments.configs import Proposal, check_proposal, check_seed
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.runs import evaluation_file, finished_run_data, first_images
 from mixscvi.images.experiments.weights import load_run, weights_hash
@@ -35,7 +35,7 @@ from mixscvi.mixture import (
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 
-__all__ = ["evaluate", "image_statistics"]
+__all__ = ["check_draws", "evaluate", "image_statistics"]
 
 # Draws that the networks see at a time, of all images and components together.
 _ROWS = 1000
@@ -43,6 +43,7 @@ _ROWS = 1000
 _DRAWS = 2**20
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
+_LEAST_DRAWS = 25
 
 
 def image_statistics(
@@ -84,6 +85,30 @@ def image_statistics(
     }
 
 
+def check_draws(draws: int) -> int:
+    """The number of draws of an image, if it is enough; raises a ValueError otherwise."""
+    if draws < _LEAST_DRAWS:
+        raise ValueError(f"draws must be at least {_LEAST_DRAWS} for Pareto k-hat, got {draws}")
+    return draws
+
+
+def _is_state(state: Any) -> bool:
+    """Whether what a file holds is the finished part of an evaluation."""
+    if not isinstance(state, dict) or not {"key", "done", "blocks"} <= state.keys():
+        return False
+    done, blocks = state["done"], state["blocks"]
+    return (
+        isinstance(done, list)
+        and isinstance(blocks, list)
+        and all(isinstance(group, dict) and "siwae" in group for group in done)
+        and all(group.keys() == done[0].keys() for group in done)
+        and all(isinstance(value, Tensor) and value.dim() > 0 for g in done for value in g.values())
+        and all(len({len(value) for value in group.values()}) == 1 for group in done)
+        and all(isinstance(block, tuple) and len(block) == 3 for block in blocks)
+        and all(isinstance(value, Tensor) for block in blocks for value in block)
+    )
+
+
 class _State:
     """The finished part of an evaluation, in a file, so that it can be continued."""
 
@@ -93,7 +118,7 @@ class _State:
         self.blocks: list[ImportanceDraws] = []
         if path.exists():
             state = read_checkpoint(path)
-            if not isinstance(state, dict) or not {"key", "done", "blocks"} <= state.keys():
+            if not _is_state(state):
                 raise ValueError(f"{path} holds no unfinished evaluation: delete it to start anew")
             if state["key"] == key:
                 self.done = state["done"]
@@ -277,14 +302,13 @@ def evaluate(
     ('adapted', True)
     """
     folder, proposal = Path(folder), check_proposal(proposal)
+    check_seed(seed)
     device = resolve_device(device)
     config, model = load_run(folder, device)
     model.requires_grad_(False)
     data = first_images(finished_run_data(folder, data, data_folder), images)
     n_components = model.mixture.n_components
-    n_samples = math.ceil((config.draws if draws is None else draws) / n_components)
-    if n_samples * n_components < 25:
-        raise ValueError(f"draws must be at least 25 for Pareto k-hat, got {draws}")
+    n_samples = math.ceil(check_draws(config.draws if draws is None else draws) / n_components)
     images_at_once = _images_at_once(n_components, n_samples)
     identity = {"weights": weights_hash(model), "images": data.fingerprint("test")}
     key = identity | {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData
+from mixscvi.images.experiments.configs import check_seed
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.runs import finished_run_data
 from mixscvi.images.experiments.weights import load_run
@@ -34,6 +35,12 @@ def picture_grid(images: Tensor, path: str | Path, *, n_columns: int = 8) -> Non
         Path(path),
         lambda partial: imsave(partial, enlarged, cmap="gray", vmin=0, vmax=1, format="png"),
     )
+
+
+def _check_pictures(n_images: int, seed: int) -> None:
+    check_seed(seed)
+    if n_images < 1:
+        raise ValueError(f"images must be at least 1, got {n_images}")
 
 
 def sample(
@@ -77,6 +84,7 @@ def sample(
     ...     sample(folder, n_images=8).name
     'samples.png'
     """
+    _check_pictures(n_images, seed)
     device = resolve_device(device)
     path = Path(folder) / "samples.png"
     picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
@@ -131,6 +139,7 @@ def reconstruct(
     ...     reconstruct(folder, data=data).name
     'reconstructions.png'
     """
+    _check_pictures(n_images, seed)
     device = resolve_device(device)
     _, model = load_run(folder, device)
     x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)

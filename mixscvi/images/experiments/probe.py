@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.datasets import ImageData, binarize, epoch_seed
+from mixscvi.images.experiments.configs import check_seed
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.runs import finished_run_data
 from mixscvi.images.experiments.weights import load_run
@@ -121,6 +122,7 @@ def probe(
     {'parameters': 12, 'samples': 12}
     """
     folder = Path(folder)
+    check_seed(seed)
     device = resolve_device(device)
     config, model = load_run(folder, device)
     data = finished_run_data(folder, data, data_folder)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixscvi.images.experiments.runs import read_config
 from mixscvi.images.networks.configs import PRESETS
-from mixscvi.system import write_beside
+from mixscvi.system import check_folder, write_beside
 from mixscvi.tables import csv_text, markdown_table, mean_and_spread
 
 if TYPE_CHECKING:
@@ -239,7 +239,10 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
     """
     from matplotlib.figure import Figure
 
+    if not folders:
+        raise ValueError("run_folders must name at least one run, got none")
     path, logs = Path(path), []
+    check_folder(path.parent, "output")
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers: dict[int, None] = {}

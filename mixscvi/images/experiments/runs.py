@@ -27,7 +27,7 @@ from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
-from mixscvi.system import write_beside
+from mixscvi.system import check_folder, write_beside
 
 __all__ = [
     "build",
@@ -80,6 +80,11 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     image_shape
         Height and width in pixels.
 
+    Raises
+    ------
+    MemoryError
+        If it does not fit into memory.
+
     Examples
     --------
     >>> from mixscvi.images.experiments.configs import RunConfig
@@ -91,14 +96,23 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     if config.objective == "iwae":
         sizes = _big_iwae_sizes(image_shape, config.model, mixture, sizes)
         mixture = MixtureConfig()
-    with seeded(config.seed):
-        return ImageVAE(
-            image_shape,
-            config.model,
-            mixture,
-            sizes,
-            prior_has_own_encoder=config.ensemble,
-        )
+    try:
+        with seeded(config.seed):
+            return ImageVAE(
+                image_shape,
+                config.model,
+                mixture,
+                sizes,
+                prior_has_own_encoder=config.ensemble,
+            )
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        raise MemoryError(
+            f"a model of n_components={mixture.n_components} with component_encoder="
+            f"{mixture.component_encoder!r} and {sizes} does not fit into memory: choose fewer "
+            "components, or component_encoder='shifted', which shares one encoder"
+        ) from error
 
 
 def run_data(
@@ -179,9 +193,12 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     ------
     FileExistsError
         If the folder holds a finished run, or an unfinished one and `resume` is off.
+    NotADirectoryError
+        If it is a file, or below one.
     ValueError
         If it holds an unfinished run of another configuration, or its ``config.json`` is damaged.
     """
+    check_folder(folder, "output")
     saved = folder / "config.json"
     if (folder / "summary.json").exists():
         raise FileExistsError(

@@ -16,7 +16,7 @@ from mixscvi.engines import Engine, sequential
 from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig, check_proposal
 from mixscvi.images.experiments.devices import resolve_device
-from mixscvi.images.experiments.evaluation import evaluate
+from mixscvi.images.experiments.evaluation import check_draws, evaluate
 from mixscvi.images.experiments.report import (
     percent,
     sweep_figure,
@@ -35,7 +35,7 @@ from mixscvi.images.experiments.runs import (
 from mixscvi.images.experiments.training import train
 from mixscvi.images.experiments.weights import load_run, weights_hash
 from mixscvi.images.networks.configs import Preset
-from mixscvi.system import write_beside
+from mixscvi.system import check_folder, write_beside
 from mixscvi.tables import run_missing
 
 __all__ = ["run_once", "sweep"]
@@ -161,6 +161,12 @@ def sweep(
         f"{config.preset}-A{config.mixture.n_components}-seed{config.seed}": config
         for config in _configs(presets, components, seeds, **kwargs)
     }
+    check_folder(folder, "output")
+    check_folder(results.parent, "results")
+    if draws is not None:
+        check_draws(draws)
+    if engine is sequential:
+        resolve_device(device)
     if data is None:  # whole: presets differ in how many images they take
         data = load(next(iter(configs.values())).dataset, data_folder)
     for config in configs.values():  # before the first run, not hours later

@@ -39,6 +39,9 @@ from mixscvi.tables import csv_text
 
 __all__ = ["ImageTraining", "train"]
 
+# What Lightning and torch raise of a state that is not that of the model.
+_NOT_RESTORED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 class ImageTraining(lightning.LightningModule):
     """Training of one model by MISELBO, or by the objective of one of the two controls.
@@ -145,19 +148,23 @@ class _Recorder(Callback):
         self.rows: list[dict[str, float]] = []
         self.best = float("-inf")
         self.stopped = False
+        self.started = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "best": self.best, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.best = state_dict["rows"], state_dict["best"]
-        self.stopped = state_dict["stopped"]
+        for name, kind in (("rows", list), ("best", float), ("stopped", bool)):
+            if not isinstance(state_dict[name], kind):
+                raise TypeError(f"{name} is {state_dict[name]!r:.40}")
+            setattr(self, name, state_dict[name])
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         # A run that was interrupted after it had stopped early must not continue.
         trainer.should_stop = self.stopped
+        self.started = True
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -219,7 +226,12 @@ def _check_checkpoint(path: Path) -> None:
     """Raise a ValueError if the state of a run is not that."""
     state = read_checkpoint(path)
     expected = {"epoch", "global_step", "loops", "callbacks", "optimizer_states", "state_dict"}
-    if not isinstance(state, dict) or not expected <= state.keys():
+    if (
+        not isinstance(state, dict)
+        or not expected <= state.keys()
+        or not isinstance(state["optimizer_states"], list)
+        or len(state["optimizer_states"]) != 1  # Lightning restores as many as there are
+    ):
         raise ValueError(f"{path} holds no state of a run: delete it to start the run anew")
 
 
@@ -286,6 +298,7 @@ def train(
     training = config.training
     device = resolve_device(device)
     data = run_data(config, data, data_folder)
+    model = build(config, data.image_shape)  # which may not fit, and then leaves no folder
     checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
     if checkpoint is not None:
         _check_checkpoint(checkpoint)
@@ -296,7 +309,6 @@ def train(
             f"{training.warmup_epochs} epochs: its weight does not reach 1",
             stacklevel=2,
         )
-    model = build(config, data.image_shape)
     if on_start is not None:
         on_start(model)
     if config.model.prior == "vamp":
@@ -335,7 +347,16 @@ def train(
             log_every_n_steps=1,
             plugins=[AtomicCheckpointIO()],
         )
-        trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
+        try:
+            trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
+        except _NOT_RESTORED as error:
+            if checkpoint is None or recorder.started:
+                raise
+            detail = " ".join(str(error).split()[:40])
+            raise ValueError(
+                f"{checkpoint} was tampered with, or is of another version: the run cannot go on "
+                f"from it ({type(error).__name__}: {detail}). Delete it to start the run anew"
+            ) from error
     if trainer.interrupted:  # older versions of Lightning return
         raise KeyboardInterrupt
     if not math.isfinite(recorder.best):

@@ -83,6 +83,31 @@ def test_a_harmed_file_is_named_and_not_run(name, kind, folder, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("last.ckpt", lambda state: state.update(optimizer_states=[])),
+        ("last.ckpt", lambda state: state["optimizer_states"][0].update(param_groups=[])),
+        ("last.ckpt", lambda state: state["state_dict"].popitem()),
+        ("last.ckpt", lambda state: state.update(callbacks={"_Recorder": {"rows": 3}})),
+        ("last.ckpt", lambda state: state.update(loops=3)),
+        ("evaluation.partial.pt", lambda state: state.update(blocks=[(torch.ones(2),)])),
+        ("evaluation.partial.pt", lambda state: state.update(done=[{"siwae": 3}])),
+        ("evaluation.partial.pt", lambda state: state.update(done=[{"elbo": torch.ones(2)}])),
+    ],
+)
+def test_a_state_of_other_values_is_named(name, change, folder):
+    path = folder / name
+    if name == "last.ckpt":
+        state = torch.load(path, weights_only=True)
+    else:
+        state = {"key": {}, "done": [], "blocks": []}
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=name):
+        FILES[name](folder)
+
+
 def test_the_payload_of_these_tests_would_do_harm(tmp_path):
     harm(tmp_path / "x.pt", "payload", tmp_path / "harmed")
     torch.load(tmp_path / "x.pt", weights_only=False)
