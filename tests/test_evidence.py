@@ -78,3 +78,19 @@ def test_headings_of_a_summary_sink_below_the_page_s(evidence):
         "Text.\n\n#### data\n\n| a |\n"
     )
     assert evidence.as_markdown("a  1\nb  2") == "```text\na  1\nb  2\n```\n"
+
+
+def test_a_table_of_images_is_named_by_its_proposal(evidence, tmp_path, monkeypatch):
+    (tmp_path / "runs.csv").write_text("proposal,nll\nadapted,1.0\n")
+    (tmp_path / "sweep.csv").write_text("nll\n2.0\n")
+    (tmp_path / "sweep_adapted.csv").write_text("proposal,nll\nadapted,3.0\n")
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+
+    def table(rows):
+        return f"{[float(row['nll']) for row in rows]}\n"
+
+    assert evidence.images("runs", table)() == "NLL by draws from adapted posteriors:\n\n[1.0]\n"
+    assert evidence.images("sweep", table)() == (
+        "NLL by draws from the encoder's mixture:\n\n[2.0]\n\n"
+        "NLL by draws from adapted posteriors:\n\n[3.0]\n"
+    )

@@ -30,6 +30,7 @@ PROVENANCE = {
     *("python", "torch", "scvi_tools", "machine", "command", "threads", "seed", "rounds"),
     *("repeats", "bound", "loop_adam"),
 }
+PROPOSALS = {"encoder": "the encoder's mixture", "adapted": "adapted posteriors"}
 DEMO = {
     "log_likelihood": ("held-out log-likelihood per cell", 2),
     "trusted": ("cells with k-hat < 0.7", 2),
@@ -87,15 +88,18 @@ def summary_of(module: str, *csv_names: str) -> Callable[[], str]:
 
 
 def images(name: str, table: Callable[[list[dict[str, Any]]], str]) -> Callable[[], str]:
-    """A table of image runs, and below it that of the same runs by adapted posteriors, if any."""
+    """A table of image runs for each proposal, named by it: the encoder's, adapted posteriors."""
 
     def text() -> str:
         parts = []
-        for ending, proposal in (("", "the encoder's mixture"), ("_adapted", "adapted posteriors")):
-            rows = read_rows(RESULTS / f"{name}{ending}.csv")
+        for ending in ("", "_adapted"):
             # Runs before there were adapted posteriors do not say.
-            rows = [{"proposal": "encoder"} | row for row in rows]
-            parts += [f"NLL by draws from {proposal}:\n\n{table(rows)}"] if rows else []
+            rows = [
+                {"proposal": "encoder"} | row for row in read_rows(RESULTS / f"{name}{ending}.csv")
+            ]
+            for proposal in dict.fromkeys(row["proposal"] for row in rows):
+                of = [row for row in rows if row["proposal"] == proposal]
+                parts.append(f"NLL by draws from {PROPOSALS[proposal]}:\n\n{table(of)}")
         return "\n".join(parts)
 
     return text
@@ -127,6 +131,18 @@ def speed_profile() -> str:
         for (data, model), rows in frame.groupby(["data", "model"], sort=False)
     ]
     return markdown_table(lines)
+
+
+def speed_scaling() -> str:
+    """Seconds of an epoch, a table for each of what it grows with and a column for each model."""
+    tables = []
+    for axis in ("components", "genes", "cells"):
+        frame = pd.read_csv(RESULTS / f"speed_{axis}.csv")
+        table = frame.pivot_table(index="size", columns="model", values="seconds", sort=False)
+        table = table.map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
+        table.index = [f"{size:,}" for size in table.index]
+        tables.append(markdown_table(table.rename_axis(axis).reset_index().to_dict("records")))
+    return "\n".join(tables)
 
 
 def likelihoods() -> str:
@@ -234,6 +250,10 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "out_of_core": (("out_of_core.csv",), out_of_core),
     "speed": (("speed.csv",), summary_of("speed", "speed.csv")),
     "speed_profile": (("speed_profile.csv",), speed_profile),
+    "speed_scaling": (
+        tuple(f"speed_{axis}.csv" for axis in ("components", "genes", "cells")),
+        speed_scaling,
+    ),
     "likelihoods": (("likelihoods.csv",), likelihoods),
     "step_time": (("images_step_time*.csv",), step_time),
     "toy_targets": ((), toy_targets),
