@@ -65,8 +65,9 @@ class ComponentsMixin:
             If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number.
         ValueError
             If one of them is out of range; if the checkpoint is of other data, options or seed,
-            naming what differs, or its file is truncated, damaged or holds Python objects; or if
-            the model holds no data, and no `datamodule` is given.
+            naming what differs, or its file is truncated, damaged or holds Python objects.
+        AttributeError
+            If the model holds no data, and no `datamodule` is given, as in ``SCVI.train``.
 
         Warns
         -----
@@ -100,7 +101,7 @@ class ComponentsMixin:
         check_training(**given.arguments)
         datamodule = given.arguments.get("datamodule")
         if self.adata is None and datamodule is None:
-            raise ValueError("the model holds no data: give datamodule, or make it of an adata")
+            raise AttributeError("the model holds no data: give datamodule, or make it of an adata")
         result = super().train(*args, **kwargs)
         self.dead_components_ = self._find_dead_components(datamodule)
         self._told_of_dead_components = False

@@ -206,7 +206,7 @@ def test_data_modules_that_labels_cannot_be_learned_from_are_named(labeled):
     model = MixSCANVI(registry=registry, datamodule=module, **SMALL)
     with pytest.raises(ValueError, match="max_epochs must be given with datamodule"):
         model.train(datamodule=module)
-    with pytest.raises(ValueError, match="the model holds no data: give datamodule"):
+    with pytest.raises(AttributeError, match="the model holds no data: give datamodule"):
         model.train(max_epochs=1)
 
 

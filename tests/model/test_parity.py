@@ -29,7 +29,7 @@ def test_a_model_without_data(n_components, make_adata):
     assert model.adata is None
     with pytest.raises(ValueError, match="max_epochs"):
         model.train(datamodule=module)
-    with pytest.raises(ValueError, match="the model holds no data: give datamodule"):
+    with pytest.raises(AttributeError, match="the model holds no data: give datamodule"):
         model.train()
     train(model, datamodule=module, max_epochs=1)
     assert model.module.n_components == n_components
