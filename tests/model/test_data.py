@@ -235,3 +235,47 @@ def test_a_matrix_with_entries_beyond_its_columns_is_refused():
         csr.dense_rows(np.array([0]), indptr, indices, data, 3, np.float32)
     with pytest.raises(IndexError, match=r"\[0, 1\)"):
         csr.dense_rows(np.array([1]), indptr, indices, data, 6, np.float32)
+
+
+CONFIGURATIONS = {
+    "normal": {"gene_likelihood": "normal"},
+    "nb": {"gene_likelihood": "nb"},
+    "poisson": {"gene_likelihood": "poisson"},
+    "gene-cell": {"dispersion": "gene-cell"},
+    "gene-batch": {"dispersion": "gene-batch"},
+    "without logarithm": {"log_variational": False},
+    "library": {"use_observed_lib_size": False},
+    "covariates": {"encode_covariates": True},
+    "embedding": {"batch_representation": "embedding", "encode_covariates": True},
+    "simplex": {"latent_distribution": "ln"},
+    "vamp": {"n_components": 2, "prior": "vamp", "n_prior_components": 5},
+    "library of two": {"n_components": 2, "use_observed_lib_size": False},
+    "covariates of two": {"n_components": 2, "encode_covariates": True},
+    "one of three": {"n_components": 3, "estimator": "some_to_some"},
+    "amortized": {"n_components": 3, "component_encoder": "amortized"},
+    "layer norm": {"use_layer_norm": "both", "use_batch_norm": "none"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_model_trains_on_nonzeros(name, monkeypatch):
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["age"]}
+    weights = [
+        fit(
+            MixSCVI,
+            few_counts(convert).adata.copy(),
+            setup,
+            train_kwargs={"max_epochs": 1},
+            **{"n_components": 1, **CONFIGURATIONS[name]},
+        ).module.state_dict()
+        for convert in (sparse.csr_matrix, np.asarray)
+    ]
+    for key, expected in weights[1].items():
+        torch.testing.assert_close(weights[0][key], expected)
+
+
+def test_training_in_halves_sees_dense_counts():
+    adata = few_counts(sparse.csr_matrix).adata.copy()
+    model = fit(MixSCVI, adata, n_components=2, train_kwargs={"precision": "bf16-mixed"})
+    assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
