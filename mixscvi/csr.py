@@ -9,7 +9,7 @@ from mixscvi import compiled
 __all__ = ["compiles", "dense_rows", "sparse_rows"]
 
 _KERNELS = "mixscvi.csr_kernels"
-_MOST_BYTES = 8  # of a number that numba knows
+_MOST_BYTES = 8  # of a real number that numba knows
 
 
 def compiles() -> bool:
@@ -41,7 +41,10 @@ def dense_rows(
     n_columns: int,
     dtype: type,
 ) -> np.ndarray | None:
-    """Some rows of a CSR matrix, `(len(rows), n_columns)`, or ``None`` if it cannot be compiled.
+    """Some rows of a CSR matrix, `(len(rows), n_columns)`.
+
+    There are none, but ``None``, if it cannot be compiled, or the data are of a type that numba
+    does not know.
 
     Parameters
     ----------
@@ -86,12 +89,15 @@ def sparse_rows(
     n_columns: int,
     dtype: type,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The same rows by their entries, or ``None`` if it cannot be compiled.
+    """The same rows by their entries, or ``None`` if they are not in order.
+
+    Columns must rise in each row, none twice. Nor are there rows if it cannot be compiled, or the
+    data are of a type that numba does not know.
 
     Parameters
     ----------
     rows, indptr, indices, data, n_columns, dtype
-        As in :func:`dense_rows`, but that entries of one place remain several.
+        As in :func:`dense_rows`.
 
     Returns
     -------
@@ -119,8 +125,6 @@ def sparse_rows(
     starts, columns = np.empty(len(rows) + 1, np.int64), np.empty(n, np.int64)
     values: np.ndarray = np.empty(n, dtype)
     arrays = (indptr, indices, data, n_columns, starts, columns, values)
-    inside = compiled.attempt(kernels.copy_rows, rows, *arrays)
-    if inside is None:
-        return None
+    rising, inside = compiled.attempt(kernels.copy_rows, rows, *arrays) or (False, True)
     _check_columns(inside, n_columns)
-    return starts, columns, values
+    return (starts, columns, values) if rising else None

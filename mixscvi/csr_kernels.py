@@ -25,15 +25,23 @@ def add_rows(rows, indptr, indices, data, out):
 
 @cached(error_model="numpy", nogil=True)
 def copy_rows(rows, indptr, indices, data, n_columns, starts, column, value):
-    """Copy rows of a CSR matrix to one that has them alone; whether all columns are its own."""
+    """Copy rows of a CSR matrix to one that has them alone.
+
+    The results are whether the columns of each row rise, without which nothing more is copied, and
+    whether all are the matrix's own.
+    """
     n = 0
     for i in range(rows.size):
         starts[i] = n
+        last = -1
         for entry in range(indptr[rows[i]], indptr[rows[i] + 1]):
             if not 0 <= indices[entry] < n_columns:
-                return False
-            column[n] = indices[entry]
+                return True, False
+            if indices[entry] <= last:
+                return False, True
+            last = indices[entry]
+            column[n] = last
             value[n] = data[entry]
             n += 1
     starts[rows.size] = n
-    return True
+    return True, True

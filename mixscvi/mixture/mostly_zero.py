@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -27,22 +28,17 @@ class SparseRows(NamedTuple):
 class MostlyZero(Tensor):
     """A constant matrix `(n_rows, n_columns)` that has the non-zeros of its rows.
 
-    It is a tensor to everybody: it becomes dense when a function of torch asks for its elements.
-    Its logarithm :func:`torch.log1p` and its sums of rows are taken without. It is for counts on
-    their way from a loader to a first layer and a likelihood, which would have to find the
-    non-zeros again.
+    Functions of torch take it as any tensor: it becomes dense when one asks for its elements. Its
+    logarithm :func:`torch.log1p` and its sums of rows are taken without. It is for counts on their
+    way from a loader to a first layer and a likelihood, which would have to find the non-zeros
+    again. It has no memory of its own, so there is nothing at its ``data_ptr()``.
 
     Parameters
     ----------
     rows
-        The non-zeros. No column occurs twice in a row.
+        The non-zeros; there may be zeros among them. No column occurs twice in a row.
     n_columns
         Number of columns.
-
-    Raises
-    ------
-    TypeError
-        If a function is to write to it.
 
     Examples
     --------
@@ -57,8 +53,10 @@ class MostlyZero(Tensor):
     MostlyZero(n_rows=2, n_columns=3, n_nonzeros=3)
     """
 
-    rows: SparseRows
+    _rows: SparseRows
     _dense: Tensor | None
+    # Whether elements may have been written to otherwise than `_version` says.
+    _written: bool
 
     @staticmethod
     def __new__(cls, rows: SparseRows, n_columns: int) -> MostlyZero:
@@ -69,7 +67,7 @@ class MostlyZero(Tensor):
             dtype=rows.value.dtype,
             device=rows.value.device,
         )
-        matrix.rows, matrix._dense = rows, None
+        matrix._rows, matrix._dense, matrix._written = rows, None, False
         return matrix
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -82,9 +80,12 @@ class MostlyZero(Tensor):
         result = NotImplemented if known is None or kwargs else known(*args)
         if result is not NotImplemented:
             return result
-        if func._schema.is_mutable:
-            _check_written(func, args, kwargs or {})
-        args, kwargs = tree_map_only(MostlyZero, MostlyZero.dense, (args, kwargs or {}))
+
+        def dense(matrix: MostlyZero) -> Tensor:
+            matrix._written |= func._schema.is_mutable
+            return matrix.dense()
+
+        args, kwargs = tree_map_only(MostlyZero, dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -92,10 +93,20 @@ class MostlyZero(Tensor):
         n_nonzeros = len(self.rows.value)
         return f"MostlyZero(n_rows={n_rows}, n_columns={n_columns}, n_nonzeros={n_nonzeros})"
 
+    @property
+    def rows(self) -> SparseRows:
+        """The non-zeros; found anew once somebody has written to the matrix or a view of it."""
+        if not (self._written or self._version):
+            return self._rows
+        dense = self.dense()
+        row, column = dense.nonzero(as_tuple=True)
+        starts = F.pad(row.bincount(minlength=len(dense)).cumsum(0), (1, 0))
+        return SparseRows(starts, column, dense[row, column])
+
     def dense(self) -> Tensor:
         """The matrix as a tensor of its own memory, made when first asked for."""
         if self._dense is None:
-            starts, column, value = self.rows
+            starts, column, value = self._rows
             n_rows, n_columns = self.shape
             row = torch.repeat_interleave(
                 torch.arange(n_rows, device=value.device), starts.diff(), output_size=len(value)
@@ -113,27 +124,24 @@ class MostlyZero(Tensor):
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """As :meth:`torch.Tensor.numpy`."""
+        self._written = True  # perhaps, from now on
         return self.dense().numpy(force=force)
 
-
-def _check_written(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    arguments = func._schema.arguments
-    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    for argument in arguments:
-        value = (given | kwargs).get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, MostlyZero):
-            raise TypeError(f"{func} cannot write to a matrix that is mostly zero: take a clone")
+    def tolist(self) -> list[list[float]]:
+        """As :meth:`torch.Tensor.tolist`."""
+        return self.dense().tolist()
 
 
 def _log1p(x: MostlyZero) -> MostlyZero:
-    return MostlyZero(x.rows._replace(value=x.rows.value.log1p()), x.shape[1])
+    rows = x.rows
+    return MostlyZero(rows._replace(value=rows.value.log1p()), x.shape[1])
 
 
 def _sum(x: MostlyZero, axes: list[int] | None, keepdim: bool = False) -> Any:
     if axes not in ([1], [-1]):
         return NotImplemented
-    sums = torch.segment_reduce(x.rows.value, "sum", offsets=x.rows.starts, unsafe=True)
+    rows = x.rows
+    sums = torch.segment_reduce(rows.value, "sum", offsets=rows.starts, unsafe=True)
     return sums.unsqueeze(1) if keepdim else sums
 
 

@@ -68,8 +68,8 @@ class Minibatches(Dataset):
             elif isinstance(data, sparse.csr_matrix | sparse.csr_array) and csr.compiles():
                 self._sparse[key] = data
                 if key == REGISTRY_KEYS.X_KEY and mostly_zero:
-                    few = data.nnz <= MOST_NONZERO * np.prod(data.shape, dtype=float)
-                    self._mostly_zero = bool(few and data.has_canonical_format)
+                    size = np.prod(data.shape, dtype=float)
+                    self._mostly_zero = bool(data.nnz <= MOST_NONZERO * size)
             else:
                 raise TypeError(f"{key} is a {type(data).__name__}")
 
@@ -104,7 +104,7 @@ def _rows(
         if entries is not None:
             return MostlyZero(SparseRows(*map(torch.from_numpy, entries)), matrix.shape[1])
     dense = csr.dense_rows(*arguments)
-    if dense is None:  # numba failed at this function alone
+    if dense is None:  # numba failed at this function alone, or does not know the type
         dense = matrix[cells].astype(dtype, copy=False).toarray()
     return torch.from_numpy(dense)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.module import VAE
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
 from torch import Tensor, nn
@@ -16,6 +15,11 @@ from torch.optim import Optimizer
 from mixscvi.optimizers import fused
 
 __all__ = ["LeanTrainingPlan", "ScviTrainingPlan", "WithoutSingleCellSteps"]
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether ``torch.compile`` wraps it, or its own ``compile()`` was called."""
+    return "_orig_mod" in part._modules or part._compiled_call_impl is not None
 
 
 class WithoutSingleCellSteps:
@@ -74,7 +78,7 @@ class LeanTrainingPlan(ScviTrainingPlan):
     @property
     def takes_nonzeros(self) -> bool:
         """Whether counts may come as :class:`~mixscvi.mixture.mostly_zero.MostlyZero`."""
-        return self.device.type == "cpu" and isinstance(self.module, VAE)
+        return self.device.type == "cpu" and not any(map(_is_compiled, self.module.modules()))
 
     @property
     def kl_weight(self) -> Tensor:

@@ -81,11 +81,12 @@ class CountLikelihood:
     def _fused_log_prob(self, x: Tensor, equal_rows: bool) -> Tensor:
         hidden, log_size = self._by_draw(self.hidden), self._by_draw(self.log_size)
         theta = self._by_draw(self.theta)
+        counts = SparseCounts(*x.rows, x.shape[1]) if isinstance(x, MostlyZero) else x
         scale, activation = self.decoder.px_scale_decoder
         dropout = self.decoder.px_dropout_decoder if self.gene_likelihood == "zinb" else None
         if isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal":
             return head_log_prob(
-                SparseCounts(*x.rows, x.shape[1]) if isinstance(x, MostlyZero) else x,
+                counts,
                 hidden,
                 scale.weight,
                 scale.bias,
@@ -97,11 +98,11 @@ class CountLikelihood:
             )
         rate = log_size.exp() * self.decoder.px_scale_decoder(hidden)
         if self.gene_likelihood == "zinb":
-            return zinb_log_prob(x, rate, theta, dropout(hidden))
+            return zinb_log_prob(counts, rate, theta, dropout(hidden))
         if self.gene_likelihood == "nb":
-            return nb_log_prob(x, rate, theta)
+            return nb_log_prob(counts, rate, theta)
         if self.gene_likelihood == "poisson":
-            return poisson_log_prob(x, rate)
+            return poisson_log_prob(counts, rate)
         normal = torch.distributions.Normal(rate, theta, validate_args=False)
         return normal.log_prob(x.unsqueeze(1)).sum(-1)
 

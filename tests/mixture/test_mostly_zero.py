@@ -42,6 +42,7 @@ def test_it_looks_like_its_matrix(x, dense):
     assert not x.requires_grad
     assert x.to("cpu", non_blocking=True) is x
     assert (x.numpy() == dense.numpy()).all()
+    assert x.tolist() == dense.tolist()
     assert "n_nonzeros=" in repr(x)
 
 
@@ -115,14 +116,47 @@ def test_sums_of_rows(x, dense, kwargs):
     assert got.flatten()[4] == 0  # of a row without non-zeros
 
 
-def test_nothing_writes_to_it(x):
-    for write in (
-        lambda: x.add_(1),
-        lambda: x.zero_(),
-        lambda: torch.add(torch.ones(9, 20), 1, out=x),
-    ):
-        with pytest.raises((TypeError, RuntimeError)):
-            write()
+WRITING = {
+    "add": lambda x: x.add_(1),
+    "zero": lambda x: x.zero_(),
+    "clamp": lambda x: x.clamp_(max=1.5),
+    "out": lambda x: torch.add(torch.ones(9, 20), 1, out=x),
+    "list": lambda x: torch._foreach_mul_([x], 2),
+    "columns": lambda x: x.__setitem__((slice(None), slice(0, 5)), 0),
+    "row": lambda x: x[0].fill_(3),
+    "mask": lambda x: x.__setitem__(x > 1.5, 0),
+    "transpose": lambda x: x.T.add_(1),
+    "numpy": lambda x: x.numpy().__setitem__(slice(0, 3), 7),
+    "nothing": lambda x: x.numpy(),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_what_is_written_to_it_is_seen(x, dense, name):
+    """By those who take the non-zeros as by all others, and later writes as well."""
+    views = [x[1], dense[1]]
+    for _ in range(2):
+        for matrix in (x, dense):
+            WRITING[name](matrix)
+        assert torch.equal(x + 0, dense)
+        assert torch.equal(by_rows(x), dense)
+        assert torch.equal(x.log1p().dense(), dense.log1p())
+        torch.testing.assert_close(x.sum(1), dense.sum(1))
+    for view in views:
+        view.mul_(0.5)
+    assert torch.equal(by_rows(x), dense)
+
+
+def by_rows(x):
+    return MostlyZero(x.rows, x.shape[1]).dense()
+
+
+def test_a_matrix_without_nonzeros():
+    x = by_nonzeros(torch.zeros(3, 4))
+    assert torch.equal(x.sum(1), torch.zeros(3))
+    assert torch.equal(x.log1p().dense(), torch.zeros(3, 4))
+    table = torch.ones(4, 64)
+    assert torch.equal(x @ table, torch.zeros(3, 64))
 
 
 def test_gradients_of_others(x, dense):

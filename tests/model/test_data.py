@@ -12,8 +12,9 @@ from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from scvi.train import TrainingPlan
 
-from fitting import fit
+from fitting import SMALL, fit
 from mixscvi import MixSCVI, compiled, csr
+from mixscvi.likelihoods import SparseCounts, log_prob
 from mixscvi.mixture import nonzeros
 from mixscvi.mixture.mostly_zero import MostlyZero
 from mixscvi.model.data import LeanDataSplitter
@@ -155,6 +156,31 @@ def test_training_on_nonzeros_is_training_on_dense_counts(kwargs, setup, monkeyp
     assert set(seen[half:]) == {torch.Tensor}
 
 
+@pytest.mark.parametrize("how", ["compiled", "wrapped", "not"])
+def test_parts_that_the_user_compiles_see_dense_counts(how):
+    model = MixSCVI(few_counts(sparse.csr_matrix).adata, n_components=2, **SMALL)
+    if how == "compiled":
+        model.module.z_encoder.compile(backend="eager")
+    elif how == "wrapped":
+        model.module.z_encoder = torch.compile(model.module.z_encoder, backend="eager")
+    assert LeanTrainingPlan(model.module).takes_nonzeros is (how == "not")
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+def test_size_factors_leave_the_likelihood_compiled(likelihood, monkeypatch):
+    calls = []
+    evaluate = log_prob.evaluate
+    monkeypatch.setattr(
+        log_prob,
+        "evaluate",
+        lambda x, *args, **kw: calls.append(type(x)) or evaluate(x, *args, **kw),
+    )
+    adata = few_counts(sparse.csr_matrix).adata.copy()
+    setup = {"size_factor_key": "size"}
+    fit(MixSCVI, adata, setup, n_components=2, gene_likelihood=likelihood)
+    assert SparseCounts in calls
+
+
 @pytest.mark.parametrize(
     ("model_kwargs", "train_kwargs"),
     [
@@ -189,16 +215,22 @@ def test_who_takes_no_nonzeros_gets_dense_counts(model_kwargs, train_kwargs, mon
     assert set(seen) == {torch.Tensor}
 
 
-def test_entries_of_one_place_are_added_up():
-    def twice(counts):
-        matrix = sparse.csr_matrix(counts)
-        return sparse.csr_matrix(
-            (np.repeat(matrix.data, 2), np.repeat(matrix.indices, 2), 2 * matrix.indptr),
-            shape=matrix.shape,
-        )
+def twice(counts):
+    matrix = sparse.csr_matrix(counts)
+    assert matrix.has_canonical_format  # remembered, and then no longer true of the copy
+    again = sparse.csr_matrix(
+        (np.repeat(matrix.data, 2), np.repeat(matrix.indices, 2), 2 * matrix.indptr),
+        shape=matrix.shape,
+    )
+    again.has_canonical_format = True
+    return again
 
-    _, ours, _ = minibatches(LeanDataSplitter, registered(twice))
-    _, theirs, _ = minibatches(DataSplitter, registered(lambda x: sparse.csr_matrix(2 * x)))
+
+@pytest.mark.parametrize("takes_nonzeros", [False, True])
+def test_entries_of_one_place_are_added_up(takes_nonzeros):
+    plan = SimpleNamespace(takes_nonzeros=takes_nonzeros)
+    _, ours, _ = minibatches(LeanDataSplitter, few_counts(twice), plan=plan)
+    _, theirs, _ = minibatches(DataSplitter, few_counts(lambda x: sparse.csr_matrix(2 * x)))
     for got, expected in zip(ours, theirs, strict=True):
         assert torch.equal(got["X"], expected["X"])
 
