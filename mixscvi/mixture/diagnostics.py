@@ -14,6 +14,7 @@ from torch import Tensor
 from mixscvi.mixture.objectives import mixture_log_prob
 
 __all__ = [
+    "LEAST_FOR_K",
     "ImportanceDraws",
     "active_units",
     "component_elbo",
@@ -22,6 +23,10 @@ __all__ = [
     "pareto_k",
     "specialization",
 ]
+
+
+# Draws from which on there is a Pareto k-hat: the tail holds 5 of them.
+LEAST_FOR_K = 25
 
 
 class ImportanceDraws(NamedTuple):
@@ -180,8 +185,10 @@ def pareto_k(log_weights: Tensor, *, computed_in: torch.dtype | None = None) -> 
     0.5
     """
     n_draws = log_weights.shape[-1]
-    if n_draws < 25:
-        raise ValueError(f"log_weights must hold at least 25 draws per row, got {n_draws}")
+    if n_draws < LEAST_FOR_K:
+        raise ValueError(
+            f"log_weights must hold at least {LEAST_FOR_K} draws per row, got {n_draws}"
+        )
     n_tail = math.ceil(min(n_draws / 5, 3 * math.sqrt(n_draws)))
     precise = log_weights.to("cpu", torch.float64)  # not every accelerator has float64
     top = precise.amax(-1, keepdim=True)

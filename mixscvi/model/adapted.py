@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from mixscvi.checks import check_positive_int
 from mixscvi.mixture import Adapted
+from mixscvi.mixture.diagnostics import LEAST_FOR_K
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
-    "LEAST_FOR_K",
     "AdaptedMixin",
     "AdaptedPosterior",
     "check_enough_for_k",
@@ -30,7 +30,6 @@ __all__ = [
     "warn_of_encoder_tails",
 ]
 
-LEAST_FOR_K = 25  # draws
 _LARGEST_K = 0.7
 _SHARE_TO_WARN_OF = 0.1
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say

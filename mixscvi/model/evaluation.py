@@ -23,8 +23,8 @@ from mixscvi.mixture import (
     siwae_standard_error,
     specialization,
 )
+from mixscvi.mixture.diagnostics import LEAST_FOR_K
 from mixscvi.model.adapted import (
-    LEAST_FOR_K,
     check_enough_for_k,
     warn_of_adapted_tails,
     warn_of_encoder_tails,

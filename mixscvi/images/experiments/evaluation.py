@@ -32,6 +32,7 @@ from mixscvi.mixture import (
     siwae_standard_error,
     specialization,
 )
+from mixscvi.mixture.diagnostics import LEAST_FOR_K
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 
@@ -43,7 +44,6 @@ _ROWS = 1000
 _DRAWS = 2**20
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
-_LEAST_DRAWS = 25
 
 
 def image_statistics(
@@ -87,8 +87,8 @@ def image_statistics(
 
 def check_draws(draws: int) -> int:
     """The number of draws of an image, if it is enough; raises a ValueError otherwise."""
-    if draws < _LEAST_DRAWS:
-        raise ValueError(f"draws must be at least {_LEAST_DRAWS} for Pareto k-hat, got {draws}")
+    if draws < LEAST_FOR_K:
+        raise ValueError(f"draws must be at least {LEAST_FOR_K} for Pareto k-hat, got {draws}")
     return draws
 
 
