@@ -22,9 +22,7 @@ def cached(*sources, **options):
     *sources
         Modules of which the function inlines something. numba finds what it kept by the time of
         the function's own file alone. So that another version of these modules compiles anew, the
-        function's qualified name, by which it is kept too, ends in a checksum of their sources. (A
-        default of an argument would be part of the signature, but calls with an argument left out
-        take numba's slow path, which takes longer than some of these functions.)
+        function's qualified name, by which it is kept too, ends in a checksum of their sources.
     **options
         Of :func:`numba.njit`.
     """

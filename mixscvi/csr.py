@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from mixscvi import compiled
@@ -23,9 +25,14 @@ def compiles() -> bool:
     return compiled.load(_KERNELS) is not None
 
 
-def _check(rows: np.ndarray, indptr: np.ndarray) -> None:
+def _kernels_for(rows: np.ndarray, indptr: np.ndarray, data: np.ndarray) -> ModuleType | None:
+    """What takes these rows, if they are rows; ``None`` if nothing can that is compiled."""
+    kernels = compiled.load(_KERNELS)
+    if kernels is None or data.dtype.itemsize > _MOST_BYTES:
+        return None
     if rows.size and not (0 <= rows.min() and rows.max() < len(indptr) - 1):
         raise IndexError(f"rows must lie in [0, {len(indptr) - 1})")
+    return kernels
 
 
 def _check_columns(inside: bool, n_columns: int) -> None:
@@ -69,10 +76,9 @@ def dense_rows(
     array([[1., 0., 2.],
            [1., 0., 2.]], dtype=float32)
     """
-    kernels = compiled.load(_KERNELS)
-    if kernels is None or data.dtype.itemsize > _MOST_BYTES:
+    kernels = _kernels_for(rows, indptr, data)
+    if kernels is None:
         return None
-    _check(rows, indptr)
     out: np.ndarray = np.zeros((len(rows), n_columns), dtype)
     inside = compiled.attempt(kernels.add_rows, rows, indptr, indices, data, out)
     if inside is None:
@@ -117,10 +123,9 @@ def sparse_rows(
     >>> sparse_rows(np.array([1]), indptr, indices, data, 3, np.float32)
     (array([0, 2]), array([0, 2]), array([1., 2.], dtype=float32))
     """
-    kernels = compiled.load(_KERNELS)
-    if kernels is None or data.dtype.itemsize > _MOST_BYTES:
+    kernels = _kernels_for(rows, indptr, data)
+    if kernels is None:
         return None
-    _check(rows, indptr)
     n = int((indptr[rows + 1] - indptr[rows]).sum())
     starts, columns = np.empty(len(rows) + 1, np.int64), np.empty(n, np.int64)
     values: np.ndarray = np.empty(n, dtype)

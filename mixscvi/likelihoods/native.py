@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixscvi import compiled
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
 __all__ = ["Gradients", "SparseCounts", "evaluate", "usable"]
 
@@ -55,12 +56,8 @@ class SparseCounts(NamedTuple):
 
     def to_dense(self) -> Tensor:
         """The counts as a dense tensor `(B, G)`."""
-        n_cells = len(self.indptr) - 1
-        cells = torch.repeat_interleave(
-            torch.arange(n_cells, device=self.data.device), self.indptr.diff()
-        )
-        dense = self.data.new_zeros(n_cells, self.n_genes)
-        return dense.index_put((cells, self.indices.long()), self.data)
+        rows = SparseRows(self.indptr, self.indices, self.data)
+        return MostlyZero(rows, self.n_genes).dense()
 
 
 class Gradients(NamedTuple):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["MostlyZero", "SparseRows"]
+__all__ = ["MostlyZero", "SparseRows", "starts_of"]
 
 
 class SparseRows(NamedTuple):
@@ -23,6 +23,22 @@ class SparseRows(NamedTuple):
     """Where they are, `(n,)`."""
     value: Tensor
     """`(n,)`."""
+
+    def row(self) -> Tensor:
+        """The row of each, `(n,)`."""
+        numbers = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        return torch.repeat_interleave(numbers, self.starts.diff(), output_size=len(self.value))
+
+
+def starts_of(row: Tensor, n_rows: int) -> Tensor:
+    """Where each row starts, and where the last one ends, `(n_rows + 1,)`, of rows in order.
+
+    Examples
+    --------
+    >>> starts_of(torch.tensor([0, 2, 2]), n_rows=3)
+    tensor([0, 1, 1, 3])
+    """
+    return F.pad(row.bincount(minlength=n_rows).cumsum(0), (1, 0))
 
 
 class MostlyZero(Tensor):
@@ -100,19 +116,15 @@ class MostlyZero(Tensor):
             return self._rows
         dense = self.dense()
         row, column = dense.nonzero(as_tuple=True)
-        starts = F.pad(row.bincount(minlength=len(dense)).cumsum(0), (1, 0))
-        return SparseRows(starts, column, dense[row, column])
+        return SparseRows(starts_of(row, len(dense)), column, dense[row, column])
 
     def dense(self) -> Tensor:
         """The matrix as a tensor of its own memory, made when first asked for."""
         if self._dense is None:
-            starts, column, value = self._rows
+            _, column, value = self._rows
             n_rows, n_columns = self.shape
-            row = torch.repeat_interleave(
-                torch.arange(n_rows, device=value.device), starts.diff(), output_size=len(value)
-            )
             dense = torch.zeros(n_rows * n_columns, dtype=value.dtype, device=value.device)
-            dense[row.mul_(n_columns).add_(column)] = value
+            dense[self._rows.row().mul_(n_columns).add_(column)] = value
             self._dense = dense.view(n_rows, n_columns)
         return self._dense
 

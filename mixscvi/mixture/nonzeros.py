@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixscvi import compiled
-from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows, starts_of
 
 __all__ = ["MOST_NONZERO", "Nonzeros", "few_nonzeros", "product_by_nonzeros"]
 
@@ -61,9 +61,7 @@ def _transpose(rows: SparseRows, n_columns: int) -> SparseRows:
         if compiled.in_blocks(kernels.sort_by_column, [()], *arrays):
             return SparseRows(starts, row, value)
     order = rows.column.argsort(stable=True)
-    of_row = torch.repeat_interleave(torch.arange(len(rows.starts) - 1), rows.starts.diff())
-    starts = F.pad(rows.column.bincount(minlength=n_columns).cumsum(0), (1, 0))
-    return SparseRows(starts, of_row[order], rows.value[order])
+    return SparseRows(starts_of(rows.column, n_columns), rows.row()[order], rows.value[order])
 
 
 def _by_column(x: Nonzeros, table: Tensor, out: Tensor, kernels: ModuleType) -> bool:
