@@ -14,6 +14,12 @@ def small_data() -> ImageData:
     return ImageData.from_arrays(gray, n_validation=10, n_test=12)
 
 
+def config_of(**kwargs) -> RunConfig:
+    """A vanilla run of an epoch."""
+    training = {"max_epochs": 1, "warmup_epochs": 1} | kwargs.pop("training", {})
+    return RunConfig.from_preset("vanilla", budget="smoke", training=training, **kwargs)
+
+
 def run(folder, data, preset="vanilla", n_components=2, **kwargs):
     """Train a preset for an epoch."""
     config = RunConfig.from_preset(

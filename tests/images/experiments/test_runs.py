@@ -1,30 +1,12 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from mixscvi.images import ImageData, RunConfig, build, train
+from image_runs import config_of
+from mixscvi.images import build
 from mixscvi.images.experiments import runs
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    gray = np.random.default_rng(0).random((60, 6, 5))
-    return ImageData.from_arrays(gray, n_validation=12, n_test=11, name="mine")
-
-
-def config_of(**kwargs) -> RunConfig:
-    training = {"max_epochs": 1, "warmup_epochs": 1} | kwargs.pop("training", {})
-    return RunConfig.from_preset("vanilla", budget="smoke", training=training, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("run")
-    train(config_of(n_components=2), folder, data=data)
-    return folder
 
 
 def test_a_run_takes_as_many_images_as_it_is_trained_on(data):

@@ -2,30 +2,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from mixscvi.images import ImageData, RunConfig, build, train
+from image_runs import config_of
+from mixscvi.images import RunConfig, build, train
 from mixscvi.images.experiments.weights import load_run, weights_hash
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    gray = np.random.default_rng(0).random((60, 6, 5))
-    return ImageData.from_arrays(gray, n_validation=12, n_test=11, name="mine")
-
-
-def config_of(**kwargs) -> RunConfig:
-    training = {"max_epochs": 1, "warmup_epochs": 1} | kwargs.pop("training", {})
-    return RunConfig.from_preset("vanilla", budget="smoke", training=training, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("run")
-    train(config_of(n_components=2), folder, data=data)
-    return folder
 
 
 def test_a_loaded_model_is_that_of_the_best_weights(finished):
