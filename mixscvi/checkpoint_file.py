@@ -6,14 +6,27 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["UNREADABLE", "check_tensors", "damaged_record", "read_checkpoint"]
+__all__ = [
+    "NOT_MADE",
+    "UNREADABLE",
+    "brief",
+    "check_tensors",
+    "damaged_record",
+    "naming_what_is_not_restored",
+    "read_checkpoint",
+]
+
+# What the makers of a model, or of a state of its training, raise where it cannot be made as it is
+# described.
+NOT_MADE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # What damaged bytes make the readers of archives, and torch in them, raise.
 UNREADABLE = (
@@ -133,3 +146,47 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UNREADABLE as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged ({detail}): {remedy}") from error
+
+
+def brief(error: BaseException) -> str:
+    """Type and first words of an error, for a sentence about it.
+
+    Examples
+    --------
+    >>> brief(KeyError("epoch"))
+    "KeyError: 'epoch'"
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split()[:40])}"
+
+
+@contextmanager
+def naming_what_is_not_restored(
+    path: Path, what: str, remedy: str, *, is_restored: Callable[[], bool]
+) -> Iterator[None]:
+    """Name the file where its state cannot be given back to a training.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        What goes on from it.
+    remedy
+        What to do.
+    is_restored
+        Whether it was given back; later errors are others'.
+
+    Raises
+    ------
+    ValueError
+        If it cannot.
+    """
+    try:
+        yield
+    except NOT_MADE as error:
+        if is_restored():
+            raise
+        raise ValueError(
+            f"{path} was tampered with, or is of another version: {what} cannot go on from it "
+            f"({brief(error)}). {remedy}"
+        ) from error

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_folder", "keep_freed_memory", "physical_memory", "write_beside"]
+__all__ = [
+    "check_folder",
+    "keep_freed_memory",
+    "naming_what_takes_memory",
+    "physical_memory",
+    "write_beside",
+]
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -110,3 +117,33 @@ def physical_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not a POSIX system, or one without these
         return None
+
+
+@contextmanager
+def naming_what_takes_memory(message: str) -> Iterator[None]:
+    """Say what to choose where something is too large to be made.
+
+    Parameters
+    ----------
+    message
+        Of the error.
+
+    Raises
+    ------
+    MemoryError
+        If there is no memory for it, for which torch has a RuntimeError.
+
+    Examples
+    --------
+    >>> with naming_what_takes_memory("choose a smaller n"):
+    ...     raise RuntimeError("not enough memory: you tried to allocate 8 bytes")
+    Traceback (most recent call last):
+    ...
+    MemoryError: choose a smaller n
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        raise MemoryError(message) from error

@@ -28,12 +28,12 @@ from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin, counts_are_gone
 from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
-from mixscvi.system import physical_memory
+from mixscvi.system import naming_what_takes_memory, physical_memory
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
-__all__ = ["MixtureMixin", "naming_what_takes_memory"]
+__all__ = ["MixtureMixin", "making_what_fits"]
 
 _BYTES_A_WEIGHT = 16  # with its gradient, and two moments of Adam
 
@@ -50,7 +50,7 @@ def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def naming_what_takes_memory(
+def making_what_fits(
     mixture: MixtureOptions, n_hidden: int, n_latent: int, n_layers: int
 ) -> Iterator[None]:
     """Say what to choose where a model is too large to be made, or to be trained here."""
@@ -69,12 +69,8 @@ def naming_what_takes_memory(
     memory = physical_memory()
     if memory is not None and n_weights * _BYTES_A_WEIGHT > memory:
         raise MemoryError(too_large)
-    try:
+    with naming_what_takes_memory(too_large):
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error):
-            raise
-        raise MemoryError(too_large) from error
 
 
 class MixtureMixin(

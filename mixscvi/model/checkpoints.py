@@ -11,8 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
-from mixscvi.checkpoint_file import read_checkpoint
+from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
 from mixscvi.checks import check_positive_int
 from mixscvi.model.distributed import of_all_ranks
-from mixscvi.model.files import NOT_MADE
 from mixscvi.model.identity import (
     SEEDED_BELOW,
     differences,
@@ -126,25 +124,14 @@ class Checkpoints(Callback):
         else:
             _tell(f"{self.path}: training goes on after {epochs} of {max_epochs} epochs.")
 
-    @contextmanager
-    def naming_the_file(self) -> Iterator[None]:
-        """Name the file where its state cannot be given back to a training.
-
-        Raises
-        ------
-        ValueError
-            If it cannot.
-        """
-        try:
-            yield
-        except NOT_MADE as e:
-            if self._is_restored:
-                raise
-            detail = " ".join(str(e).split()[:40])
-            raise ValueError(
-                f"{self.path} was tampered with, or is of another version: training cannot go on "
-                f"from it ({type(e).__name__}: {detail}). Delete it to start anew"
-            ) from e
+    def naming_the_file(self) -> AbstractContextManager[None]:
+        """Name the file where its state cannot be given back to a training."""
+        return naming_what_is_not_restored(
+            self.path,
+            "training",
+            "Delete it to start anew",
+            is_restored=lambda: self._is_restored,
+        )
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

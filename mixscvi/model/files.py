@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixscvi.checkpoint_file import UNREADABLE, check_tensors, damaged_record
+from mixscvi.checkpoint_file import NOT_MADE, UNREADABLE, check_tensors, damaged_record
 from mixscvi.model.description import check_description
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.sizes import check_sizes
@@ -33,7 +33,6 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "NOT_MADE",
     "StoredModel",
     "data_file",
     "put_in_place",
@@ -42,8 +41,6 @@ __all__ = [
     "write_model",
 ]
 
-# What the makers of a model raise where it cannot be made as it is described.
-NOT_MADE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _FORMAT = 1
 _MODEL, _DATA = "model.pt", "adata.h5ad"
 _COMPLETE = "complete"

@@ -14,7 +14,7 @@ from scvi.dataloaders import SemiSupervisedDataSplitter
 from scvi.model import SCANVI
 from scvi.module import SCANVAE, VAE
 
-from mixscvi.model.base import MixtureMixin, naming_what_takes_memory
+from mixscvi.model.base import MixtureMixin, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.data import check_data
 from mixscvi.model.inputs import check_network, check_setup
@@ -175,7 +175,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
         )
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
-        with naming_what_takes_memory(self._mixture, n_hidden, n_latent, n_layers):
+        with making_what_fits(self._mixture, n_hidden, n_latent, n_layers):
             super().__init__(
                 adata,
                 registry,

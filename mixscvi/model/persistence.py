@@ -16,8 +16,8 @@ import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not impo
 from anndata._io.specs.registry import IORegistryError
 from scvi.data import AnnDataManager
 
+from mixscvi.checkpoint_file import NOT_MADE, brief
 from mixscvi.model.files import (
-    NOT_MADE,
     StoredModel,
     data_file,
     put_in_place,
@@ -332,8 +332,7 @@ def naming_the_file(path: Path, load_alone: Callable[[], object] | None = None) 
         if str(error).startswith("Error(s) in loading state_dict"):
             what = "its weights are not those of the model it describes"
         raise ValueError(
-            f"{path} was tampered with, or is of another version or class: {what} "
-            f"({type(error).__name__}: {' '.join(str(error).split()[:40])})"
+            f"{path} was tampered with, or is of another version or class: {what} ({brief(error)})"
         ) from error
 
 

@@ -27,7 +27,7 @@ from mixscvi.images.datasets import ImageData, load
 from mixscvi.images.experiments.configs import Proposal, RunConfig
 from mixscvi.images.networks.configs import MixtureConfig, ModelConfig, Sizes
 from mixscvi.images.networks.vae import ImageVAE, count_parameters, seeded
-from mixscvi.system import check_folder, write_beside
+from mixscvi.system import check_folder, naming_what_takes_memory, write_beside
 
 __all__ = [
     "build",
@@ -96,23 +96,15 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     if config.objective == "iwae":
         sizes = _big_iwae_sizes(image_shape, config.model, mixture, sizes)
         mixture = MixtureConfig()
-    try:
-        with seeded(config.seed):
-            return ImageVAE(
-                image_shape,
-                config.model,
-                mixture,
-                sizes,
-                prior_has_own_encoder=config.ensemble,
-            )
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error):
-            raise
-        raise MemoryError(
-            f"a model of n_components={mixture.n_components} with component_encoder="
-            f"{mixture.component_encoder!r} and {sizes} does not fit into memory: choose fewer "
-            "components, or component_encoder='shifted', which shares one encoder"
-        ) from error
+    too_large = (
+        f"a model of n_components={mixture.n_components} with component_encoder="
+        f"{mixture.component_encoder!r} and {sizes} does not fit into memory: choose fewer "
+        "components, or component_encoder='shifted', which shares one encoder"
+    )
+    with naming_what_takes_memory(too_large), seeded(config.seed):
+        return ImageVAE(
+            image_shape, config.model, mixture, sizes, prior_has_own_encoder=config.ensemble
+        )
 
 
 def run_data(

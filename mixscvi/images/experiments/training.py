@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.checkpoint_file import read_checkpoint
+from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
@@ -38,9 +38,6 @@ from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 
 __all__ = ["ImageTraining", "train"]
-
-# What Lightning and torch raise of a state that is not that of the model.
-_NOT_RESTORED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ImageTraining(lightning.LightningModule):
@@ -347,16 +344,13 @@ def train(
             log_every_n_steps=1,
             plugins=[AtomicCheckpointIO()],
         )
-        try:
+        with naming_what_is_not_restored(
+            folder / "last.ckpt",
+            "the run",
+            "Delete it to start the run anew",
+            is_restored=lambda: checkpoint is None or recorder.started,
+        ):
             trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
-        except _NOT_RESTORED as error:
-            if checkpoint is None or recorder.started:
-                raise
-            detail = " ".join(str(error).split()[:40])
-            raise ValueError(
-                f"{checkpoint} was tampered with, or is of another version: the run cannot go on "
-                f"from it ({type(error).__name__}: {detail}). Delete it to start the run anew"
-            ) from error
     if trainer.interrupted:  # older versions of Lightning return
         raise KeyboardInterrupt
     if not math.isfinite(recorder.best):
