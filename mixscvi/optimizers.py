@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,12 +22,21 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return view if view.is_contiguous() else tensor
 
 
+def _lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor with a parameter's strides: torch's kernel pairs elements by place in memory."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
 def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
     """Have torch's fused kernel update parameters of any strides in place.
 
-    It copies what is not contiguous, which takes longer than the update. A parameter, its gradient
-    and its moments lie in memory alike, such as those of layers with weights by feature
-    (:class:`~mixscvi.mixture.StackedLinear`).
+    It copies what is not contiguous, which takes longer than the update, and updates the wrong
+    elements where a gradient or a moment lies in memory otherwise than its parameter. Usually all
+    lie alike, such as those of layers with weights by feature
+    (:class:`~mixscvi.mixture.StackedLinear`); a gradient that a hook made, or moments that were
+    read from elsewhere, are copied to the parameter's strides.
 
     Parameters
     ----------
@@ -48,11 +58,15 @@ def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
     class InMemoryOrder(optimizer_cls):
         def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
             result = super()._init_group(group, *tensors)
-            strides = [parameter.stride() for parameter in tensors[0]]
-            for listed in tensors:
-                for i, tensor in enumerate(listed):
-                    if i < len(strides) and tensor.stride() == strides[i]:
-                        listed[i] = _in_memory_order(tensor)
+            parameters, gradients, *moments, _steps = tensors
+            for i, parameter in enumerate(parameters):
+                gradients[i] = _lying_as(parameter, gradients[i])
+                for listed in filter(None, moments):  # one list is of "amsgrad" alone
+                    if listed[i].stride() != parameter.stride():
+                        listed[i].data = _lying_as(parameter, listed[i])  # the optimizer's own
+                    listed[i] = _in_memory_order(listed[i])
+                gradients[i] = _in_memory_order(gradients[i])
+                parameters[i] = _in_memory_order(parameter)
             return result
 
         def zero_grad(self, set_to_none: bool = True) -> None:

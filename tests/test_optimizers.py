@@ -44,6 +44,27 @@ def test_parameters_are_updated_where_they_lie(name, monkeypatch):
     assert updated[0][0][1].data_ptr() == parameters[1].data_ptr()
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("other", ["gradient", "moments"])
+def test_what_lies_in_memory_otherwise_than_its_parameter_is_paired_with_it(other, amsgrad):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 3, generator=generator)
+    weight = torch.nn.Parameter(values.T.contiguous().T)
+    reference = torch.nn.Parameter(values.clone())
+    ours = fused(torch.optim.Adam)([weight], lr=0.1, amsgrad=amsgrad)
+    theirs = torch.optim.Adam([reference], lr=0.1, amsgrad=amsgrad)
+    for _ in range(3):
+        gradient = torch.randn(5, 3, generator=generator)
+        reference.grad = gradient.clone()
+        weight.grad = gradient.clone() if other == "gradient" else gradient.T.contiguous().T
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(weight, reference)
+        if other == "moments":
+            for name, moment in ours.state[weight].items():
+                ours.state[weight][name] = moment.contiguous()
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_are_removed_or_zeroed(set_to_none):
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
