@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +29,34 @@ _WORK_PER_TASK = 2**20
 _TASKS_PER_THREAD = 2
 
 
-class Nonzeros(NamedTuple):
-    """A matrix by its non-zeros, row by row and column by column."""
+class Nonzeros:
+    """A matrix by its non-zeros.
 
-    rows: SparseRows
-    columns: SparseRows
-    """The transpose's rows."""
+    Parameters
+    ----------
+    rows
+        Those of its rows.
+    n_columns
+        Number of columns.
+    columns
+        Those of its columns, if they are known: the transpose's rows.
+    """
+
+    def __init__(self, rows: SparseRows, n_columns: int, columns: SparseRows | None = None) -> None:
+        self.rows, self.n_columns = rows, n_columns
+        self._columns = columns
+
+    @property
+    def columns(self) -> SparseRows:
+        """Found when first asked for."""
+        if self._columns is None:
+            self._columns = _transpose(self.rows, self.n_columns)
+        return self._columns
 
     @property
     def T(self) -> Nonzeros:  # noqa: N802 - as of a tensor
         """The transpose."""
-        return Nonzeros(self.columns, self.rows)
+        return Nonzeros(self.columns, len(self.rows.starts) - 1, self.rows)
 
 
 _KERNELS = "mixscvi.mixture.sparse_kernels"
@@ -111,30 +127,25 @@ class _ProductByNonzeros(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(table: Tensor, *nonzeros: Tensor) -> Tensor:
-        return _product(_nonzeros(nonzeros), table.detach())
+    def forward(table: Tensor, x: Nonzeros) -> Tensor:
+        return _product(x, table.detach())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Nonzeros], output: Tensor) -> None:
+        ctx.x = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = _nonzeros(ctx.saved_tensors)
-        return product_by_nonzeros(x.T, grad), *(None,) * len(ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return product_by_nonzeros(ctx.x.T, grad), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], table: Tensor, *nonzeros: Tensor
+        info: Any, in_dims: tuple[int | None, None], table: Tensor, x: Nonzeros
     ) -> tuple[Tensor, int]:
         # Tables side by side are one of more columns; non-zeros are found where they are one's own.
         tables = table.movedim(in_dims[0] or 0, -1)
-        y: Tensor = _ProductByNonzeros.apply(tables.flatten(1), *nonzeros)
+        y = product_by_nonzeros(x, tables.flatten(1))
         return y.unflatten(1, tables.shape[1:]), 2
-
-
-def _nonzeros(tensors: Sequence[Tensor]) -> Nonzeros:
-    return Nonzeros(SparseRows(*tensors[:3]), SparseRows(*tensors[3:]))
 
 
 def few_nonzeros(x: Tensor, table: Tensor) -> Nonzeros | None:
@@ -178,7 +189,7 @@ def few_nonzeros(x: Tensor, table: Tensor) -> Nonzeros | None:
     rows = x.rows if isinstance(x, MostlyZero) else _find(x, kernels)
     if rows is None or len(rows.value) > _most_nonzero(x):
         return None
-    return Nonzeros(rows, _transpose(rows, x.shape[1]))
+    return Nonzeros(rows, x.shape[1])
 
 
 def _most_nonzero(x: Tensor) -> int:
@@ -219,5 +230,5 @@ def product_by_nonzeros(x: Nonzeros, table: Tensor) -> Tensor:
     >>> bool((product_by_nonzeros(few_nonzeros(x, table), table) == x @ table).all())
     True
     """
-    product: Tensor = _ProductByNonzeros.apply(table, *x.rows, *x.columns)
+    product: Tensor = _ProductByNonzeros.apply(table, x)
     return product

@@ -117,6 +117,18 @@ def test_derivatives_of_the_product_by_nonzeros(normal):
     torch.autograd.gradgradcheck(lambda table: product_by_nonzeros(rows, table).pow(3), table)
 
 
+def test_columns_are_found_once_and_only_for_a_gradient(normal, monkeypatch):
+    seen, find = [], nonzeros._transpose
+    monkeypatch.setattr(nonzeros, "_transpose", lambda *args: seen.append(1) or find(*args))
+    x, table = few(normal, 5, 7), normal(7, 3)
+    rows = few_nonzeros(x, table)
+    product_by_nonzeros(rows, table)
+    assert not seen
+    for _ in range(2):
+        product_by_nonzeros(rows, table.requires_grad_()).sum().backward()
+    assert len(seen) == 1
+
+
 def test_derivatives_by_function_transforms(normal):
     x, table = few(normal, 5, 7), normal(7, 3)
     rows = few_nonzeros(x, table)
