@@ -303,7 +303,10 @@ def profile_training(data: str) -> list[dict]:
             ),
             "loader": sum(value for key, value in events.items() if "DataLoader" in key),
         }
-        parts["rest"] = total - sum(parts.values())
+        operations = sum(value for key, value in events.items() if "::" in key)
+        known = parts["matrix products"] - events.get("sums of rows", 0.0) + parts["optimizer"]
+        parts["other operations of torch"] = operations - known
+        parts["Python"] = total - sum(parts.values())  # inside of a step, and the profiler
         for part, value in parts.items():
             rows.append(
                 {
