@@ -20,7 +20,8 @@
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving and loading |
 | files, plain, sizes | the file of a model, what may stand in it, and how large it may say it is |
-| queries | query mapping, minified data |
+| queries | query mapping |
+| minified | data without counts |
 | runner | how a training is started |
 | checkpoints, identity, random_states | trainings that may be interrupted |
 | distributed | training by several processes |

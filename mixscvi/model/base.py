@@ -24,8 +24,9 @@ from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.inputs import check_known_categories, take_sparse_array
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.loaders import LeanDataLoader
+from mixscvi.model.minified import MinifiedMixin, counts_are_gone
 from mixscvi.model.persistence import PersistenceMixin
-from mixscvi.model.queries import QueriesMixin, counts_are_gone
+from mixscvi.model.queries import QueriesMixin
 from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
 from mixscvi.system import naming_what_takes_memory, physical_memory
@@ -80,6 +81,7 @@ class MixtureMixin(
     AdaptedMixin,
     ComponentsMixin,
     QueriesMixin,
+    MinifiedMixin,
     PersistenceMixin,
 ):
     """A model of scvi-tools with a mixture posterior: what it does with its cells.
