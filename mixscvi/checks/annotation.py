@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,8 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
     ValueError
         If a category is missing.
     TypeError
-        If numbers are expected, and it has others; or if categories are of types that have no
-        common order.
+        If `key` is no name; if numbers are expected, and it has others; or if categories are of
+        types that have no common order.
 
     Examples
     --------
@@ -72,6 +72,8 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
     ...
     ValueError: batch_key: adata.obs['batch'] is missing (NaN) in 1 of 2 cells, first: 'AAG'
     """
+    if not isinstance(key, Hashable):
+        raise TypeError(f"{argument} must be the name of a column of adata.obs, got {key!r}")
     if key not in obs:
         raise KeyError(f"{argument}={key!r} is no column of adata.obs, which has {[*obs.columns]}")
     column = obs[key]

@@ -145,6 +145,8 @@ def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         block = x[:, some] if by_gene else x[some]
         if block.dtype.kind == "f" and block.dtype.itemsize not in (4, 8):
             block = block.astype(np.float64)  # which SciPy and NumPy can count
+        elif not block.dtype.isnative:  # of another byte order, of which SciPy has no matrices
+            block = block.astype(block.dtype.newbyteorder("="))
         if not sparse.issparse(block):
             block = sparse.csr_matrix(np.asarray(block))
         block = block.tocoo()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from anndata import AnnData
+from scvi import REGISTRY_KEYS
 from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.data._utils import _check_if_view
 from scvi.model import SCVI
@@ -52,9 +53,12 @@ def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def making_what_fits(
-    mixture: MixtureOptions, n_hidden: int, n_latent: int, n_layers: int
+    mixture: MixtureOptions, n_hidden: int, n_latent: int, n_layers: int, data: Any
 ) -> Iterator[None]:
-    """Say what to choose where a model is too large to be made, or to be trained here."""
+    """Say what to choose where a model is too large to be made, or to be trained here.
+
+    `data` are the cells or the registry that it is made of, if there are any.
+    """
     too_large = (
         f"a model of n_components={mixture.n_components} with component_encoder="
         f"{mixture.component_encoder!r}, n_hidden={n_hidden}, n_latent={n_latent}, n_layers="
@@ -62,7 +66,7 @@ def making_what_fits(
         "choose smaller ones, or component_encoder='amortized', which shares one encoder"
     )
     # At least; systems hand out more memory than they have, and end whoever uses it.
-    n_weights = n_hidden * (n_hidden * (n_layers - 1) + 2 * n_latent)
+    n_weights = n_hidden * (_n_genes(data) + n_hidden * (n_layers - 1) + 2 * n_latent)
     if mixture.component_encoder == "separate":
         n_weights *= mixture.n_components
     if mixture.prior == "mog":
@@ -72,6 +76,14 @@ def making_what_fits(
         raise MemoryError(too_large)
     with naming_what_takes_memory(too_large):
         yield
+
+
+def _n_genes(data: Any) -> int:
+    """Number of genes in cells or in a registry; 0 if it says nothing of them."""
+    if isinstance(data, Mapping):
+        x = data.get("field_registries", {}).get(REGISTRY_KEYS.X_KEY, {})
+        return x.get("summary_stats", {}).get("n_vars", 0)
+    return getattr(data, "n_vars", 0)
 
 
 class MixtureMixin(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch
 import numpy as np
 import scvi
 import torch
+from scvi.train import Trainer, TrainRunner
 from torch import Tensor
 
 from mixscvi.mixture import dead_components
 from mixscvi.model.checkpoints import CheckpointsMixin
-from mixscvi.model.inputs import check_training
+from mixscvi.model.inputs import check_keywords, check_training
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ _N_DRAWS = 5  # of each component
 _N_DRAWS_OF_MANY = 2
 _N_DRAWS_OF_ALL = 5_000
 _SHARE_TO_WARN_OF = 0.1
+
+
+def _read_by_runners(*, ckpt_path: Any) -> None:
+    """What runners of scvi-tools take out of the arguments of trainers."""
 
 
 class ComponentsMixin:
@@ -62,7 +68,8 @@ class ComponentsMixin:
         Raises
         ------
         TypeError
-            If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number.
+            If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number; or if
+            there is no argument of a name that is given, here or in `plan_kwargs`.
         ValueError
             If one of them is out of range; if the checkpoint is of other data, options or seed,
             naming what differs, or its file is truncated, damaged or holds Python objects.
@@ -98,7 +105,7 @@ class ComponentsMixin:
         # Not that of the next train, which may take its arguments in another order.
         by_scvi_tools = getattr(scvi.model, self._by_scvi_tools).train
         given = inspect.signature(by_scvi_tools).bind(self, *args, **kwargs)
-        check_training(**given.arguments)
+        self._check_arguments_of_training(given.arguments)
         datamodule = given.arguments.get("datamodule")
         if self.adata is None and datamodule is None:
             raise AttributeError("the model holds no data: give datamodule, or make it of an adata")
@@ -114,6 +121,16 @@ class ComponentsMixin:
                 stacklevel=2,
             )
         return result
+
+    def _check_arguments_of_training(self, given: Mapping[str, Any]) -> None:
+        checked = ("max_epochs", "batch_size", "train_size", "validation_size")
+        check_training(**{name: given[name] for name in checked if name in given})
+        trainers = (Trainer, lightning.pytorch.Trainer, TrainRunner, CheckpointsMixin.train)
+        runs = (*trainers, _read_by_runners)
+        check_keywords(given.get("trainer_kwargs"), runs, argument="train()")
+        if self.module is not None:
+            plans = (self._training_plan_cls, self.module.loss)
+            check_keywords(given.get("plan_kwargs"), plans, argument="plan_kwargs of train()")
 
     def _name_dead_components(self) -> str:
         named = ", ".join(

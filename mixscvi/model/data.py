@@ -56,9 +56,13 @@ class WithoutSingleCells(LeanDataSplitter):
         """Minibatches of the training cells."""
         batch_size = self.data_loader_kwargs.get("batch_size")
         n_train = math.ceil(self.n_train / self._n_ranks)  # the sampler gives each as many
+        given = self.drop_last
         if n_train > 1 and n_train % batch_size == 1:
             self.drop_last = True
-        return super().train_dataloader()
+        try:
+            return super().train_dataloader()
+        finally:  # a splitter may be set up again, for other cells
+            self.drop_last = given
 
 
 def check_data(manager: AnnDataManager, module: VAE) -> None:

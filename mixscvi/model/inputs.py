@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mixscvi.checks import (
 )
 
 __all__ = [
+    "check_keywords",
     "check_known_categories",
     "check_network",
     "check_setup",
@@ -270,7 +272,6 @@ def check_training(
     batch_size: Any = None,
     train_size: Any = None,
     validation_size: Any = None,
-    **_others: Any,
 ) -> None:
     """Raise if an argument of ``train`` that says how long, or on which cells, is not one.
 
@@ -294,3 +295,50 @@ def check_training(
         raise ValueError(
             f"train_size + validation_size must be at most 1, got {train_size} + {validation_size}"
         )
+
+
+def check_keywords(given: Any, of: Iterable[Callable[..., Any]], *, argument: str) -> None:
+    """Raise if keywords are passed on to where nothing takes them.
+
+    Parameters
+    ----------
+    given
+        The keywords, with their values; what is no mapping is left to whom it is for.
+    of
+        Functions and classes, one of which must take each.
+    argument
+        What passes them on.
+
+    Raises
+    ------
+    TypeError
+        Naming the first that nothing takes, and what it may have been meant for.
+
+    Examples
+    --------
+    >>> def fit(max_epochs, lr): ...
+    >>> check_keywords({"lr": 0.1}, [fit], argument="train()")
+    >>> check_keywords({"max_epoch": 2}, [fit], argument="train()")
+    Traceback (most recent call last):
+    ...
+    TypeError: train() takes no argument 'max_epoch', got 2: did you mean 'max_epochs'?
+    """
+    if not isinstance(given, Mapping):
+        return
+    known = {name for function in of for name in _parameters(function)}
+    for name, value in given.items():
+        if name not in known:
+            alike = difflib.get_close_matches(str(name), known, n=1)
+            meant = f": did you mean {alike[0]!r}?" if alike else ""
+            raise TypeError(f"{argument} takes no argument {name!r}, got {value!r:.60}{meant}")
+
+
+def _parameters(function: Callable[..., Any]) -> Iterator[str]:
+    """Names of the parameters of a function, or of a class and those that it inherits from."""
+    makers = [function]
+    if isinstance(function, type):
+        makers = [vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)]
+    for maker in makers:
+        for parameter in inspect.signature(maker).parameters.values():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                yield parameter.name

@@ -243,7 +243,10 @@ class LabeledWithoutSingleCells(LabeledSplitter):
         if batch_size == given:
             return loader
         self.data_loader_kwargs["batch_size"] = batch_size
-        return super().train_dataloader()
+        try:
+            return super().train_dataloader()
+        finally:  # a splitter may be set up again, for other cells
+            self.data_loader_kwargs["batch_size"] = given
 
 
 class LabeledTrainingPlan(WithoutSingleCellSteps, SemiSupervisedTrainingPlan):

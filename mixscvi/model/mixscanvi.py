@@ -175,7 +175,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
         )
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
-        with making_what_fits(self._mixture, n_hidden, n_latent, n_layers):
+        data = registry if adata is None else adata
+        with making_what_fits(self._mixture, n_hidden, n_latent, n_layers, data):
             super().__init__(
                 adata,
                 registry,

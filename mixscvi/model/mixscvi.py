@@ -173,7 +173,8 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
                 "use_observed_lib_size=False takes its library priors from adata, got a registry "
                 "alone"
             )
-        with making_what_fits(self._mixture, n_hidden, n_latent, n_layers):
+        data = registry if adata is None else adata
+        with making_what_fits(self._mixture, n_hidden, n_latent, n_layers, data):
             super().__init__(
                 adata,
                 registry,

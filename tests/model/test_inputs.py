@@ -63,6 +63,10 @@ def test_other_arguments_of_setup(make_adata):
     adata.obs["mixed"] = np.array(["a", *[1] * 71], dtype=object)
     with pytest.raises(TypeError, match=r"'mixed'\] mixes str with other types in 71 of 72 cells"):
         MixSCVI.setup_anndata(adata, batch_key="mixed")
+    with pytest.raises(
+        TypeError, match=r"batch_key must be the name of a column .*got \['batch'\]"
+    ):
+        MixSCVI.setup_anndata(adata, batch_key=["batch"])
     for keys in ("donor", 3):
         with pytest.raises(TypeError, match=f"must be a list of columns, got {keys!r}"):
             MixSCVI.setup_anndata(adata, categorical_covariate_keys=keys)
@@ -132,7 +136,12 @@ def test_too_many_components(is_known, make_adata, monkeypatch):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"n_latent": 10**9}, {"n_hidden": 10**5, "n_layers": 9}, {"n_prior_components": 10**9}],
+    [
+        {"n_latent": 10**9},
+        {"n_hidden": 10**5, "n_layers": 9},
+        {"n_prior_components": 10**9},
+        {"n_hidden": 2 * 10**7},  # of whose weights most are of the 20 genes
+    ],
 )
 def test_too_large_for_the_memory_of_the_machine(sizes, make_adata, monkeypatch):
     """Nothing is made: the system might hand out memory that it does not have."""
@@ -142,14 +151,20 @@ def test_too_large_for_the_memory_of_the_machine(sizes, make_adata, monkeypatch)
     MixSCVI.setup_anndata(adata)
     expected = ".*".join(f"{name}={value}" for name, value in sizes.items())
     with pytest.raises(MemoryError, match=f"{expected}.* does not fit into memory: choose"):
-        MixSCVI(adata, prior="mog", n_components=2, **sizes)
+        MixSCVI(adata, **{"prior": "mog", "n_components": 2, "n_latent": 1, **sizes})
 
 
 @pytest.mark.parametrize(
     ("kind", "as_kind"),
-    [("float16", np.asarray), ("longdouble", np.asarray), ("longdouble", sparse.csr_matrix)],
+    [
+        ("float16", np.asarray),
+        ("longdouble", np.asarray),
+        ("longdouble", sparse.csr_matrix),
+        (">f4", np.asarray),
+        (">i8", np.asarray),
+    ],
 )
-def test_floats_of_any_size_are_counts(kind, as_kind, make_adata):
+def test_numbers_of_any_size_and_byte_order_are_counts(kind, as_kind, make_adata):
     latents = []
     for dtype in (kind, "float32"):
         adata = make_adata()
@@ -319,6 +334,14 @@ def test_a_list_of_booleans_is_a_mask(make_adata):
         ({"train_size": 1.5}, "train_size must be a share of the cells, got 1.5"),
         ({"train_size": "0.9"}, "train_size must be a share of the cells, got '0.9'"),
         ({"validation_size": 1}, "validation_size must be a share of the cells, got 1"),
+        (
+            {"max_epoch": 3},
+            r"train\(\) takes no argument 'max_epoch', got 3: did you mean 'max_epochs'",
+        ),
+        (
+            {"plan_kwargs": {"learning_rate": 1}},
+            r"plan_kwargs of train\(\) takes no argument 'learning_rate', got 1",
+        ),
         (
             {"train_size": 0.9, "validation_size": 0.5},
             r"train_size \+ validation_size must be at most 1, got 0.9 \+ 0.5",

@@ -7,7 +7,7 @@ import pytest
 import scvi
 from scvi.model import SCVI
 
-from fitting import EARLY, assert_same_state, fit, train
+from fitting import EARLY, SMALL, assert_same_state, fit, train
 from mixscvi import MixSCVI
 
 
@@ -24,6 +24,20 @@ def test_a_last_minibatch_of_one_cell(n_components, kwargs, make_adata):
     latent = model.get_latent_representation(batch_size=37)
     assert np.isfinite(latent).all()
     assert latent.shape == (75, 3)
+
+
+def test_the_last_minibatch_is_looked_at_anew(make_adata):
+    """A splitter may be asked for minibatches of other cells."""
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata)
+    model = MixSCVI(adata, n_components=2, **SMALL)
+    splitter = model._data_splitter_cls(model.adata_manager, train_size=0.75, batch_size=32)
+    splitter.setup()
+    sizes = []
+    for n_train in (65, 63):
+        splitter.train_idx, splitter.n_train = np.arange(n_train), n_train
+        sizes.append([len(batch["X"]) for batch in splitter.train_dataloader()])
+    assert sizes == [[32, 32], [32, 31]]
 
 
 @pytest.mark.filterwarnings("ignore:Last batch will have a small size")
