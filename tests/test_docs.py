@@ -1,4 +1,4 @@
-"""The documentation runs: its examples, the quickest tutorials, and what the others import."""
+"""The documentation is whole: tutorials have run, links lead somewhere, every name is said."""
 
 import ast
 import dataclasses
@@ -8,15 +8,12 @@ import inspect
 import json
 import re
 import textwrap
-import types
-import warnings
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-DOCS, TUTORIALS = ROOT / "docs", sorted((ROOT / "tutorials").glob("*.ipynb"))
-PAGES = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("user_guide/*.md")]
+from pages import DOCS, PAGES, ROOT, by_stem, missing_names, run
+
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 QUICKEST = ("2_how_sure_is_it", "4_your_own_vae")
 PUBLIC = (
     "mixscvi",
@@ -32,55 +29,9 @@ PUBLIC = (
 )
 
 
-def by_stem(path):
-    return path.stem
-
-
 def cells_of(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def blocks_of(path, language):
-    """Code of a Markdown page."""
-    pattern = rf"^```{re.escape(language)}\n(.*?)^```$"
-    return re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def run(codes, name, given=()):
-    """Run pieces of code one after the other, in one namespace."""
-    import matplotlib.pyplot as plt
-
-    namespace = {"__name__": name, **dict(given)}
-    with warnings.catch_warnings():  # a tutorial may change the filters
-        for code in codes:
-            exec(compile(code, name, "exec"), namespace)
-            plt.close("all")
-    return namespace
-
-
-def missing_names(code):
-    """Names that a piece of code imports from this package and that are not there."""
-    modules, missing = {}, []
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixscvi"):
-            module = importlib.import_module(node.module)
-            for alias in node.names:
-                if hasattr(module, alias.name):
-                    modules[alias.asname or alias.name] = getattr(module, alias.name)
-                else:
-                    missing.append(f"{node.module}.{alias.name}")
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("mixscvi"):
-                    importlib.import_module(alias.name)
-                    modules["mixscvi"] = importlib.import_module("mixscvi")
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = modules.get(node.value.id)
-            if isinstance(module, types.ModuleType) and not hasattr(module, node.attr):
-                missing.append(f"{module.__name__}.{node.attr}")
-    return missing
 
 
 def test_missing_names_are_found():
@@ -106,83 +57,6 @@ def test_the_quickest_tutorials_run(name, monkeypatch):
 
     monkeypatch.setattr(plt, "show", lambda: None)
     run(["".join(cell["source"]) for cell in cells_of(ROOT / "tutorials" / f"{name}.ipynb")], name)
-
-
-@pytest.mark.slow
-def test_the_example_of_an_own_vae_runs():
-    codes = blocks_of(DOCS / "user_guide" / "own_vae.md", "{code-cell} ipython3")
-    namespace = run(codes, "own_vae")
-    assert (namespace["adapted"].pareto_k < 0.7).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("path", PAGES, ids=by_stem)
-def test_code_on_pages_is_python_and_imports_what_exists(path):
-    for language in ("python", "{code-cell} ipython3"):
-        for code in blocks_of(path, language):
-            assert missing_names(code) == []
-
-
-# Blocks that need what a test has not; what they do is tested in the places named.
-ELSEWHERE = {
-    'strategy="ddp"': "test_distributed.py",
-    "run_autotune": "test_autotune.py",
-    "setup_annbatch": "test_out_of_core.py",
-}
-
-
-@pytest.fixture
-def for_pages(monkeypatch, tmp_path):
-    """What pages take for granted, small: cells of the reader's own, and models of them."""
-    import scvi
-
-    from mixscvi import MixSCANVI, MixSCVI, datasets
-
-    def few(**kwargs):
-        adata = whole[::12].copy()
-        adata.layers["counts"] = adata.X.copy()
-        adata.obs["batch"] = [str(i % 2) for i in range(adata.n_obs)]
-        adata.obs["cell_type"] = (
-            adata.obs["cell_type"].astype(str).where(adata.obs["batch"] == "0", "Unknown")
-        )
-        return adata
-
-    def shortened(train):
-        return lambda self, **kwargs: train(
-            self, **{**kwargs, "max_epochs": 2, "enable_progress_bar": False}
-        )
-
-    whole = datasets.pbmc68k()
-    monkeypatch.setattr(datasets, "pbmc68k", few)
-    for model in (MixSCVI, MixSCANVI):
-        monkeypatch.setattr(model, "train", shortened(model.train))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    adata = few()
-    adata.write("cells.h5ad")
-    scvi.model.SCVI.setup_anndata(adata)
-    trained = scvi.model.SCVI(adata)
-    trained.train(max_epochs=2, enable_progress_bar=False)
-    model = MixSCVI.from_scvi_model(trained)
-    return {
-        "adata": adata,
-        "trained": trained,
-        "scvi_model": trained,
-        "model": model,
-        "held_out": range(5),
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [page for page in PAGES if blocks_of(page, "python")], ids=by_stem)
-def test_the_code_on_pages_runs(path, for_pages):
-    if path.stem == "images":
-        pytest.skip("its data are downloaded: test_training.py runs the same on made up ones")
-    codes = [
-        code for code in blocks_of(path, "python") if not any(mark in code for mark in ELSEWHERE)
-    ]
-    with warnings.catch_warnings():  # of few cells, hardly trained
-        warnings.simplefilter("ignore", UserWarning)
-        run(codes, path.stem, for_pages)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=by_stem)

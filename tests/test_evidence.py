@@ -50,6 +50,10 @@ def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch)
     frame.to_csv(tmp_path / "known.csv", index=False)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     assert evidence.rest(["known*.csv"]).splitlines() == [
+        "## Other results",
+        "",
+        "What no section above shows, averaged as it stands.",
+        "",
         "### brand new",
         "",
         "| model | score |",
@@ -57,6 +61,7 @@ def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch)
         "| A = 1 | 1.500\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.707 |",
         "| A = 4 | 4.000\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.414 |",
     ]
+    assert evidence.rest(["*.csv"]) == ""  # no heading over nothing
 
 
 def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch):
@@ -68,7 +73,7 @@ def test_a_benchmark_s_own_summary_is_shown_once(evidence, tmp_path, monkeypatch
     monkeypatch.setattr(evidence, "BENCHMARKS", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     text = evidence.rest([])
-    assert re.findall("### (.*)", text) == ["asked", "told"]
+    assert re.findall("^### (.*)", text, re.MULTILINE) == ["asked", "told"]
     assert text.count("| told |") == 1
     assert "| a | 1.500 |" in text
 

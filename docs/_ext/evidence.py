@@ -270,7 +270,10 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
 
 
 def rest(known: Iterable[str]) -> str:
-    """All tables that no piece shows: a benchmark's own summary once, the others averaged."""
+    """A section of all tables that no piece shows, if there are any.
+
+    A benchmark's own summary stands once; tables without one are averaged.
+    """
     shown = {path for pattern in known for path in RESULTS.glob(pattern)}
     texts = {}
     for path in sorted(set(RESULTS.glob("*.csv")) - shown):
@@ -280,7 +283,10 @@ def rest(known: Iterable[str]) -> str:
         if name not in texts:
             text = summary_of(module)() if own else averages(pd.read_csv(path))
             texts[name] = f"### {name.replace('_', ' ')}\n\n{as_markdown(text)}"
-    return "\n".join(texts.values()) or "None so far.\n"
+    if not texts:
+        return ""
+    title = "## Other results\n\nWhat no section above shows, averaged as it stands."
+    return "\n".join((f"{title}\n", *texts.values()))
 
 
 def summarizes_itself(module: str) -> bool:
