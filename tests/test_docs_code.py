@@ -140,7 +140,7 @@ def commands():
                     yield pytest.param(words, id=f"{path.stem}: {' '.join(words)}"[:70])
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", [*commands()])
 def test_commands_on_pages_are_understood(words):
     program = words[0].removeprefix(".venv/bin/")
     if program in ("python", "python3"):
