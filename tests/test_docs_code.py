@@ -5,11 +5,10 @@ import shlex
 import tomllib
 import warnings
 
-import numpy as np
 import pytest
 import tyro
 
-from idx_files import write_idx_files
+from idx_files import write_two_classes
 from pages import DOCS, PAGES, PYTHON, ROOT, blocks_of, by_stem, missing_names, run
 
 # What a page takes for granted beside `adata`, cells of the reader's own.
@@ -92,22 +91,12 @@ def for_pages(few, monkeypatch, tmp_path):
             all_of_them = {"trained": trained, "scvi_model": trained, "model": model}
             space |= {name: all_of_them.get(name, range(5)) for name in names}
         if page == "images":
-            write_images(tmp_path / "data" / "images")
+            folder = tmp_path / "data" / "images"
+            folder.mkdir(parents=True)
+            write_two_classes(folder)
         return space
 
     return given
-
-
-def write_images(folder):
-    """Idx files of small images, that stand in for MNIST's."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 10_200), ("t10k", 30)):
-        arrays = {
-            f"{part}-labels-idx1-ubyte": rng.integers(0, 2, n),
-            f"{part}-images-idx3-ubyte": rng.integers(0, 256, (n, 6, 5)),
-        }
-        write_idx_files(folder, arrays)
 
 
 @pytest.mark.slow

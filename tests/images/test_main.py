@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 
-from idx_files import write_idx_files
+from idx_files import write_two_classes
 from mixscvi.images.__main__ import Command, main
 from mixscvi.images.experiments import runs
 from mixscvi.tables import read_rows
@@ -25,13 +25,7 @@ SMOKE = ("--budget", "smoke", "--max-epochs", "1", "--train-images", "50")
 def folder(tmp_path_factory):
     """Idx files of small images with two classes, that stand in for MNIST."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-
-    for part, n in (("train", 10_200), ("t10k", 30)):
-        labels = rng.integers(0, 2, n)
-        images = rng.integers(0, 256, (n, 6, 5)) // (1 + labels)[:, None, None]
-        files = {f"{part}-labels-idx1-ubyte": labels, f"{part}-images-idx3-ubyte": images}
-        write_idx_files(folder, files)
+    write_two_classes(folder)
     return folder
 
 
