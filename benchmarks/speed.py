@@ -262,6 +262,25 @@ _PRODUCTS = (
 )
 
 
+_PARTS_OF_A_STEP = (
+    *("matrix products", "likelihood kernel", "optimizer", "loader"),
+    *("other operations of torch", "Python"),
+)
+
+
+def _part_of_a_step(event: str) -> str:
+    """To what the time of one of the profiler's events belongs."""
+    if event in _PRODUCTS:
+        return "matrix products"
+    if event == "likelihood kernel":
+        return event
+    if "adam" in event or "_foreach" in event:
+        return "optimizer"
+    if "DataLoader" in event:
+        return "loader"
+    return "other operations of torch" if "::" in event else "Python"  # of a step, and the profiler
+
+
 def profile_training(data: str) -> list[dict]:
     """Where the time of a training step goes, in milliseconds and as shares."""
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -290,23 +309,13 @@ def profile_training(data: str) -> list[dict]:
                 train(model, epochs)
         finally:
             compiled.in_blocks = run
-        events = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
         n_steps = next(
             e.count for e in profiled.key_averages() if e.key.startswith("Optimizer.step")
         )
-        total = sum(events.values())
-        parts = {
-            "matrix products": sum(events.get(key, 0.0) for key in _PRODUCTS),
-            "likelihood kernel": events.get("likelihood kernel", 0.0),
-            "optimizer": sum(
-                value for key, value in events.items() if "adam" in key or "_foreach" in key
-            ),
-            "loader": sum(value for key, value in events.items() if "DataLoader" in key),
-        }
-        operations = sum(value for key, value in events.items() if "::" in key)
-        known = parts["matrix products"] - events.get("sums of rows", 0.0) + parts["optimizer"]
-        parts["other operations of torch"] = operations - known
-        parts["Python"] = total - sum(parts.values())  # inside of a step, and the profiler
+        parts = dict.fromkeys(_PARTS_OF_A_STEP, 0.0)
+        for event in profiled.key_averages():
+            parts[_part_of_a_step(event.key)] += event.self_cpu_time_total / 1000
+        total = sum(parts.values())
         for part, value in parts.items():
             rows.append(
                 {
