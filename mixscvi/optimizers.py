@@ -22,10 +22,8 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return view if view.is_contiguous() else tensor
 
 
-def _lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+def _copy_lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A tensor with a parameter's strides: torch's kernel pairs elements by place in memory."""
-    if tensor.stride() == parameter.stride():
-        return tensor
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
@@ -60,10 +58,12 @@ def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
             result = super()._init_group(group, *tensors)
             parameters, gradients, *moments, _steps = tensors
             for i, parameter in enumerate(parameters):
-                gradients[i] = _lying_as(parameter, gradients[i])
+                strides = parameter.stride()
+                if gradients[i].stride() != strides:
+                    gradients[i] = _copy_lying_as(parameter, gradients[i])
                 for listed in filter(None, moments):  # one list is of "amsgrad" alone
-                    if listed[i].stride() != parameter.stride():
-                        listed[i].data = _lying_as(parameter, listed[i])  # the optimizer's own
+                    if listed[i].stride() != strides:
+                        listed[i].data = _copy_lying_as(parameter, listed[i])  # the optimizer's own
                     listed[i] = _in_memory_order(listed[i])
                 gradients[i] = _in_memory_order(gradients[i])
                 parameters[i] = _in_memory_order(parameter)

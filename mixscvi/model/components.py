@@ -31,10 +31,6 @@ _N_DRAWS_OF_ALL = 5_000
 _SHARE_TO_WARN_OF = 0.1
 
 
-def _read_by_runners(*, ckpt_path: Any) -> None:
-    """What runners of scvi-tools take out of the arguments of trainers."""
-
-
 class ComponentsMixin:
     """What makes :class:`mixscvi.MixSCVI` look for dead components, and tell of them.
 
@@ -125,9 +121,9 @@ class ComponentsMixin:
     def _check_arguments_of_training(self, given: Mapping[str, Any]) -> None:
         checked = ("max_epochs", "batch_size", "train_size", "validation_size")
         check_training(**{name: given[name] for name in checked if name in given})
-        trainers = (Trainer, lightning.pytorch.Trainer, TrainRunner, CheckpointsMixin.train)
-        runs = (*trainers, _read_by_runners)
-        check_keywords(given.get("trainer_kwargs"), runs, argument="train()")
+        runs = (Trainer, lightning.pytorch.Trainer, TrainRunner, CheckpointsMixin.train)
+        taken_out = ("ckpt_path",)  # by scvi-tools' runners, ahead of the trainer
+        check_keywords(given.get("trainer_kwargs"), runs, further=taken_out, argument="train()")
         if self.module is not None:
             plans = (self._training_plan_cls, self.module.loss)
             check_keywords(given.get("plan_kwargs"), plans, argument="plan_kwargs of train()")

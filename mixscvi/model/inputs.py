@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -257,12 +257,12 @@ def check_network(
 
 def _check_known(further: Mapping[str, Any], networks: Sequence[Callable[..., Any]]) -> None:
     """Raise if there are arguments that no network has, or that are taken from the data."""
-    known = {name for of in networks for name in inspect.signature(of).parameters}
+    known = _names_taken_by(networks)
     for name, value in further.items():
         if name in _OF_DATA:
             raise TypeError(f"{name} is taken from the data, got {value!r}: leave it out")
         if name not in known:
-            others = sorted(known - _OF_DATA - {"self", "vae_kwargs"})
+            others = sorted(known - _OF_DATA)
             raise TypeError(f"there is no argument {name!r}, got {value!r}: expected {others}")
 
 
@@ -297,7 +297,9 @@ def check_training(
         )
 
 
-def check_keywords(given: Any, of: Iterable[Callable[..., Any]], *, argument: str) -> None:
+def check_keywords(
+    given: Any, of: Iterable[Callable[..., Any]], *, argument: str, further: Iterable[str] = ()
+) -> None:
     """Raise if keywords are passed on to where nothing takes them.
 
     Parameters
@@ -308,6 +310,8 @@ def check_keywords(given: Any, of: Iterable[Callable[..., Any]], *, argument: st
         Functions and classes, one of which must take each.
     argument
         What passes them on.
+    further
+        Names that are taken besides.
 
     Raises
     ------
@@ -325,7 +329,7 @@ def check_keywords(given: Any, of: Iterable[Callable[..., Any]], *, argument: st
     """
     if not isinstance(given, Mapping):
         return
-    known = {name for function in of for name in _parameters(function)}
+    known = _names_taken_by(of) | {*further}
     for name, value in given.items():
         if name not in known:
             alike = difflib.get_close_matches(str(name), known, n=1)
@@ -333,12 +337,19 @@ def check_keywords(given: Any, of: Iterable[Callable[..., Any]], *, argument: st
             raise TypeError(f"{argument} takes no argument {name!r}, got {value!r:.60}{meant}")
 
 
-def _parameters(function: Callable[..., Any]) -> Iterator[str]:
-    """Names of the parameters of a function, or of a class and those that it inherits from."""
-    makers = [function]
-    if isinstance(function, type):
-        makers = [vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)]
-    for maker in makers:
-        for parameter in inspect.signature(maker).parameters.values():
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                yield parameter.name
+def _names_taken_by(functions: Iterable[Callable[..., Any]]) -> set[str]:
+    """Names of the parameters of functions, and of classes and those that they inherit from."""
+    makers: list[Callable[..., Any]] = []
+    for function in functions:
+        if isinstance(function, type):
+            makers += [
+                vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)
+            ]
+        else:
+            makers.append(function)
+    return {
+        parameter.name
+        for maker in makers
+        for parameter in inspect.signature(maker).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    } - {"self"}
