@@ -21,13 +21,13 @@ the ascents come near is missed, and no diagnostic of the weights can tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixscvi.mixture.objectives import siwae, siwae_standard_error
 from mixscvi.mixture.population import Memory, maximization_step, tail_index
 from mixscvi.mixture.posterior import MixturePosterior
 from mixscvi.mixture.score_matching import cholesky, match_scores, weighted_moments
@@ -51,6 +51,8 @@ _ASCENT_INFLATION = 2.5  # of the same about the modes that the starting compone
 _GROWTH = 1.25  # of the draws from one generation to the next
 _MARGIN_OF_K = 0.2  # k-hat of few draws is uncertain by about this much
 _MARGIN_AT_FIRST = 0.4  # before any generation has confirmed the fit
+_MOST_FINAL = 8  # times n_final, for a cell whose standard error asks for more draws
+_ROUNDS = 4  # in which as many as n_final come
 
 
 class Adapted(NamedTuple):
@@ -100,6 +102,7 @@ def adapt(
     n_draws: int | None = None,
     max_generations: int = 8,
     n_final: int = 1000,
+    standard_error: float | None = None,
     k_threshold: float = 0.7,
     dof: int | None = None,
     rows_per_call: int = 2**16,
@@ -124,6 +127,11 @@ def adapt(
         Most generations of a cell; it leaves after the first whose draws have a low tail index.
     n_final
         Fresh draws per cell from the adapted proposal.
+    standard_error
+        Of log p(x), in nats, that each cell is to have. Where the weights of its last generation
+        say that `n_final` draws are too few, up to eight times as many are drawn;
+        ``log_likelihood`` and ``standard_error`` are of all of them. ``None`` for `n_final` draws
+        of every cell.
     k_threshold
         Tail index of the importance weights below which a proposal is trusted (Vehtari et al.
         2024).
@@ -153,6 +161,9 @@ def adapt(
     Monte Carlo; Cornuet, Marin, Mira & Robert (Scandinavian Journal of Statistics 2012), its
     memory; Owen & Zhou (JASA 2000), deterministic mixture weights; Koblents & Míguez (Statistics
     and Computing 2015), flattened weights.
+
+    How many draws a cell gets for its `standard_error` is settled before the first of them is made,
+    so that the estimate of p(x) stays unbiased.
 
     Every cell has draws of its own. Which cells share the batch changes which random numbers a
     cell gets, and nothing else.
@@ -188,6 +199,8 @@ def adapt(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if standard_error is not None and not standard_error > 0:
+        raise ValueError(f"standard_error must be above zero or None, got {standard_error}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("adapt needs gradients: call it outside torch.inference_mode")
     dof = 4 + n_latent // 4 if dof is None else dof
@@ -234,6 +247,7 @@ def adapt(
         tensor.clone() for tensor in (proposal.weights, proposal.loc, proposal.scale_tril)
     )
     n_evaluations = torch.full_like(everyone, target.n_evaluations)
+    n_needed = torch.zeros_like(weights[:, 0])  # fresh draws, for the standard error
     least_ess = max(40, 3 * n_latent)
     active = everyone
     for generation in range(max_generations):
@@ -246,6 +260,8 @@ def adapt(
         proposal = maximization_step(proposal, memory.draws, flattened, memory.by_component)
         weights[active], loc[active] = proposal.weights, proposal.loc
         scale_tril[active] = proposal.scale_tril
+        if standard_error is not None:
+            n_needed[active] = memory.newest_relative_variance() / standard_error**2
         margin = _MARGIN_AT_FIRST if generation == 0 else _MARGIN_OF_K
         # The negation keeps a cell whose k-hat is NaN.
         (going_on,) = torch.where(~(k < k_threshold - margin))
@@ -258,16 +274,17 @@ def adapt(
     proposal = StudentMixture(weights, loc, scale_tril, dof)
     draws = target.draw(proposal, n_final, generator)
     log_weights = target.values(draws, everyone) - proposal.log_prob(draws)
+    estimate, error, n_drawn = _estimate(target, proposal, log_weights, n_needed, generator)
     k = tail_index(log_weights)
     return Adapted(
         proposal=proposal,
         draws=draws,
         log_weights=log_weights,
         pareto_k=k,
-        log_likelihood=siwae(log_weights.unsqueeze(-1)),
-        standard_error=siwae_standard_error(log_weights.unsqueeze(-1)),
+        log_likelihood=estimate,
+        standard_error=error,
         converged=k < k_threshold,
-        n_evaluations=n_evaluations + n_final,
+        n_evaluations=n_evaluations + n_drawn,
     )
 
 
@@ -378,3 +395,33 @@ def _ascend(target: _Target, points: Tensor, covariance: Tensor) -> Tensor:
         step = torch.where(climbs, newton, 0.5 * step)
         proposed = best + step
     return best.transpose(0, 1)
+
+
+def _estimate(
+    target: _Target,
+    proposal: StudentMixture,
+    log_weights: Tensor,
+    n_needed: Tensor,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x), its standard error, and the draws that both are from, each `(B,)`.
+
+    To the draws whose log-weights `(N, B)` are given, cells that need more get more.
+    """
+    n_final = len(log_weights)
+    n_drawn = torch.full_like(n_needed, n_final, dtype=torch.long)
+    first, second = log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)
+    per_round = math.ceil(n_final / _ROUNDS)
+    n_needed = n_needed.clamp_max(_MOST_FINAL * n_final)
+    while True:
+        (cells,) = torch.where(n_drawn < n_needed)
+        if len(cells) == 0:
+            break
+        some = proposal.select(cells)
+        draws = target.draw(some, per_round, generator)
+        more = target.values(draws, cells) - some.log_prob(draws)
+        first[cells] = torch.logaddexp(first[cells], more.logsumexp(0))
+        second[cells] = torch.logaddexp(second[cells], (2 * more).logsumexp(0))
+        n_drawn[cells] += per_round
+    variance = ((second - 2 * first).exp() * n_drawn - 1) / (n_drawn - 1)
+    return first - n_drawn.log(), variance.clamp_min(0).sqrt(), n_drawn

@@ -98,6 +98,12 @@ class Memory:
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return (low.unsqueeze(-1) * log_weights).softmax(-1).mT
 
+    def newest_relative_variance(self) -> Tensor:
+        """Variance of the newest generation's own weights over their squared mean, `(n,)`."""
+        n = self.proposals[-1][0]
+        log_weights = self.log_joint[-n:] - self.by_newest[-n:]
+        return n / effective_sample_size(log_weights.mT) - 1
+
     def newest_tail_index(self) -> Tensor:
         """k-hat of the newest generation, alone and together with the start's draws, `(n,)`.
 

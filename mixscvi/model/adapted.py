@@ -166,7 +166,8 @@ class AdaptedMixin:
             has no more distinct ones, and about its effective sample size count. None by default.
         adapt_kwargs
             Passed to :func:`mixscvi.mixture.adapt`: ``n_draws`` and ``max_generations`` are the
-            budget, ``k_threshold`` says when to stop.
+            budget, ``k_threshold`` says when to stop; ``standard_error``, in nats, has cells drawn
+            from until their log p(x) is as exact.
         progress
             Whether to show a progress bar; by default unless ``scvi.settings.verbosity`` is above
             ``logging.INFO``.

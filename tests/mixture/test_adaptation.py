@@ -155,6 +155,43 @@ def test_a_cell_does_not_depend_on_its_batch(normal):
         assert abs(alone.n_evaluations.item() - together.n_evaluations[b].item()) < 1500
 
 
+def test_hard_cells_are_drawn_from_until_their_standard_error_is_small():
+    bend = torch.tensor(4 * [0.0] + 8 * [0.7], dtype=torch.float64)
+    counting = Counting(banana(bend), 12)
+    few = adapt(banana(bend), far_start(12), generator=seeded(), n_final=200)
+    adapted = adapt(counting, far_start(12), generator=seeded(), n_final=200, standard_error=0.045)
+    assert adapted.n_evaluations.equal(counting.n_evaluations)
+    assert adapted.draws.equal(few.draws)  # the draws that are returned are as many as before
+    more = adapted.n_evaluations - few.n_evaluations
+    assert (more >= 0).all()
+    assert (more <= 7 * 200).all()
+    assert (more % 50 == 0).all()
+    assert more[4:].double().mean() > 100 + more[:4].max()
+    enough = adapted.log_likelihood[more == 0]
+    assert enough.equal(few.log_likelihood[more == 0])
+    assert len(enough) >= 4
+    assert few.standard_error[4:].median() > 0.07
+    assert adapted.standard_error[4:].median() < 0.055
+    assert (adapted.log_likelihood.abs() < 4.5 * adapted.standard_error).all()
+
+
+def test_draws_for_the_standard_error_leave_the_estimate_unbiased():
+    n = 1500
+    bend = torch.full((n,), 0.7, dtype=torch.float64)
+    adapted = adapt(
+        banana(bend),
+        far_start(n),
+        generator=seeded(),
+        n_draws=100,
+        n_final=25,
+        standard_error=0.12,
+    )
+    more = adapted.n_evaluations - adapted.n_evaluations.min()
+    assert len(more.unique()) > 4
+    ratio = adapted.log_likelihood.exp()
+    assert abs(ratio.mean().item() - 1) < 4 * ratio.std().item() / math.sqrt(n)
+
+
 class Counting:
     """A log-joint that keeps count of what it is asked for."""
 
@@ -239,6 +276,7 @@ def test_results_have_their_shapes_and_single_precision_reaches_the_model():
         ({"n_final": 10}, "n_final must be at least 25"),
         ({"max_generations": 0}, "max_generations must be at least 1"),
         ({"rows_per_call": 0}, "rows_per_call must be at least 1"),
+        ({"standard_error": 0.0}, "standard_error must be above zero or None, got 0.0"),
         ({"dof": 1}, "dof must be an integer above 2"),
     ],
 )

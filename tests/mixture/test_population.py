@@ -51,6 +51,13 @@ def test_cells_that_are_kept_keep_their_weights(three_generations):
     torch.testing.assert_close(memory.newest_tail_index(), before[1][1:])
 
 
+def test_the_relative_variance_is_of_the_newest_weights(three_generations):
+    proposals, memory = three_generations
+    weights = (memory.log_joint[80:] - proposals[-1].log_prob(memory.draws[80:])).exp()
+    expected = weights.var(0, correction=0) / weights.mean(0).square()
+    torch.testing.assert_close(memory.newest_relative_variance(), expected)
+
+
 @pytest.mark.parametrize("spread", [0.1, 10.0, 1e9])
 def test_weights_are_flattened_until_enough_draws_count(make_proposal, normal, spread):
     q = make_proposal()
