@@ -163,7 +163,7 @@ def evaluate(
     if kernels is None or value.numel() == 0:
         return None if kernels is None else value
 
-    theta_strides, table = (0, 0, 0), None
+    theta_strides = (0, 0, 0)
     theta_rows: Any = None
     if theta is not None:
         theta_rows = _array(theta).reshape(-1, n_genes)
@@ -185,10 +185,11 @@ def evaluate(
         if gradients.sums is not None:
             sums = mean.new_zeros((len(tasks), *gradients.sums.shape)).detach()
 
-    if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
-        table = theta.new_empty(kernels.table_length(n_genes)).detach().numpy()
-        if not compiled.in_blocks(kernels.fill_table, [()], theta_rows[0], table):
-            return None
+    # An empty table, not none: a short minibatch is no case to compile anew for.
+    tabulated = theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE
+    table = mean.new_empty(kernels.table_length(n_genes) if tabulated else 0).detach().numpy()
+    if tabulated and not compiled.in_blocks(kernels.fill_table, [()], theta_rows[0], table):
+        return None
     computed = compiled.in_blocks(
         kernels.rows,
         tasks,

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numba import typeof
+from numba.core.dispatcher import Dispatcher
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from scvi.train import TrainingPlan
@@ -57,8 +59,8 @@ def minibatches(splitter_cls, manager, *, plan=None, **kwargs):
     return loader, [*loader, *loader], torch.rand(())
 
 
-def few_counts(convert):
-    return registered(convert, mean=0.1)
+def few_counts(convert, **kwargs):
+    return registered(convert, mean=0.1, **kwargs)
 
 
 KINDS = {
@@ -100,6 +102,41 @@ def test_minibatches_by_their_nonzeros(kind):
         assert got["X"].dtype == torch.float32
         for key in expected:
             assert torch.equal(torch.as_tensor(got[key] + 0), expected[key]), key
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_nothing_is_compiled_anew_for_a_short_minibatch(kind, n_components, monkeypatch):
+    """Nor in a later epoch: functions see arguments of the same types."""
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    kinds, sizes = {}, set()
+
+    def spied(run):
+        def call(function, *args):
+            # Not of what is done after training, without gradients.
+            if isinstance(function, Dispatcher) and not torch.is_inference_mode_enabled():
+                types = tuple(map(typeof, args if run is attempt else args[1:]))
+                kinds.setdefault(function, set()).add(types)
+            return run(function, *args)
+
+        return call
+
+    attempt, step = compiled.attempt, LeanTrainingPlan.training_step
+    monkeypatch.setattr(compiled, "in_blocks", spied(compiled.in_blocks))
+    monkeypatch.setattr(compiled, "attempt", spied(attempt))
+
+    def spied_step(self, batch, batch_idx):
+        sizes.add(len(batch["X"]))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LeanTrainingPlan, "training_step", spied_step)
+    # 3 cells are too few for a table of log-gamma terms.
+    adata = few_counts(KINDS[kind], n_cells=47).adata.copy()
+    fit(MixSCVI, adata, n_components=n_components, train_kwargs={"train_size": 35 / 47})
+    assert sizes == {32, 3}
+    assert len(kinds) > 3
+    for function, seen in kinds.items():
+        assert len(seen) == 1, function
 
 
 def unsorted(counts):
