@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compilers import not_compiled
 from mixscvi import compiled
 from mixscvi.likelihoods import (
-    SparseCounts,
     eager,
     head_log_prob,
     kernels,
@@ -19,6 +18,7 @@ from mixscvi.likelihoods import (
     native,
     zinb_log_prob,
 )
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
 L, B, S, G = 1, 3, 2, 5
 
@@ -195,10 +195,19 @@ def test_the_eager_terms_compile_to_one_graph():
 @pytest.mark.parametrize("shape", [(2, 5), (3, 4), (4, 5)])
 def test_counts_of_other_cells_or_genes_are_refused(shape):
     logits, log_library = torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2)
-    counts = torch.zeros(shape)
-    sparse = SparseCounts(
-        torch.zeros(shape[0] + 1, dtype=torch.int64), torch.empty(0), torch.empty(0), shape[1]
-    )
-    for x in (counts, sparse):
-        with pytest.raises(ValueError, match=r"\(B, G\) = \(3, 5\)"):
+    nothing = torch.empty(0, dtype=torch.int64)
+    rows = SparseRows(torch.zeros(shape[0] + 1, dtype=torch.int64), nothing, torch.empty(0))
+    for x in (torch.zeros(shape), MostlyZero(rows, shape[1])):
+        with pytest.raises(ValueError, match=r"counts must .* \(B, G\) = \(3, 5\)"):
             logits_log_prob(x, logits, log_library, torch.ones(5))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (1, 1, 5), (3, 5), (1, 3, 1, 5), (2, 3, 2, 5)])
+def test_dispersions_of_other_shapes_are_refused(shape):
+    """The kernels would read what lies beyond them in memory."""
+    x, logits, log_library = torch.ones(3, 5), torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"theta must .* \(B, 1, G\) = \(3, 1, 5\)"):
+        logits_log_prob(x, logits, log_library, torch.ones(shape))
+    if len(shape) > 2:
+        with pytest.raises(ValueError, match=r"zi_logits must .* = \(1, 3, 2, 5\)"):
+            logits_log_prob(x, logits, log_library, torch.ones(5), torch.ones(shape))
