@@ -344,7 +344,9 @@ def test_every_model_trains_on_nonzeros(name, monkeypatch):
         torch.testing.assert_close(weights[0][key], expected)
 
 
-def test_training_in_halves_sees_dense_counts():
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_training_in_halves_sees_dense_counts(n_components):
     adata = few_counts(sparse.csr_matrix).adata.copy()
-    model = fit(MixSCVI, adata, n_components=2, train_kwargs={"precision": "bf16-mixed"})
+    half = {"precision": "bf16-mixed"}
+    model = fit(MixSCVI, adata, n_components=n_components, train_kwargs=half)
     assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
