@@ -452,9 +452,7 @@ def main() -> None:
             old = [row for row in read_rows(path) if (row["data"], row["what"]) not in replaced]
             write_beside(path, csv_text(old + new))
     if args.part in (None, "profile"):
-        new = [
-            row | made() for data in args.data or ("pbmc4k",) for row in profile_training(data)
-        ]
+        new = [row | made() for data in args.data or ("pbmc4k",) for row in profile_training(data)]
         replaced = {row["data"] for row in new}
         profiles = RESULTS / "speed_profile.csv"
         old = [row for row in read_rows(profiles) if row["data"] not in replaced]

@@ -1,6 +1,8 @@
 """Training minibatches: scvi-tools' own, made faster."""
 
+import functools
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import anndata
@@ -14,10 +16,11 @@ from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from scvi.train import TrainingPlan
 
-from fitting import SMALL, fit
-from mixscvi import MixSCVI, compiled, csr
-from mixscvi.likelihoods import log_prob
-from mixscvi.mixture import nonzeros
+from compilers import not_compiled
+from fitting import SMALL, fit, seeded
+from mixscvi import MixSCVI, compiled, csr, csr_kernels
+from mixscvi.likelihoods import kernels, log_prob
+from mixscvi.mixture import nonzeros, sparse_kernels
 from mixscvi.mixture.mostly_zero import MostlyZero
 from mixscvi.model.data import LeanDataSplitter
 from mixscvi.model.loaders import LeanDataLoader
@@ -296,6 +299,42 @@ def test_nothing_is_compiled_where_numba_is_not(monkeypatch):
     _, theirs, _ = minibatches(DataSplitter, registered(sparse.csr_matrix))
     assert loader._lean is None
     assert torch.equal(ours[0]["X"], theirs[0]["X"])
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+@pytest.mark.parametrize("fails", ["import", "likelihoods", "products", "rows"])
+def test_a_model_trains_where_numba_fails(fails, n_components, monkeypatch):
+    """To the same weights, with one warning."""
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    monkeypatch.setattr(compiled, "_failed", False)
+
+    def results():
+        adata = few_counts(sparse.csr_matrix).adata.copy()
+        model = fit(MixSCVI, adata, n_components=n_components)
+        log_px = seeded(model.get_marginal_ll, n_mc_samples=6, return_mean=False)
+        return {"log p(x)": log_px, **model.module.state_dict()}
+
+    expected = results()
+    cause = RuntimeError("no room for code")
+    if fails == "import":
+        monkeypatch.setattr(compiled, "_import", functools.partial(fail, ImportError(*cause.args)))
+    else:
+        module, name = {
+            "likelihoods": (kernels, "rows"),
+            "products": (sparse_kernels, "sums_of_rows"),
+            "rows": (csr_kernels, "copy_rows"),
+        }[fails]
+        monkeypatch.setattr(module, name, not_compiled(cause))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = results()
+    assert ["no room for code" in str(warning.message) for warning in caught].count(True) == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def fail(error, *args):
+    raise error
 
 
 def test_a_matrix_with_entries_beyond_its_columns_is_refused():
