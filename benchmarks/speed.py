@@ -35,6 +35,7 @@ DATA: dict[str, tuple[str | None, int, int]] = {  # file, genes, epochs that are
     "pbmc3k": ("pbmc3k", 13656, 1),
     "synthetic": (None, 2000, 1),
 }
+SEED = 0  # of the synthetic counts, of weights, minibatches and draws
 SOME = {"n_sampled_components": 1, "n_components": 100, "component_encoder": "amortized"}
 SCVI_ZINB, SCVI_NB = "SCVI", "SCVI, NB"
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {  # compared with, arguments
@@ -63,12 +64,12 @@ BOUNDS = {  # what was asked for; for cortex where that differs
 }
 
 
-def synthetic_counts(n_cells: int, n_genes: int, *, nonzero: float = 0.1, seed: int = 0):
+def synthetic_counts(n_cells: int, n_genes: int, *, nonzero: float = 0.1):
     """Sparse counts of eight clusters of cells, as many of them zero as in droplet data."""
     import anndata
     from scipy import sparse
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     cluster = rng.integers(8, size=n_cells)
     share = rng.gamma(0.3, size=(8, n_genes)).astype(np.float32) + 0.02
     n_of_cell = rng.binomial(n_genes, nonzero, size=n_cells)
@@ -98,9 +99,14 @@ def make(adata, cls: str, **kwargs: Any):
     import mixscvi
 
     model_cls = mixscvi.MixSCVI if cls == "MixSCVI" else scvi.model.SCVI
-    scvi.settings.seed = 0
+    scvi.settings.seed = SEED
     model_cls.setup_anndata(adata)
     return model_cls(adata, **kwargs)
+
+
+def made() -> dict[str, Any]:
+    """Columns that say how a number was made."""
+    return {"seed": SEED, **machine()}
 
 
 def train(model, epochs: int) -> None:
@@ -441,20 +447,18 @@ def main() -> None:
     }
     for part, measurements in parts.items():
         for measure in measurements if args.part in (None, part) else ():
-            new = [row | machine() for row in measure()]
+            new = [row | made() for row in measure()]
             replaced = {(row["data"], row["what"]) for row in new}
             old = [row for row in read_rows(path) if (row["data"], row["what"]) not in replaced]
             write_beside(path, csv_text(old + new))
     if args.part in (None, "profile"):
-        new = [
-            row | machine() for data in args.data or ("pbmc4k",) for row in profile_training(data)
-        ]
+        new = [row | made() for data in args.data or ("pbmc4k",) for row in profile_training(data)]
         replaced = {row["data"] for row in new}
         profiles = RESULTS / "speed_profile.csv"
         old = [row for row in read_rows(profiles) if row["data"] not in replaced]
         write_beside(profiles, csv_text(old + new))
     for axis in (args.axis or SCALING) if args.part in (None, "scaling") else ():
-        rows = [row | machine() for row in scaling(axis)]
+        rows = [row | made() for row in scaling(axis)]
         write_beside(RESULTS / f"speed_{axis}.csv", csv_text(rows))
         draw_scaling(rows, axis)
 
