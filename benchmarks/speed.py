@@ -4,10 +4,10 @@ Every model trains once before it is timed; then all take turns. Times are media
 ratios are medians of each round's, so that drift of the machine falls on both alike. `train()` is
 timed whole: loader, Lightning and optimizer included.
 
-    python benchmarks/speed.py              # all parts: results/speed.csv and the figures
+    python benchmarks/speed.py              # all parts: CSV files, figures, the README's lines
     python benchmarks/speed.py --part train --data pbmc4k
     python benchmarks/speed.py --part profile   # where a step's time goes: speed_profile.csv
-    python benchmarks/speed.py --summary    # the README's table from the CSV
+    python benchmarks/speed.py --summary    # the table of ratios from the CSV
 """
 
 from __future__ import annotations
@@ -421,6 +421,40 @@ def summary(rows: list[dict]) -> str:
     return markdown_table(lines)
 
 
+def readme_lines(rows: list[dict], profile: list[dict]) -> dict[str, str]:
+    """The README's lines about speed, by what they begin with."""
+
+    def ratios(what: str) -> str:
+        of = [float(row["ratio"]) for row in rows if row["what"].startswith(what)]
+        return f"**{min(of):.2f} to {max(of):.2f}**"
+
+    def share(model: str) -> str:
+        (of,) = {
+            row["share"]
+            for row in profile
+            if row["part"] == "matrix products" and row["model"].startswith(model)
+        }
+        return f"{float(of):.0%}".replace("%", " %")
+
+    time_of, products = "| time of [`train()`]", "| matrix products in a training step |"
+    return {
+        time_of: f"{time_of}(docs/user_guide/speed.md) | 1 | {ratios('A = 1,')} (`A` = 1), "
+        f"{ratios('A = 4, all_to_all')} (`A` = 4) |",
+        products: f"{products} {share('SCVI')} | {share('A = 1,')} (`A` = 1), "
+        f"{share('A = 4,')} (`A` = 4) |",
+    }
+
+
+def with_readme_lines(text: str, rows: list[dict], profile: list[dict]) -> str:
+    """The README with its lines about speed as the results have them."""
+    new = readme_lines(rows, profile)
+    lines = [
+        next((line for start, line in new.items() if old.startswith(start)), old)
+        for old in text.splitlines()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PARTS = ("import", "memory", "methods", "train", "profile", "scaling")
 
 
@@ -457,6 +491,10 @@ def main() -> None:
         profiles = RESULTS / "speed_profile.csv"
         old = [row for row in read_rows(profiles) if row["data"] not in replaced]
         write_beside(profiles, csv_text(old + new))
+    readme = RESULTS.parents[1] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    profile = read_rows(RESULTS / "speed_profile.csv")
+    write_beside(readme, with_readme_lines(text, read_rows(path), profile))
     for axis in (args.axis or SCALING) if args.part in (None, "scaling") else ():
         rows = [row | made() for row in scaling(axis)]
         write_beside(RESULTS / f"speed_{axis}.csv", csv_text(rows))
