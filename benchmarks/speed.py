@@ -4,10 +4,10 @@ Every model trains once before it is timed; then all take turns. Times are media
 ratios are medians of each round's, so that drift of the machine falls on both alike. `train()` is
 timed whole: loader, Lightning and optimizer included.
 
-    python benchmarks/speed.py              # all parts: results/speed.csv and the figures
+    python benchmarks/speed.py              # all parts: CSV files, figures, the README's lines
     python benchmarks/speed.py --part train --data pbmc4k
     python benchmarks/speed.py --part profile   # where a step's time goes: speed_profile.csv
-    python benchmarks/speed.py --summary    # the README's table from the CSV
+    python benchmarks/speed.py --summary    # the table of ratios from the CSV
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ DATA: dict[str, tuple[str | None, int, int]] = {  # file, genes, epochs that are
     "pbmc3k": ("pbmc3k", 13656, 1),
     "synthetic": (None, 2000, 1),
 }
+SEED = 0  # of the synthetic counts, of weights, minibatches and draws
 SOME = {"n_sampled_components": 1, "n_components": 100, "component_encoder": "amortized"}
 SCVI_ZINB, SCVI_NB = "SCVI", "SCVI, NB"
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {  # compared with, arguments
@@ -63,12 +64,12 @@ BOUNDS = {  # what was asked for; for cortex where that differs
 }
 
 
-def synthetic_counts(n_cells: int, n_genes: int, *, nonzero: float = 0.1, seed: int = 0):
+def synthetic_counts(n_cells: int, n_genes: int, *, nonzero: float = 0.1):
     """Sparse counts of eight clusters of cells, as many of them zero as in droplet data."""
     import anndata
     from scipy import sparse
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     cluster = rng.integers(8, size=n_cells)
     share = rng.gamma(0.3, size=(8, n_genes)).astype(np.float32) + 0.02
     n_of_cell = rng.binomial(n_genes, nonzero, size=n_cells)
@@ -98,9 +99,14 @@ def make(adata, cls: str, **kwargs: Any):
     import mixscvi
 
     model_cls = mixscvi.MixSCVI if cls == "MixSCVI" else scvi.model.SCVI
-    scvi.settings.seed = 0
+    scvi.settings.seed = SEED
     model_cls.setup_anndata(adata)
     return model_cls(adata, **kwargs)
+
+
+def made() -> dict[str, Any]:
+    """Columns that say how a number was made."""
+    return {"seed": SEED, **machine()}
 
 
 def train(model, epochs: int) -> None:
@@ -415,6 +421,40 @@ def summary(rows: list[dict]) -> str:
     return markdown_table(lines)
 
 
+def readme_lines(rows: list[dict], profile: list[dict]) -> dict[str, str]:
+    """The README's lines about speed, by what they begin with."""
+
+    def ratios(what: str) -> str:
+        of = [float(row["ratio"]) for row in rows if row["what"].startswith(what)]
+        return f"**{min(of):.2f} to {max(of):.2f}**"
+
+    def share(model: str) -> str:
+        (of,) = {
+            row["share"]
+            for row in profile
+            if row["part"] == "matrix products" and row["model"].startswith(model)
+        }
+        return f"{float(of):.0%}".replace("%", " %")
+
+    time_of, products = "| time of [`train()`]", "| matrix products in a training step |"
+    return {
+        time_of: f"{time_of}(docs/user_guide/speed.md) | 1 | {ratios('A = 1,')} (`A` = 1), "
+        f"{ratios('A = 4, all_to_all')} (`A` = 4) |",
+        products: f"{products} {share('SCVI')} | {share('A = 1,')} (`A` = 1), "
+        f"{share('A = 4,')} (`A` = 4) |",
+    }
+
+
+def with_readme_lines(text: str, rows: list[dict], profile: list[dict]) -> str:
+    """The README with its lines about speed as the results have them."""
+    new = readme_lines(rows, profile)
+    lines = [
+        next((line for start, line in new.items() if old.startswith(start)), old)
+        for old in text.splitlines()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PARTS = ("import", "memory", "methods", "train", "profile", "scaling")
 
 
@@ -441,20 +481,22 @@ def main() -> None:
     }
     for part, measurements in parts.items():
         for measure in measurements if args.part in (None, part) else ():
-            new = [row | machine() for row in measure()]
+            new = [row | made() for row in measure()]
             replaced = {(row["data"], row["what"]) for row in new}
             old = [row for row in read_rows(path) if (row["data"], row["what"]) not in replaced]
             write_beside(path, csv_text(old + new))
     if args.part in (None, "profile"):
-        new = [
-            row | machine() for data in args.data or ("pbmc4k",) for row in profile_training(data)
-        ]
+        new = [row | made() for data in args.data or ("pbmc4k",) for row in profile_training(data)]
         replaced = {row["data"] for row in new}
         profiles = RESULTS / "speed_profile.csv"
         old = [row for row in read_rows(profiles) if row["data"] not in replaced]
         write_beside(profiles, csv_text(old + new))
+    readme = RESULTS.parents[1] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    profile = read_rows(RESULTS / "speed_profile.csv")
+    write_beside(readme, with_readme_lines(text, read_rows(path), profile))
     for axis in (args.axis or SCALING) if args.part in (None, "scaling") else ():
-        rows = [row | machine() for row in scaling(axis)]
+        rows = [row | made() for row in scaling(axis)]
         write_beside(RESULTS / f"speed_{axis}.csv", csv_text(rows))
         draw_scaling(rows, axis)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attempt", "errors", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
+__all__ = ["attempt", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
 
 T = TypeVar("T")
 
@@ -35,7 +36,9 @@ def load(name: str) -> ModuleType | None:
         return None
     try:
         return _import(name)
-    except ImportError as error:
+    except Exception as error:
+        if not (isinstance(error, ImportError) or _is_of_the_compiler(error)):
+            raise
         _give_up(error)
         return None
 
@@ -49,24 +52,24 @@ def _import(name: str) -> ModuleType:
     return import_module(name)
 
 
-def errors() -> tuple[type[Exception], ...]:
-    """What numba raises when it cannot compile, cache or load a function.
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Whether an error comes out of numba or its library of LLVM.
 
-    Examples
-    --------
-    >>> OSError in errors()
-    True
+    They raise many types: for code that they do not take, a library that does not load, and files
+    of kept machine code that are cut short or cannot be written.
     """
-    from mixscvi.compiling import ERRORS
-
-    return ERRORS
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
+    return any(module.partition(".")[0] in ("numba", "llvmlite") for module in modules)
 
 
 def _give_up(error: BaseException) -> None:
     """Use no compiled function from now on, and say once why."""
     global _failed
     _failed = True
-    cause = str(error).strip().partition("\n")[0]
+    # Ahead of the cause numba says at which step it failed.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = next((line for line in lines if not line.startswith("Failed in ")), "")
     warnings.warn(
         "numba cannot provide fast likelihoods and matrix products, so slower ones are used "
         f"({type(error).__name__}: {cause})",
@@ -92,7 +95,9 @@ def attempt(function: Callable[..., T], *args: Any) -> T | None:
     """
     try:
         return function(*args)
-    except errors() as error:
+    except Exception as error:
+        if not _is_of_the_compiler(error):
+            raise
         _give_up(error)
         return None
 

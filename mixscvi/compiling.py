@@ -5,13 +5,9 @@ from __future__ import annotations
 import importlib.util
 import zlib
 
-import numba
 from numba import njit
 
-__all__ = ["ERRORS", "cached"]
-
-# What numba raises when it cannot compile, cache or load a function.
-ERRORS = (numba.core.errors.NumbaError, NotImplementedError, OSError)
+__all__ = ["cached"]
 
 
 def cached(*sources, **options):

@@ -37,6 +37,20 @@ def test_every_figure_of_the_page_is_drawn(evidence, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == shown
 
 
+def test_the_readme_has_the_ratios_of_the_results(evidence):
+    import speed
+
+    rows, profile = (
+        speed.read_rows(evidence.RESULTS / name) for name in ("speed.csv", "speed_profile.csv")
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert speed.with_readme_lines(readme, rows, profile) == readme
+    for line in speed.readme_lines(rows, profile).values():
+        assert line in readme.splitlines()
+    slower = [row | {"ratio": "0.95"} for row in rows]
+    assert "**0.95 to 0.95** (`A` = 4)" in speed.with_readme_lines(readme, slower, profile)
+
+
 def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch):
     frame = pd.DataFrame(
         {

@@ -2,10 +2,8 @@
 
 from mixscvi.likelihoods.heads import head_log_prob, logits_log_prob
 from mixscvi.likelihoods.log_prob import nb_log_prob, poisson_log_prob, zinb_log_prob
-from mixscvi.likelihoods.native import SparseCounts
 
 __all__ = [
-    "SparseCounts",
     "head_log_prob",
     "logits_log_prob",
     "nb_log_prob",

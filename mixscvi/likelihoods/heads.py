@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mixscvi.likelihoods import eager
 from mixscvi.likelihoods.gradients import attach, gradient_buffers, needs_grad
-from mixscvi.likelihoods.native import Gradients, SparseCounts, evaluate, usable
+from mixscvi.likelihoods.native import Gradients, evaluate, usable
 from mixscvi.mixture.products import product_with_transpose
 
 __all__ = ["head_log_prob", "logits_log_prob"]
@@ -42,7 +42,7 @@ _ELEMENTS_PER_BLOCK = 2**22
 
 
 def logits_log_prob(
-    x: Tensor | SparseCounts,
+    x: Tensor,
     scale_logits: Tensor,
     log_library: Tensor,
     theta: Tensor | None = None,
@@ -90,14 +90,12 @@ def logits_log_prob(
         )
         if value is not None:
             return attach(value, gradients, scale_logits, theta, zi_logits, log_library)
-    if isinstance(x, SparseCounts):
-        x = x.to_dense()
     mean = log_library.exp().unsqueeze(-1) * scale_logits.softmax(-1)
     return eager.log_prob(x, mean, theta, zi_logits)
 
 
 def head_log_prob(
-    x: Tensor | SparseCounts,
+    x: Tensor,
     hidden: Tensor,
     scale_weight: Tensor,
     scale_bias: Tensor,
@@ -167,7 +165,7 @@ def head_log_prob(
 
 @torch.no_grad()
 def _value_and_gradients(
-    x: Tensor | SparseCounts,
+    x: Tensor,
     hidden: Tensor,
     scale_weight: Tensor,
     scale_bias: Tensor,
@@ -206,7 +204,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        computed: tuple[Tensor | SparseCounts, Tensor, Gradients],
+        computed: tuple[Tensor, Tensor, Gradients],
         *parameters: Tensor | None,
     ) -> Tensor:
         ctx.x, value, gradients = computed
@@ -269,7 +267,7 @@ def _logits(units: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_blocks(
-    x: Tensor | SparseCounts,
+    x: Tensor,
     hidden: Tensor,
     scale_weight: Tensor,
     scale_bias: Tensor,
@@ -287,7 +285,7 @@ def _in_blocks(
     values = hidden.new_empty(hidden.shape[:-1])
     for cell in range(0, n_cells, cells):
         some_cells = slice(cell, cell + cells)
-        counts = x.cells(some_cells) if isinstance(x, SparseCounts) else x[some_cells]
+        counts = x[some_cells]
         for stratum in range(0, n_strata, strata):
             block = (slice(stratum, stratum + strata), some_cells)
             units = hidden[block]

@@ -202,7 +202,7 @@ def rows(
     zi
         Logits of dropping out, `(R, G)`, or ``None`` if nothing drops out.
     table
-        From :func:`fill_table`, or ``None``.
+        From :func:`fill_table`, or empty.
     value, d_log_library
         Written, `(R,)`.
     d_mean, d_theta, d_zi
@@ -244,7 +244,7 @@ def rows(
             for j in range(n):
                 theta_nz[j] = theta[cell * along_b, index[j]]
         constant = 0.0
-        if table is None:
+        if table.size == 0:
             constant -= _log_gamma_terms(n, count, ones, terms, slopes)
             if theta is not None and shared:
                 constant += _log_gamma_terms(n, count, theta_nz, terms, slopes)

@@ -12,52 +12,11 @@ from torch import Tensor
 from mixscvi import compiled
 from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
-__all__ = ["Gradients", "SparseCounts", "evaluate", "usable"]
+__all__ = ["Gradients", "evaluate", "usable"]
 
 _ELEMENTS_PER_TASK = 2**16
 _TASKS_PER_THREAD = 4
 _CELLS_PER_TABLE = 16  # fewer cells do not look up often enough
-
-
-class SparseCounts(NamedTuple):
-    """Counts `(B, G)` as compressed sparse rows.
-
-    Parameters
-    ----------
-    indptr
-        Where the entries of each cell start, `(B + 1,)`.
-    indices, data
-        Genes and counts, `(nnz,)`. No gene occurs twice in a cell.
-    n_genes
-        Number of genes, `G`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> indptr, indices = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 2])
-    >>> counts = SparseCounts(indptr, indices, torch.tensor([3.0, 1.0, 2.0]), n_genes=3)
-    >>> counts.to_dense()
-    tensor([[0., 3., 0.],
-            [1., 0., 2.]])
-    """
-
-    indptr: Tensor
-    indices: Tensor
-    data: Tensor
-    n_genes: int
-
-    def cells(self, selection: slice) -> SparseCounts:
-        """Some consecutive cells."""
-        indptr = self.indptr[selection.start : selection.stop + 1]
-        entries = slice(int(indptr[0]), int(indptr[-1]))
-        return SparseCounts(
-            indptr - indptr[0], self.indices[entries], self.data[entries], self.n_genes
-        )
-
-    def to_dense(self) -> Tensor:
-        """The counts as a dense tensor `(B, G)`."""
-        rows = SparseRows(self.indptr, self.indices, self.data)
-        return MostlyZero(rows, self.n_genes).dense()
 
 
 class Gradients(NamedTuple):
@@ -72,9 +31,12 @@ class Gradients(NamedTuple):
     where only they are asked for."""
 
 
-def usable(counts: Tensor | SparseCounts, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: plain ones, of one real type, on the CPU."""
-    data = counts.data if isinstance(counts, SparseCounts) else counts
+def usable(counts: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: plain ones, of one real type, on the CPU.
+
+    Counts may be a :class:`~mixscvi.mixture.mostly_zero.MostlyZero`.
+    """
+    data = counts.rows.value if isinstance(counts, MostlyZero) else counts
     dtype = data.dtype
     if dtype not in (torch.float32, torch.float64):
         return False
@@ -109,8 +71,27 @@ def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
+def _check_shapes(
+    draws: torch.Size, counts: Tensor, theta: Tensor | None, zi: Tensor | None
+) -> None:
+    """Raise unless the kernels may read these tensors by the shape `(L, B, S, G)` of the draws."""
+    _, n_cells, _, n_genes = draws
+    of_draws, of_genes = {"(L, B, S, G)": tuple(draws)}, {"(G,)": (n_genes,)}
+    for name, tensor, shapes in (
+        ("counts", counts, {"(B, G)": (n_cells, n_genes)}),
+        ("theta", theta, of_genes | {"(B, 1, G)": (n_cells, 1, n_genes)} | of_draws),
+        ("zi_logits", zi, of_draws),
+    ):
+        if tensor is not None and tensor.shape not in shapes.values():
+            expected = " or ".join(f"{letters} = {shape}" for letters, shape in shapes.items())
+            raise ValueError(
+                f"{name} must have shape {expected}, as the parameters have shape "
+                f"(L, B, S, G) = {tuple(draws)}, got {tuple(tensor.shape)}"
+            )
+
+
 def evaluate(
-    counts: Tensor | SparseCounts,
+    counts: Tensor,
     mean: Tensor,
     theta: Tensor | None,
     zi: Tensor | None = None,
@@ -143,27 +124,22 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the counts are not those of the parameters' cells and genes.
+        If the counts are not those of the parameters' cells and genes, or `theta` or `zi` is of
+        another shape.
     """
     kernels = _kernels()
     n_strata, n_cells, n_per_stratum, n_genes = mean.shape
-    if isinstance(counts, SparseCounts):
-        x, sparse = mean.new_empty(0, n_genes), counts
-        shape = (len(sparse.indptr) - 1, sparse.n_genes)
+    _check_shapes(mean.shape, counts, theta, zi)
+    if isinstance(counts, MostlyZero):
+        x, nonzeros = mean.new_empty(0, n_genes), counts.rows
     else:
         empty = torch.empty(0, dtype=torch.int64)
-        x, sparse = counts, SparseCounts(empty, empty, mean.new_empty(0), n_genes)
-        shape = (x.shape[0], x.shape[1])
-    if shape != (n_cells, n_genes):
-        raise ValueError(
-            f"counts must have shape (B, G) = {(n_cells, n_genes)}, as the parameters have shape "
-            f"(L, B, S, G) = {tuple(mean.shape)}, got {shape}"
-        )
+        x, nonzeros = counts, SparseRows(empty, empty, mean.new_empty(0))
     value = mean.new_empty(mean.shape[:-1])
     if kernels is None or value.numel() == 0:
         return None if kernels is None else value
 
-    theta_strides, table = (0, 0, 0), None
+    theta_strides = (0, 0, 0)
     theta_rows: Any = None
     if theta is not None:
         theta_rows = _array(theta).reshape(-1, n_genes)
@@ -171,7 +147,7 @@ def evaluate(
             theta_strides = (0, 1, 0)
         elif theta.dim() == 4:
             theta_strides = (n_cells * n_per_stratum, n_per_stratum, 1)
-    rows = (_array(sparse.indptr.long()), _array(sparse.indices.int()), _array(sparse.data))
+    rows = tuple(map(_array, (nonzeros.starts, nonzeros.column.int(), nonzeros.value)))
     tasks = _tasks(n_cells, n_strata * n_per_stratum, n_genes)
     written: tuple[Any, ...] = (None,) * 4
     sums = None
@@ -185,10 +161,11 @@ def evaluate(
         if gradients.sums is not None:
             sums = mean.new_zeros((len(tasks), *gradients.sums.shape)).detach()
 
-    if theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE:
-        table = theta.new_empty(kernels.table_length(n_genes)).detach().numpy()
-        if not compiled.in_blocks(kernels.fill_table, [()], theta_rows[0], table):
-            return None
+    # An empty table, not none: a short minibatch is no case to compile anew for.
+    tabulated = theta is not None and theta.dim() == 1 and n_cells >= _CELLS_PER_TABLE
+    table = mean.new_empty(kernels.table_length(n_genes) if tabulated else 0).detach().numpy()
+    if tabulated and not compiled.in_blocks(kernels.fill_table, [()], theta_rows[0], table):
+        return None
     computed = compiled.in_blocks(
         kernels.rows,
         tasks,

@@ -18,14 +18,7 @@ from scvi.nn import DecoderSCVI
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from mixscvi.likelihoods import (
-    SparseCounts,
-    head_log_prob,
-    nb_log_prob,
-    poisson_log_prob,
-    zinb_log_prob,
-)
-from mixscvi.mixture.mostly_zero import MostlyZero
+from mixscvi.likelihoods import head_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
 
 __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
@@ -52,8 +45,8 @@ class CountLikelihood:
     log_size: Tensor
     """Logarithm of the library size or size factor, `(..., 1)` with the draws' leading shape."""
     theta: Tensor
-    """Inverse dispersion (standard deviation of the normal likelihood): `(G,)`, or one for every
-    cell or draw, broadcasting to the shape of the draws."""
+    """Inverse dispersion (standard deviation of the normal likelihood): `(G,)`, one for every
+    draw, or one for every cell: `(B, 1, G)` of draws `(L, B, S)`, otherwise `(B, G)`."""
     fused: bool = True
     """Whether log-likelihoods are computed from the hidden units in one go, or by the
     distributions of scvi-tools."""
@@ -81,12 +74,11 @@ class CountLikelihood:
     def _fused_log_prob(self, x: Tensor, equal_rows: bool) -> Tensor:
         hidden, log_size = self._by_draw(self.hidden), self._by_draw(self.log_size)
         theta = self._by_draw(self.theta)
-        counts = SparseCounts(*x.rows, x.shape[1]) if isinstance(x, MostlyZero) else x
         scale, activation = self.decoder.px_scale_decoder
         dropout = self.decoder.px_dropout_decoder if self.gene_likelihood == "zinb" else None
         if isinstance(activation, nn.Softmax) and self.gene_likelihood != "normal":
             return head_log_prob(
-                counts,
+                x,
                 hidden,
                 scale.weight,
                 scale.bias,
@@ -98,11 +90,11 @@ class CountLikelihood:
             )
         rate = log_size.exp() * self.decoder.px_scale_decoder(hidden)
         if self.gene_likelihood == "zinb":
-            return zinb_log_prob(counts, rate, theta, dropout(hidden))
+            return zinb_log_prob(x, rate, theta, dropout(hidden))
         if self.gene_likelihood == "nb":
-            return nb_log_prob(counts, rate, theta)
+            return nb_log_prob(x, rate, theta)
         if self.gene_likelihood == "poisson":
-            return poisson_log_prob(counts, rate)
+            return poisson_log_prob(x, rate)
         normal = torch.distributions.Normal(rate, theta, validate_args=False)
         return normal.log_prob(x.unsqueeze(1)).sum(-1)
 

@@ -1,15 +1,17 @@
-"""Minibatches where the module is."""
+"""Minibatches where the module is, and no waiting for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
+from torch.distributions import Distribution
 
-__all__ = ["auto_move_data"]
+__all__ = ["auto_move_data", "without_waiting"]
 
 T = TypeVar("T")
 
@@ -44,3 +46,30 @@ def auto_move_data(method: Callable[..., T]) -> Callable[..., T]:
         return method(self, *args, **kwargs)
 
     return moved
+
+
+@contextmanager
+def without_waiting(module: nn.Module) -> Iterator[None]:
+    """Have torch's distributions not check their arguments, if a module is on an accelerator.
+
+    scvi-tools' encoders make distributions in every step, and the host would wait for the checks.
+
+    Parameters
+    ----------
+    module
+        Has parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> with without_waiting(torch.nn.Linear(2, 2, device="meta")):
+    ...     torch.distributions.Normal(0.0, torch.tensor(-1.0)).scale
+    tensor(-1.)
+    """
+    checks = Distribution._validate_args
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    Distribution.set_default_validate_args(checks and on_cpu)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)

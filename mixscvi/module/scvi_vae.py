@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from mixscvi.mixture import MixturePosterior, StandardNormal
 from mixscvi.mixture.layers import LinearByFeature
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
-from mixscvi.module.devices import auto_move_data
+from mixscvi.module.devices import auto_move_data, without_waiting
 from mixscvi.module.options import MixtureOptions
 from mixscvi.module.sampling import ImportanceSampling
 from mixscvi.module.signatures import signed_as
@@ -125,13 +125,14 @@ class FusedVAE(ScviVAE):
         """Run inference, the generative model and the loss; see ``BaseModuleClass.forward``."""
         if compute_loss:
             generative_kwargs = {"for_loss": True, **(generative_kwargs or {})}
-        return super().forward(
-            tensors,
-            *args,
-            generative_kwargs=generative_kwargs,
-            compute_loss=compute_loss,
-            **kwargs,
-        )
+        with without_waiting(self):
+            return super().forward(
+                tensors,
+                *args,
+                generative_kwargs=generative_kwargs,
+                compute_loss=compute_loss,
+                **kwargs,
+            )
 
     @signed_as(ScviVAE.generative, for_loss=False)
     @auto_move_data

@@ -30,7 +30,7 @@ from mixscvi.mixture import (
 )
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.densities import importance_density, latent_moments
-from mixscvi.module.devices import auto_move_data
+from mixscvi.module.devices import auto_move_data, without_waiting
 from mixscvi.module.encoding import MixtureEncoder, encoder_input
 from mixscvi.module.factorized import FactorizedMixture
 from mixscvi.module.options import MixtureOptions
@@ -190,13 +190,14 @@ class MixVAE(ImportanceSampling, VAE):
         """
         if compute_loss:
             inference_kwargs = {"stratified": True, **(inference_kwargs or {})}
-        return super().forward(
-            tensors,
-            *args,
-            inference_kwargs=inference_kwargs,
-            compute_loss=compute_loss,
-            **kwargs,
-        )
+        with without_waiting(self):
+            return super().forward(
+                tensors,
+                *args,
+                inference_kwargs=inference_kwargs,
+                compute_loss=compute_loss,
+                **kwargs,
+            )
 
     @auto_move_data
     def _regular_inference(

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
-from mixscvi.likelihoods import SparseCounts, head_log_prob, heads, logits_log_prob
+from mixscvi.likelihoods import head_log_prob, heads, logits_log_prob
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
 L, B, S, G, H = 2, 5, 3, 600, 8  # more genes than a tile of the kernel has
 THETA_SHAPES = {"gene": (G,), "gene-batch": (B, 1, G), "gene-cell": (L, B, S, G)}
@@ -151,8 +152,8 @@ def test_blocks_without_gradients_give_the_same(name, theta_shape, rows_per_bloc
     assert not without.requires_grad
     torch.testing.assert_close(without, with_gradients.detach(), rtol=1e-13, atol=1e-11)
     cell, gene = torch.where(x > 0)
-    indptr = torch.cat((torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)))
-    sparse = SparseCounts(indptr, gene, x[cell, gene], G)
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)))
+    sparse = MostlyZero(SparseRows(starts, gene, x[cell, gene]), G)
     assert torch.equal(head_log_prob(sparse, **inputs), without)
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
-from mixscvi.likelihoods import SparseCounts, eager, nb_log_prob, poisson_log_prob, zinb_log_prob
+from mixscvi.likelihoods import eager, nb_log_prob, poisson_log_prob, zinb_log_prob
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
 L, B, S, G = 2, 5, 3, 7
 THETA_SHAPES = {"gene": (G,), "gene-batch": (B, 1, G), "gene-cell": (L, B, S, G)}
@@ -211,21 +212,20 @@ def test_strides_do_not_matter(name, theta_shape):
 def test_sparse_counts_give_the_same_bits(name, dtype):
     x, *parameters = draw_inputs((G,), dtype=dtype)
     cell, gene = torch.where(x > 0)
-    data = x[cell, gene]
-    indptr = torch.cat((torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)))
-    sparse = SparseCounts(indptr, gene, data, G)
-    assert torch.equal(sparse.to_dense(), x)
-    assert torch.equal(sparse.cells(slice(1, 4)).to_dense(), x[1:4])
-    assert torch.equal(OURS[name](sparse, *parameters), OURS[name](x, *parameters))
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)))
+    rows = SparseRows(starts, gene, x[cell, gene])
     # An explicit zero is a zero.
-    indptr, gene, data = indptr + 0, gene.clone(), data.clone()
-    padded = SparseCounts(
-        torch.cat((indptr[:1], indptr[1:] + 1)),
+    padded = SparseRows(
+        torch.cat((starts[:1], starts[1:] + 1)),
         torch.cat((torch.tensor([2]), gene)),
-        torch.cat((torch.zeros(1, dtype=dtype), data)),
-        G,
+        torch.cat((torch.zeros(1, dtype=dtype), rows.value)),
     )
-    assert torch.equal(OURS[name](padded, *parameters), OURS[name](x, *parameters))
+    expected = OURS[name](x, *parameters)
+    for counts in (MostlyZero(rows, G), MostlyZero(padded, G)):
+        assert torch.equal(OURS[name](counts, *parameters), expected)
+        assert counts._dense is None
+        # Likewise where nothing is compiled.
+        assert torch.equal(EAGER[name](counts, *parameters), EAGER[name](x, *parameters))
 
 
 @pytest.mark.parametrize("name", OURS)

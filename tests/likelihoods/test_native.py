@@ -2,14 +2,15 @@ import subprocess
 import sys
 import warnings
 
-import numba
 import pytest
 import torch
+from numba import njit
+from numba.core.errors import NumbaError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixscvi import compiled, compiling
+from compilers import not_compiled
+from mixscvi import compiled
 from mixscvi.likelihoods import (
-    SparseCounts,
     eager,
     head_log_prob,
     kernels,
@@ -17,6 +18,7 @@ from mixscvi.likelihoods import (
     native,
     zinb_log_prob,
 )
+from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 
 L, B, S, G = 1, 3, 2, 5
 
@@ -48,14 +50,10 @@ def test_importing_the_likelihoods_does_not_import_numba():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("error", compiling.ERRORS)
+@pytest.mark.parametrize("error", [NumbaError, AttributeError, EOFError, OSError, RuntimeError])
 def test_a_compiler_that_fails_is_named_once(error, fresh, monkeypatch):
     expected = value_and_gradient(*draw_inputs())
-
-    def fail(*args):
-        raise error("no such instruction\nand more")
-
-    monkeypatch.setattr(kernels, "rows", fail)
+    monkeypatch.setattr(kernels, "rows", not_compiled(error("no such instruction\nand more")))
     with pytest.warns(RuntimeWarning, match=rf"numba.*{error.__name__}: no such instruction\)"):
         first = value_and_gradient(*draw_inputs())
     with warnings.catch_warnings():
@@ -66,16 +64,27 @@ def test_a_compiler_that_fails_is_named_once(error, fresh, monkeypatch):
         assert torch.equal(got, again)
 
 
+def test_code_that_numba_does_not_take_is_named(fresh):
+    with pytest.warns(RuntimeWarning, match=r"TypingError: No implementation of function"):
+        assert compiled.attempt(njit(lambda x: x + "text"), 1) is None
+
+
+def test_a_library_that_does_not_load_is_named(fresh, monkeypatch):
+    def fail(name):
+        exec("raise OSError('no shared object file')", {"__name__": "llvmlite.binding"})
+
+    monkeypatch.setattr(compiled, "_import", fail)
+    with pytest.warns(RuntimeWarning, match=r"OSError: no shared object file\)"):
+        zinb_log_prob(*draw_inputs())
+
+
 def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
     x, *_, theta, _ = draw_inputs()
     hidden, weight, bias = torch.randn(L, B, S, 4), torch.randn(G, 4), torch.randn(G)
     given = (x, hidden, weight, bias, torch.tensor(2.0), theta, weight.flip(0), bias.flip(0))
     expected = head_log_prob(*given)
 
-    def fail(*args):
-        raise numba.core.errors.NumbaError("no")
-
-    monkeypatch.setattr(kernels, "rows", fail)
+    monkeypatch.setattr(kernels, "rows", not_compiled(NumbaError("no")))
     with pytest.warns(RuntimeWarning, match="numba"):
         torch.testing.assert_close(head_log_prob(*given), expected)
 
@@ -186,10 +195,19 @@ def test_the_eager_terms_compile_to_one_graph():
 @pytest.mark.parametrize("shape", [(2, 5), (3, 4), (4, 5)])
 def test_counts_of_other_cells_or_genes_are_refused(shape):
     logits, log_library = torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2)
-    counts = torch.zeros(shape)
-    sparse = SparseCounts(
-        torch.zeros(shape[0] + 1, dtype=torch.int64), torch.empty(0), torch.empty(0), shape[1]
-    )
-    for x in (counts, sparse):
-        with pytest.raises(ValueError, match=r"\(B, G\) = \(3, 5\)"):
+    nothing = torch.empty(0, dtype=torch.int64)
+    rows = SparseRows(torch.zeros(shape[0] + 1, dtype=torch.int64), nothing, torch.empty(0))
+    for x in (torch.zeros(shape), MostlyZero(rows, shape[1])):
+        with pytest.raises(ValueError, match=r"counts must .* \(B, G\) = \(3, 5\)"):
             logits_log_prob(x, logits, log_library, torch.ones(5))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (1, 1, 5), (3, 5), (1, 3, 1, 5), (2, 3, 2, 5)])
+def test_dispersions_of_other_shapes_are_refused(shape):
+    """The kernels would read what lies beyond them in memory."""
+    x, logits, log_library = torch.ones(3, 5), torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"theta must .* \(B, 1, G\) = \(3, 1, 5\)"):
+        logits_log_prob(x, logits, log_library, torch.ones(shape))
+    if len(shape) > 2:
+        with pytest.raises(ValueError, match=r"zi_logits must .* = \(1, 3, 2, 5\)"):
+            logits_log_prob(x, logits, log_library, torch.ones(5), torch.ones(shape))

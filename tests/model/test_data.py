@@ -1,6 +1,8 @@
 """Training minibatches: scvi-tools' own, made faster."""
 
+import functools
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import anndata
@@ -8,14 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numba import typeof
+from numba.core.dispatcher import Dispatcher
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from scvi.train import TrainingPlan
 
-from fitting import SMALL, fit
-from mixscvi import MixSCVI, compiled, csr
-from mixscvi.likelihoods import SparseCounts, log_prob
-from mixscvi.mixture import nonzeros
+from compilers import not_compiled
+from fitting import SMALL, fit, seeded
+from mixscvi import MixSCVI, compiled, csr, csr_kernels
+from mixscvi.likelihoods import kernels, log_prob
+from mixscvi.mixture import nonzeros, sparse_kernels
 from mixscvi.mixture.mostly_zero import MostlyZero
 from mixscvi.model.data import LeanDataSplitter
 from mixscvi.model.loaders import LeanDataLoader
@@ -57,8 +62,8 @@ def minibatches(splitter_cls, manager, *, plan=None, **kwargs):
     return loader, [*loader, *loader], torch.rand(())
 
 
-def few_counts(convert):
-    return registered(convert, mean=0.1)
+def few_counts(convert, **kwargs):
+    return registered(convert, mean=0.1, **kwargs)
 
 
 KINDS = {
@@ -100,6 +105,41 @@ def test_minibatches_by_their_nonzeros(kind):
         assert got["X"].dtype == torch.float32
         for key in expected:
             assert torch.equal(torch.as_tensor(got[key] + 0), expected[key]), key
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_nothing_is_compiled_anew_for_a_short_minibatch(kind, n_components, monkeypatch):
+    """Nor in a later epoch: functions see arguments of the same types."""
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    kinds, sizes = {}, set()
+
+    def spied(run):
+        def call(function, *args):
+            # Not of what is done after training, without gradients.
+            if isinstance(function, Dispatcher) and not torch.is_inference_mode_enabled():
+                types = tuple(map(typeof, args if run is attempt else args[1:]))
+                kinds.setdefault(function, set()).add(types)
+            return run(function, *args)
+
+        return call
+
+    attempt, step = compiled.attempt, LeanTrainingPlan.training_step
+    monkeypatch.setattr(compiled, "in_blocks", spied(compiled.in_blocks))
+    monkeypatch.setattr(compiled, "attempt", spied(attempt))
+
+    def spied_step(self, batch, batch_idx):
+        sizes.add(len(batch["X"]))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LeanTrainingPlan, "training_step", spied_step)
+    # 3 cells are too few for a table of log-gamma terms.
+    adata = few_counts(KINDS[kind], n_cells=47).adata.copy()
+    fit(MixSCVI, adata, n_components=n_components, train_kwargs={"train_size": 35 / 47})
+    assert sizes == {32, 3}
+    assert len(kinds) > 3
+    for function, seen in kinds.items():
+        assert len(seen) == 1, function
 
 
 def unsorted(counts):
@@ -178,7 +218,7 @@ def test_size_factors_leave_the_likelihood_compiled(likelihood, monkeypatch):
     adata = few_counts(sparse.csr_matrix).adata.copy()
     setup = {"size_factor_key": "size"}
     fit(MixSCVI, adata, setup, n_components=2, gene_likelihood=likelihood)
-    assert SparseCounts in calls
+    assert MostlyZero in calls
 
 
 @pytest.mark.parametrize(
@@ -261,6 +301,42 @@ def test_nothing_is_compiled_where_numba_is_not(monkeypatch):
     assert torch.equal(ours[0]["X"], theirs[0]["X"])
 
 
+@pytest.mark.parametrize("n_components", [1, 3])
+@pytest.mark.parametrize("fails", ["import", "likelihoods", "products", "rows"])
+def test_a_model_trains_where_numba_fails(fails, n_components, monkeypatch):
+    """To the same weights, with one warning."""
+    monkeypatch.setattr(nonzeros, "_LEAST_WORK", 0)
+    monkeypatch.setattr(compiled, "_failed", False)
+
+    def results():
+        adata = few_counts(sparse.csr_matrix).adata.copy()
+        model = fit(MixSCVI, adata, n_components=n_components)
+        log_px = seeded(model.get_marginal_ll, n_mc_samples=6, return_mean=False)
+        return {"log p(x)": log_px, **model.module.state_dict()}
+
+    expected = results()
+    cause = RuntimeError("no room for code")
+    if fails == "import":
+        monkeypatch.setattr(compiled, "_import", functools.partial(fail, ImportError(*cause.args)))
+    else:
+        module, name = {
+            "likelihoods": (kernels, "rows"),
+            "products": (sparse_kernels, "sums_of_rows"),
+            "rows": (csr_kernels, "copy_rows"),
+        }[fails]
+        monkeypatch.setattr(module, name, not_compiled(cause))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = results()
+    assert ["no room for code" in str(warning.message) for warning in caught].count(True) == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def fail(error, *args):
+    raise error
+
+
 def test_a_matrix_with_entries_beyond_its_columns_is_refused():
     indptr, indices, data = np.array([0, 1]), np.array([5], np.int32), np.ones(1, np.float32)
     with pytest.raises(IndexError, match="3 columns"):
@@ -307,7 +383,9 @@ def test_every_model_trains_on_nonzeros(name, monkeypatch):
         torch.testing.assert_close(weights[0][key], expected)
 
 
-def test_training_in_halves_sees_dense_counts():
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_training_in_halves_sees_dense_counts(n_components):
     adata = few_counts(sparse.csr_matrix).adata.copy()
-    model = fit(MixSCVI, adata, n_components=2, train_kwargs={"precision": "bf16-mixed"})
+    half = {"precision": "bf16-mixed"}
+    model = fit(MixSCVI, adata, n_components=n_components, train_kwargs=half)
     assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
