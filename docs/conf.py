@@ -92,6 +92,8 @@ napoleon_use_param = True
 typehints_defaults = "braces"
 always_use_bars_union = True
 python_maximum_signature_line_length = 88
+# beside a page, methods without the name of their class, for which there is no room
+toc_object_entries_show_parents = "hide"
 
 # Look
 html_theme = "sphinx_book_theme"

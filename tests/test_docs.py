@@ -127,8 +127,10 @@ def is_wrapped(function):
 def says_what_it_raises(function, text):
     if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":
         return True  # what a dataclass makes by itself raises nothing
-    raises = any(isinstance(node, ast.Raise) for node in ast.walk(parsed(function)))
-    return not raises or "Raises\n------" in text
+    raised = [node for node in ast.walk(parsed(function)) if isinstance(node, ast.Raise)]
+    called = " ".join(ast.unparse(node.exc).partition("(")[0] for node in raised if node.exc)
+    said = text.partition("Raises\n------")[2].partition("\nExamples\n")[0]
+    return not raised or (said != "" and all(e in said for e in re.findall(r"\w+Error", called)))
 
 
 def parsed(function):

@@ -118,6 +118,8 @@ class QueriesMixin:
 
         Raises
         ------
+        TypeError
+            If there is no reference.
         ValueError
             As :meth:`MixSCVI.load`; or if the query does not fit the reference.
 

@@ -243,7 +243,7 @@ def evaluate(
         ``"encoder"``: draws are from the encoder's mixture. Where k-hat is above 0.7, which it is
         for most images, the NLL is an upper bound in effect. ``"adapted"``: the encoder's mixture
         is first adapted to the exact posterior of each image
-        (:func:`~mixscvi.images.networks.adapting.adapt_images`), for some thousand decoder
+        (:func:`~mixscvi.images.networks.adapting.adapt_images`), for a few thousand decoder
         evaluations per image.
     draws
         Importance samples per image, of all components together (rounded up to as many for
