@@ -30,6 +30,20 @@ def test_every_piece_is_made_and_shown(evidence):
     assert "generated/evidence/rest.md" in page
 
 
+def test_every_likelihood_of_images_has_its_share_of_k_hat(evidence):
+    texts = {path.name: path.read_text() for path in evidence.RESULTS.glob("images_*.md")}
+    texts |= {name: piece() for name, (_, piece) in evidence.PIECES.items()}
+    headings = [
+        (name, line)
+        for name, text in texts.items()
+        for line in text.splitlines()
+        if line.startswith("|") and " NLL " in line
+    ]
+    assert len(headings) > 10
+    for name, line in headings:
+        assert " k-hat < 0.7 " in line, name
+
+
 def test_every_figure_of_the_page_is_drawn(evidence, tmp_path):
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"\]\(generated/evidence/([^)]*png)\)", page))

@@ -311,7 +311,8 @@ def draw(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     for data in ("mnist", "fashion_mnist"):
-        sweep_figure(read_rows(RESULTS / f"images_sweep_{data}.csv"), folder / f"sweep_{data}.png")
+        rows = read_rows(RESULTS / f"images_sweep_{data}_adapted.csv")
+        sweep_figure(rows, folder / f"sweep_{data}.png")
 
     log = pd.read_csv(RESULTS / "images_vanilla_paper_curves.csv")
     figure = Figure(figsize=(6, 3.4), layout="constrained")
