@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "NOT_MADE",
+    "UNPICKLED",
     "UNREADABLE",
     "brief",
     "check_tensors",
@@ -40,6 +41,15 @@ UNREADABLE = (
     ValueError,
     zipfile.BadZipFile,
     zlib.error,
+)
+
+# What the reading of Python objects raises of damaged bytes, and of objects of other packages.
+UNPICKLED = (
+    *UNREADABLE,
+    AttributeError,
+    ImportError,
+    MemoryError,
+    pickle.UnpicklingError,
 )
 
 

@@ -19,6 +19,7 @@
 | raw_counts | columns on counts in tables of differential expression |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving and loading |
+| legacy | models saved before scvi-tools 0.15 |
 | files, plain, sizes | the file of a model, what may stand in it, and how large it may say it is |
 | queries | query mapping |
 | minified | data without counts |

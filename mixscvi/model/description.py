@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from scvi import REGISTRY_KEYS
+
 __all__ = ["check_description"]
 
 _PARTS = ("data_registry", "state_registry", "summary_stats")
@@ -55,8 +57,14 @@ def check_description(attributes: Mapping[str, Any], var_names: Any) -> None:
                 raise TypeError(f"{where}.summary_stats.{name} is no integer, got {value!r:.40}")
             if value < 0:
                 raise ValueError(f"{where}.summary_stats.{name} is negative, got {value}")
-    for i, gene in enumerate(var_names if var_names is not None else ()):
+    if var_names is None:
+        return
+    for i, gene in enumerate(var_names):
         _check_text(gene, f"var_names[{i}]")
+    of_x = registry["field_registries"].get(REGISTRY_KEYS.X_KEY, {"summary_stats": {}})
+    n_vars = of_x["summary_stats"].get("n_vars", len(var_names))
+    if len(var_names) != n_vars:
+        raise ValueError(f"var_names has {len(var_names)} genes, and the registry {n_vars}")
 
 
 def _dictionary(holder: Mapping[str, Any], name: str, where: str = "") -> Mapping[str, Any]:

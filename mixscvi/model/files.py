@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixscvi.checkpoint_file import NOT_MADE, UNREADABLE, check_tensors, damaged_record
+from mixscvi.checkpoint_file import (
+    NOT_MADE,
+    UNPICKLED,
+    UNREADABLE,
+    brief,
+    check_tensors,
+    damaged_record,
+)
 from mixscvi.model.description import check_description
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.sizes import check_sizes
@@ -36,6 +43,7 @@ __all__ = [
     "StoredModel",
     "data_file",
     "put_in_place",
+    "read_contents",
     "read_model",
     "staged",
     "write_model",
@@ -139,7 +147,9 @@ def read_model(
         Python objects that are not allowed.
     """
     path = Path(folder) / f"{prefix or ''}{_MODEL}"
-    stored = _read(path, allow_pickle=allow_pickle)
+    if not path.is_file():
+        raise ValueError(f"Failed to load model file at {path}: there is none")
+    stored = read_contents(path, allow_pickle=allow_pickle)
     try:
         own = stored.get(_OWN, {"format": _FORMAT, "notes": [], "data_id": None})
         later = own["format"] > _FORMAT
@@ -160,9 +170,21 @@ def read_model(
     return model
 
 
-def _read(path: Path, *, allow_pickle: bool) -> dict:
-    if not path.is_file():
-        raise ValueError(f"Failed to load model file at {path}: there is none")
+def read_contents(path: Path, *, allow_pickle: bool) -> Any:
+    """What torch wrote into a file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    allow_pickle
+        As in :func:`read_model`.
+
+    Raises
+    ------
+    ValueError
+        If it is truncated, damaged, or holds Python objects that are not allowed.
+    """
     try:
         damaged = damaged_record(path)
     except UNREADABLE as error:
@@ -193,7 +215,13 @@ def _read(path: Path, *, allow_pickle: bool) -> dict:
             f"{path} is damaged ({str(error).splitlines()[0] if str(error) else 'empty'}): save or "
             "fetch it again"
         ) from error
-    return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except UNPICKLED as error:
+        raise ValueError(
+            f"{path} is damaged, or holds objects of packages that are not here ({brief(error)}): "
+            "save or fetch it again"
+        ) from error
 
 
 def _check(model: StoredModel) -> None:
@@ -224,7 +252,12 @@ def _argument_of(path: list) -> str:
 
 
 def write_model(
-    written_by_scvi: Path, path: Path, *, data_id: str | None, **save_kwargs: Any
+    written_by_scvi: Path,
+    path: Path,
+    *,
+    data_id: str | None,
+    var_names: Any = None,
+    **save_kwargs: Any,
 ) -> None:
     """Write a model's file from that of scvi-tools.
 
@@ -236,6 +269,8 @@ def write_model(
         The new one.
     data_id
         What names the data that are saved with it.
+    var_names
+        Names of the genes; by default those that scvi-tools wrote.
     **save_kwargs
         Passed to :func:`torch.save`.
 
@@ -246,6 +281,8 @@ def write_model(
     """
     contents = torch.load(written_by_scvi, map_location="cpu", weights_only=False)
     contents[_WEIGHTS].pop("pyro_param_store", None)
+    if var_names is not None:
+        contents[_GENES] = var_names
     plain, notes = to_plain(
         {_GENES: contents[_GENES], _ATTRIBUTES: contents[_ATTRIBUTES]}, _may_leave_out
     )
@@ -296,7 +333,7 @@ def _settle(staging: Path, target: Path) -> None:
 def _data_id(path: Path) -> str | None:
     """What names the data of a saved model; of one that cannot be read, nothing."""
     try:
-        return _read(path, allow_pickle=False)[_OWN]["data_id"]
+        return read_contents(path, allow_pickle=False)[_OWN]["data_id"]
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import anndata
+import numpy as np
 import rich.pretty  # noqa: F401  # scvi-tools prints with it, and does not import it
 from anndata._io.specs.registry import IORegistryError
+from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
 from mixscvi.checkpoint_file import NOT_MADE, brief
@@ -25,6 +27,7 @@ from mixscvi.model.files import (
     staged,
     write_model,
 )
+from mixscvi.model.legacy import read_legacy
 from mixscvi.system import write_beside
 
 if TYPE_CHECKING:
@@ -83,13 +86,7 @@ class PersistenceMixin:
             If an attribute of the model whose name ends in ``_`` is an object that a file without
             code cannot hold.
         """
-        target = Path(os.path.abspath(dir_path))
-        if target.exists() and not overwrite:
-            raise ValueError(
-                f"dir_path {str(dir_path)!r} already exists: choose another, or overwrite=True"
-            )
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"dir_path {str(dir_path)!r} is a file: choose a folder")
+        target = _free_folder("dir_path", dir_path, overwrite=overwrite)
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
         if save_anndata and not hasattr(self.adata, "X"):
@@ -266,6 +263,8 @@ class PersistenceMixin:
     ) -> None:
         """Convert a model saved before scvi-tools 0.15; see ``SCVI.convert_legacy_save``.
 
+        What is written is what :meth:`save` writes, in one step, once it is known to load.
+
         Parameters
         ----------
         dir_path, output_dir_path, overwrite, prefix, **save_kwargs
@@ -275,17 +274,44 @@ class PersistenceMixin:
 
         Raises
         ------
+        FileNotFoundError
+            If a file of the model is missing.
         ValueError
-            If it is not.
+            If `allow_pickle` is not true, `output_dir_path` exists and `overwrite` is false, or a
+            file is truncated, damaged, or does not belong to the others.
+        TypeError
+            If an attribute of the model is an object that a file without code cannot hold.
         """
-        if not allow_pickle:
-            raise ValueError(
-                f"{os.fspath(dir_path)!r} holds Python objects, and reading them can run any "
-                "code: if you trust whoever made it, say allow_pickle=True, here and to load()"
+        target = _free_folder("output_dir_path", output_dir_path, overwrite=overwrite)
+        legacy = read_legacy(dir_path, prefix, allow_pickle=allow_pickle)
+        with staged(target) as staging:
+            complete, by_scvi = staging / "complete", staging / "scvi"
+            complete.mkdir()
+            legacy.write(staging / "legacy")
+            name = f"{prefix or ''}model.pt"
+            with legacy.describing():
+                super().convert_legacy_save(str(staging / "legacy"), str(by_scvi), prefix=prefix)
+            write_model(
+                by_scvi / name,
+                complete / name,
+                data_id=None,
+                var_names=legacy.var_names,
+                **save_kwargs,
             )
-        super().convert_legacy_save(
-            dir_path, output_dir_path, overwrite=overwrite, prefix=prefix, **save_kwargs
-        )
+            with legacy.describing():
+                if not read_model(complete, prefix).left_out:
+                    cls.load(complete, False, "cpu", prefix=prefix)
+            put_in_place(staging, target, prefix)
+
+
+def _free_folder(name: str, path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The absolute path of a folder that may be written to; `name` is of the argument."""
+    folder = Path(os.path.abspath(path))
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{name} {str(path)!r} already exists: choose another, or overwrite=True")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} {str(path)!r} is a file: choose a folder")
+    return folder
 
 
 def read_for(
@@ -301,10 +327,25 @@ def read_for(
     stored.give(arguments or {})
     registry, init = stored.attributes["registry_"], stored.attributes["init_params_"]
     given = init.get("non_kwargs", init)
-    if registry.get("model_name") == cls._by_scvi_tools and "n_components" not in given:
+    # One that was converted has the name of the class that converted it.
+    if registry["model_name"] in (cls._by_scvi_tools, cls.__name__) and "n_components" not in given:
         registry["model_name"] = cls.__name__
         given["n_components"] = 1
+    if registry.get("setup_method_name", "setup_anndata") == "setup_anndata":
+        _complete(registry, stored.var_names)
     return stored
+
+
+def _complete(registry: dict[str, Any], var_names: Any) -> None:
+    """Add what earlier versions of scvi-tools did not note of data, and later ones look for."""
+    registry["setup_args"].setdefault(f"{REGISTRY_KEYS.SIZE_FACTOR_KEY}_key", None)
+    fields = registry["field_registries"]
+    for name in (REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY):
+        empty = {"data_registry": {}, "state_registry": {}, "summary_stats": {f"n_{name}": 0}}
+        fields.setdefault(name, empty)
+    if REGISTRY_KEYS.X_KEY in fields and var_names is not None:
+        of_genes = fields[REGISTRY_KEYS.X_KEY]["state_registry"]
+        of_genes.setdefault("column_names", np.asarray(var_names))
 
 
 @contextmanager

@@ -498,8 +498,6 @@ def test_models_of_scvi_tools_are_read_when_trusted(make_adata, tmp_path):
     with pytest.raises(ValueError, match="allow_pickle=True"):
         MixSCVI.load_query_data(query, path)
     MixSCVI.load_query_data(query, path, allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle=True"):
-        MixSCVI.convert_legacy_save(path, tmp_path / "converted")
 
 
 def test_models_saved_before_are_read_when_trusted(trained, tmp_path):
