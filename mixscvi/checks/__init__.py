@@ -11,16 +11,20 @@ from mixscvi.checks.annotation import (
     warn_of_repeated,
 )
 from mixscvi.checks.arguments import (
+    check_anndata,
     check_batches,
     check_choice,
     check_indices,
     check_library_size,
+    check_loader,
+    check_number,
     check_positive_int,
 )
 from mixscvi.checks.comparisons import check_comparison
 from mixscvi.checks.counts import check_counts, check_numbers
 
 __all__ = [
+    "check_anndata",
     "check_batches",
     "check_categories",
     "check_choice",
@@ -32,6 +36,8 @@ __all__ = [
     "check_genes",
     "check_indices",
     "check_library_size",
+    "check_loader",
+    "check_number",
     "check_numbers",
     "check_positive",
     "check_positive_int",

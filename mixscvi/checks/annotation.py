@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
     KeyError
         If there is no such column.
     ValueError
-        If a category is missing.
+        If a category is missing, or there are several such columns.
     TypeError
         If `key` is no name; if numbers are expected, and it has others; or if categories are of
         types that have no common order.
@@ -77,6 +77,8 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
     if key not in obs:
         raise KeyError(f"{argument}={key!r} is no column of adata.obs, which has {[*obs.columns]}")
     column = obs[key]
+    if isinstance(column, pd.DataFrame):
+        raise ValueError(f"{argument}={key!r} is of {column.shape[1]} columns of adata.obs")
     if not numeric:
         missing = np.flatnonzero(column.isna())
         if len(missing):
@@ -239,7 +241,7 @@ def check_gene_list(gene_list: Any, var_names: pd.Index) -> None:
     ...
     ValueError: gene_list: 1 of its names are of several genes, first: 'CD4'
     """
-    if isinstance(gene_list, str):
+    if isinstance(gene_list, str) or not isinstance(gene_list, Iterable):
         raise TypeError(f"gene_list must be a list of genes, got {gene_list!r}")
     given = pd.Index(list(gene_list), dtype=object)
     if not given.isin(var_names).any():

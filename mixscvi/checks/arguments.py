@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
+from anndata import AnnData
 
 __all__ = [
+    "check_anndata",
     "check_batches",
     "check_choice",
     "check_indices",
     "check_library_size",
+    "check_loader",
+    "check_number",
     "check_positive_int",
 ]
 
@@ -36,6 +40,39 @@ def check_positive_int(name: str, value: Any, *, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+def check_number(
+    name: str, value: Any, *, least: float = -np.inf, most: float = np.inf, above: float = -np.inf
+) -> None:
+    """Raise if `value` is no number from `least` to `most` and above `above`.
+
+    Raises
+    ------
+    TypeError
+        If it is no number.
+    ValueError
+        If it is NaN, infinite, or out of range.
+
+    Examples
+    --------
+    >>> check_number("delta", 0.25, least=0)
+    >>> check_number("fdr_target", 5, least=0, most=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: fdr_target must be a finite number from 0 to 1, got 5
+    """
+    expected = "a finite number"
+    if most < np.inf:
+        expected += f" from {least:g} to {most:g}"
+    elif least > -np.inf:
+        expected += f" of at least {least:g}"
+    elif above > -np.inf:
+        expected += f" above {above:g}"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not (np.isfinite(value) and least <= value <= most and value > above):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -127,13 +164,57 @@ def check_library_size(value: Any) -> None:
         raise ValueError(f"library_size must be 'latent' or above zero, got {value!r}")
 
 
-def check_batches(transform_batch: Any, known: Sequence[Any]) -> None:
+def check_anndata(adata: Any) -> None:
+    """Raise if there are no cells; collections of files pass for an AnnData.
+
+    Raises
+    ------
+    TypeError
+        If it is no AnnData.
+    ValueError
+        If it is of no cells.
+
+    Examples
+    --------
+    >>> check_anndata(AnnData(np.ones((2, 3))))
+    """
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}")
+    if not adata.n_obs:
+        raise ValueError(f"adata must have cells, got shape {adata.shape}")
+
+
+def check_loader(dataloader: Any) -> None:
+    """Raise if minibatches of the user's own are none.
+
+    Raises
+    ------
+    TypeError
+        If they cannot be iterated over.
+    ValueError
+        If there are none.
+
+    Examples
+    --------
+    >>> check_loader([{"X": [[1.0]]}])
+    """
+    if dataloader is None:
+        return
+    if isinstance(dataloader, str) or not isinstance(dataloader, Iterable):
+        raise TypeError(f"dataloader must give minibatches, got {dataloader!r:.60}")
+    if isinstance(dataloader, Sized) and not len(dataloader):
+        raise ValueError("dataloader must give minibatches, got none")
+
+
+def check_batches(
+    transform_batch: Any, known: Sequence[Any], *, name: str = "transform_batch"
+) -> None:
     """Raise if cells cannot be decoded as of these batches.
 
     Raises
     ------
     ValueError
-        If one is none of the batches that the model was trained on.
+        If there are none, or one is none of the batches that the model was trained on.
 
     Examples
     --------
@@ -145,9 +226,9 @@ def check_batches(transform_batch: Any, known: Sequence[Any]) -> None:
     """
     if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
         transform_batch = [transform_batch]
-    for batch in transform_batch:
-        if batch is not None and batch not in known:
-            expected = ", ".join(repr(name) for name in known[:5]) + ", ..." * (len(known) > 5)
-            raise ValueError(
-                f"transform_batch must be of the model's batches, {expected}, got {batch!r}"
-            )
+    given = list(transform_batch)
+    wrong = [batch for batch in given if batch is not None and batch not in known]
+    if wrong or not given:
+        expected = ", ".join(repr(batch) for batch in known[:5]) + ", ..." * (len(known) > 5)
+        got = repr(wrong[0]) if wrong else "none"
+        raise ValueError(f"{name} must be of the model's batches, {expected}, got {got}")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mixscvi.checks.arguments import check_choice, check_indices
+from mixscvi.checks.arguments import (
+    check_batches,
+    check_choice,
+    check_indices,
+    check_number,
+    check_positive_int,
+)
 
 __all__ = ["check_comparison"]
 
@@ -17,16 +23,19 @@ _NAMES_SHOWN = 5
 _NO_QUERY = (AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError)
 
 
-def check_comparison(obs: pd.DataFrame, given: Mapping[str, Any]) -> None:
-    """Raise if ``differential_expression`` cannot tell which cells to compare.
+def check_comparison(
+    obs: pd.DataFrame, given: Mapping[str, Any], batches: Sequence[Any] = ()
+) -> None:
+    """Raise if ``differential_expression`` cannot tell which cells to compare, or how.
 
     Parameters
     ----------
     obs
         Annotation of the cells.
     given
-        Arguments of ``differential_expression`` by name, of which `groupby`, `group1`, `group2`,
-        `idx1`, `idx2`, `subset_idx` and `mode` are looked at.
+        Arguments of ``differential_expression`` by name.
+    batches
+        Of the model.
 
     Raises
     ------
@@ -43,11 +52,17 @@ def check_comparison(obs: pd.DataFrame, given: Mapping[str, Any]) -> None:
     ...
     ValueError: group1='T' is no value of adata.obs['type'], which has 'B', 'NK'
     """
-    check_choice("mode", given.get("mode", "vanilla"), ("vanilla", "change"))
+    _check_test(given)
+    _check_batches(given, batches)
     for name in ("idx1", "idx2", "subset_idx"):
         if given.get(name) is not None:
             _check_cells(name, given[name], obs)
     if given.get("idx1") is not None:
+        one = _mask(given["idx1"], obs)
+        if given.get("idx2") is None:
+            _check_rest("idx1", one)
+        elif not (one & ~_mask(given["idx2"], obs)).any():
+            raise ValueError("idx2 must not hold all cells of idx1, which leaves none to compare")
         return
     key = given.get("groupby")
     if key is None:
@@ -66,6 +81,63 @@ def check_comparison(obs: pd.DataFrame, given: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{name}={group!r} is no value of adata.obs[{key!r}], which has {shown}{more}"
                 )
+    first = [group for group in first if group is not None]
+    if given.get("group1") is not None and not first:
+        raise ValueError(f"group1 must name at least one value of adata.obs[{key!r}], got none")
+    if given.get("subset_idx") is None and given.get("group2") is None:
+        for group in first or column.dropna().unique()[:1]:
+            of = f"group1={group!r}" if first else f"groupby={key!r}"
+            _check_rest(of, (column == group).to_numpy())
+
+
+def _check_test(given: Mapping[str, Any]) -> None:
+    """Raise if it is not clear what makes a gene differ."""
+    check_choice("mode", given.get("mode", "vanilla"), ("vanilla", "change"))
+    check_choice("test_mode", given.get("test_mode", "three"), ("two", "three"))
+    for name, most in (("delta", np.inf), ("pseudocounts", np.inf), ("fdr_target", 1)):
+        if given.get(name) is not None:
+            check_number(name, given[name], least=0, most=most)
+    for name in ("n_samples_overall", "m_permutation"):
+        if given.get(name) is not None:
+            check_positive_int(name, given[name])
+    for name in ("change_fn", "m1_domain_fn"):
+        value = given.get(name)
+        if not (value is None or callable(value) or (name, value) == ("change_fn", "log-fold")):
+            raise TypeError(f"{name} must be a function of arrays, got {value!r}")
+    levels = given.get("cred_interval_lvls")
+    if levels is not None:
+        if isinstance(levels, str) or not isinstance(levels, Iterable):
+            raise TypeError(f"cred_interval_lvls must be a list of levels, got {levels!r}")
+        for level in levels:
+            check_number("cred_interval_lvls", level, least=0, most=1)
+
+
+def _check_batches(given: Mapping[str, Any], batches: Sequence[Any]) -> None:
+    """Raise if groups cannot be decoded as of the batches that are given for them."""
+    for name in ("batchid1", "batchid2"):
+        value = given.get(name)
+        if value is None:
+            continue
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be a list of batches, got {value!r}")
+        if not given.get("batch_correction"):
+            raise ValueError(f"{name}={value!r} needs batch_correction=True")
+        check_batches(value, batches, name=name)
+
+
+def _mask(cells: Any, obs: pd.DataFrame) -> np.ndarray:
+    """Which cells are chosen, `(n,)`."""
+    if isinstance(cells, str):
+        return obs.index.isin(obs.query(cells).index)
+    mask = np.zeros(len(obs), dtype=bool)
+    mask[np.ravel(cells)] = True
+    return mask
+
+
+def _check_rest(name: str, mask: np.ndarray) -> None:
+    """Raise if a group is to be compared with the other cells, and there are none."""
+    if mask.all():
+        raise ValueError(f"{name} chooses all {len(mask)} cells, which leaves none to compare with")
 
 
 def _check_cells(name: str, cells: Any, obs: pd.DataFrame) -> None:

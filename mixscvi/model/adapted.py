@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mixscvi.checks import check_positive_int
-from mixscvi.mixture import Adapted
+from mixscvi.mixture import Adapted, adapt
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
+from mixscvi.model.inputs import check_keywords
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,6 +102,9 @@ class AdaptedMixin:
         check_enough_for_k(n_mc_samples)
         if n_mc_samples_per_pass is not None:
             check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
+        if not isinstance(adapt_kwargs, Mapping | None):
+            raise TypeError(f"adapt_kwargs must be a dictionary of arguments, got {adapt_kwargs!r}")
+        check_keywords(adapt_kwargs, [adapt], argument="adapt_kwargs")
         for name in _FIXED:
             if name in (adapt_kwargs or {}):
                 raise ValueError(
@@ -113,7 +117,7 @@ class AdaptedMixin:
         n_cells = None
         if dataloader is None:
             obs_names = (self.adata if adata is None else adata).obs_names
-            n_cells = len(obs_names if indices is None else obs_names[indices])
+            n_cells = len(obs_names if indices is None else obs_names[np.asarray(indices)])
         if progress is None:
             progress = settings.verbosity <= logging.INFO
         with tqdm(

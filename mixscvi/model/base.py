@@ -16,7 +16,17 @@ from scvi.data._utils import _check_if_view
 from scvi.model import SCVI
 from torch import Tensor
 
-from mixscvi.checks import check_gene_list, check_genes, check_indices, check_positive_int
+from mixscvi.checks import (
+    check_anndata,
+    check_batches,
+    check_choice,
+    check_gene_list,
+    check_genes,
+    check_indices,
+    check_loader,
+    check_number,
+    check_positive_int,
+)
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.data import MINIFY_UNS_KEY, check_data
@@ -35,17 +45,20 @@ from mixscvi.system import naming_what_takes_memory, physical_memory
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
-__all__ = ["MixtureMixin", "making_what_fits"]
+__all__ = ["MixtureMixin", "check_made_of", "making_what_fits"]
 
 _BYTES_A_WEIGHT = 16  # with its gradient, and two moments of Adam
 
 
-def _once_trained(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a method of scvi-tools warn if the model is not trained: its numbers mean nothing."""
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a method of scvi-tools look at its arguments, and warn if the model is not trained."""
 
     @functools.wraps(method)
     def checked(self: MixtureMixin, *args: Any, **kwargs: Any) -> Any:
-        self._check_if_trained(warn=True)
+        given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        # Numbers of a model that is not trained mean nothing; of library sizes scvi-tools says so.
+        self._check_if_trained(warn=method is not SCVI.get_latent_library_size)
+        self._check_arguments(given)
         return method(self, *args, **kwargs)
 
     return checked
@@ -78,6 +91,22 @@ def making_what_fits(
         yield
 
 
+def check_made_of(adata: Any, registry: Any) -> None:
+    """Raise if a model can be made of neither data nor a registry.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+    if adata is not None:
+        check_anndata(adata)
+    elif registry is not None and not isinstance(registry, Mapping):
+        raise TypeError(f"registry must be that of a data module, got {registry!r:.60}")
+    elif registry is not None and "field_registries" not in registry:
+        raise ValueError(f"registry must have 'field_registries', got {[*registry]}")
+
+
 def _n_genes(data: Any) -> int:
     """Number of genes in cells or in a registry; 0 if it says nothing of them."""
     if isinstance(data, Mapping):
@@ -107,19 +136,31 @@ class MixtureMixin(
     _train_runner_cls = Runner
     _data_loader_cls = LeanDataLoader
 
-    get_elbo = _once_trained(SCVI.get_elbo)
-    get_reconstruction_error = _once_trained(SCVI.get_reconstruction_error)
-    get_likelihood_parameters = _once_trained(SCVI.get_likelihood_parameters)
+    get_elbo = _checked(SCVI.get_elbo)
+    get_reconstruction_error = _checked(SCVI.get_reconstruction_error)
+    get_likelihood_parameters = _checked(SCVI.get_likelihood_parameters)
+    get_feature_correlation_matrix = _checked(SCVI.get_feature_correlation_matrix)
+    get_latent_library_size = _checked(SCVI.get_latent_library_size)
+    posterior_predictive_sample = _checked(SCVI.posterior_predictive_sample)
 
-    @_once_trained
-    @functools.wraps(SCVI.posterior_predictive_sample)
-    def posterior_predictive_sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As scvi-tools', of genes that are checked."""
-        given = inspect.signature(SCVI.posterior_predictive_sample).bind(self, *args, **kwargs)
-        if given.arguments.get("gene_list") is not None:
-            check_gene_list(given.arguments["gene_list"], pd.Index(self.get_var_names()))
-        check_positive_int("n_samples", given.arguments.get("n_samples", 1))
-        return super().posterior_predictive_sample(*args, **kwargs)
+    def _check_arguments(self, given: Mapping[str, Any]) -> None:
+        """Raise if an argument of a method, by name, cannot be what it is for."""
+        if "n_samples" in given:
+            check_positive_int("n_samples", given["n_samples"])
+        if given.get("gene_list") is not None:
+            check_gene_list(given["gene_list"], pd.Index(self.get_var_names()))
+        if given.get("transform_batch") is not None and given.get("dataloader") is None:
+            check_batches(given["transform_batch"], self._known_batches())
+        if "rna_size_factor" in given:
+            check_number("rna_size_factor", given["rna_size_factor"], above=0)
+        if "correlation_type" in given:
+            check_choice("correlation_type", given["correlation_type"], ("spearman", "pearson"))
+        check_loader(given.get("dataloader"))
+
+    def _known_batches(self) -> list[Any]:
+        """Batches that the model was trained on."""
+        field = self.registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]
+        return list(field["state_registry"]["categorical_mapping"])
 
     def _complete_summary(self, title: str, own_title: str) -> None:
         """Put the model's name into scvi-tools' summary, and the mixture behind it."""
@@ -135,11 +176,15 @@ class MixtureMixin(
         )
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
+        if adata is None and self.adata is None:
+            raise ValueError("the model holds no data: give adata")
+        if adata is not None:
+            check_anndata(adata)
         if adata is not None and self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)
             if self.adata is not None and adata is not self.adata:
                 check_known_categories(adata, self.registry)
-        if isinstance(adata, AnnData):
+        if adata is not None:
             _check_if_view(adata, copy_if_view=copy_if_view)  # as scvi-tools does next
             take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
@@ -185,6 +230,7 @@ class MixtureMixin(
         if dataloader is not None:
             if adata is not None:
                 raise ValueError("give either adata or dataloader, got both")
+            check_loader(dataloader)
             return iter(dataloader)
         if adata is None and self.adata is None:
             raise ValueError("the model holds no data: give adata or dataloader")

@@ -14,6 +14,7 @@ import torch
 from scvi.train import Trainer, TrainRunner
 from torch import Tensor
 
+from mixscvi.checks import check_number, check_positive_int
 from mixscvi.mixture import dead_components
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.inputs import check_keywords, check_training
@@ -124,6 +125,12 @@ class ComponentsMixin:
         runs = (Trainer, lightning.pytorch.Trainer, TrainRunner, CheckpointsMixin.train)
         taken_out = ("ckpt_path",)  # by scvi-tools' runners, ahead of the trainer
         check_keywords(given.get("trainer_kwargs"), runs, further=taken_out, argument="train()")
+        if given.get("n_samples_per_label") is not None:
+            check_positive_int("n_samples_per_label", given["n_samples_per_label"])
+        of_plan = given.get("plan_kwargs")
+        for name in ("lr", "eps", "weight_decay", "classification_ratio"):
+            if isinstance(of_plan, Mapping) and name in of_plan:
+                check_number(name, of_plan[name], least=0)
         if self.module is not None:
             plans = (self._training_plan_cls, self.module.loss)
             check_keywords(given.get("plan_kwargs"), plans, argument="plan_kwargs of train()")

@@ -11,7 +11,7 @@ import torch
 from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor
 
-from mixscvi.checks import check_choice, check_positive_int
+from mixscvi.checks import check_choice, check_number, check_positive_int
 from mixscvi.mixture import (
     ImportanceDraws,
     active_units,
@@ -306,7 +306,7 @@ class EvaluationMixin:
         )
         if dataloader is None:
             obs_names = (self.adata if adata is None else adata).obs_names
-            table.index = obs_names if indices is None else obs_names[indices]
+            table.index = obs_names if indices is None else obs_names[np.asarray(indices)]
         return table
 
     @staticmethod
@@ -388,6 +388,7 @@ class EvaluationMixin:
         >>> model.get_active_units().shape
         (10,)
         """
+        check_number("threshold", threshold, least=0)
         means = self.get_latent_representation(adata, indices, batch_size=batch_size)
         return active_units(torch.from_numpy(means), threshold).numpy()
 

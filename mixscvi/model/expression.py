@@ -17,11 +17,13 @@ from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
 
 from mixscvi.checks import (
+    check_anndata,
     check_batches,
     check_choice,
     check_comparison,
     check_gene_list,
     check_library_size,
+    check_loader,
     check_positive_int,
 )
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
@@ -91,7 +93,8 @@ class _Decoding:
 class ExpressionMixin:
     """Methods of :class:`mixscvi.MixSCVI` that decode expression.
 
-    The model provides ``module``, ``adata``, ``_minibatches`` and ``_adaptations``.
+    The model provides ``module``, ``adata``, ``_minibatches``, ``_known_batches`` and
+    ``_adaptations``.
     """
 
     def get_normalized_expression(
@@ -191,9 +194,11 @@ class ExpressionMixin:
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
         check_library_size(library_size)
+        check_loader(dataloader)
+        if isinstance(indices, tuple):  # of which pandas takes each for an axis
+            indices = list(indices)
         if transform_batch is not None and dataloader is None:
-            batches = self.registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]["state_registry"]
-            check_batches(transform_batch, list(batches["categorical_mapping"]))
+            check_batches(transform_batch, self._known_batches())
         if weights == "adapted":
             with torch.inference_mode(False):  # which scvi-tools samples differences in
                 return self._adapted_expression(
@@ -252,7 +257,8 @@ class ExpressionMixin:
         TypeError, IndexError
             If `idx1`, `idx2` or `subset_idx` are no positions of cells, a mask or a query.
         ValueError
-            If they choose no cell, or `group1` or `group2` is no value of the column; or as
+            If they choose no cell or leave none to compare with, `group1` or `group2` is no value
+            of the column, or an argument of the test is out of range; or as
             :meth:`get_normalized_expression`.
 
         Examples
@@ -293,10 +299,14 @@ class ExpressionMixin:
     def _check_comparison(self, arguments: Mapping[str, Any]) -> None:
         """Raise if it is not clear which cells to compare, unless scvi-tools finds out."""
         adata = self.adata if arguments.get("adata") is None else arguments["adata"]
+        if adata is not None:
+            check_anndata(adata)
         if adata is not None and arguments.get("dataloader") is None:
             obs = adata.obs
             if isinstance(obs, pd.DataFrame):  # that of collections cannot be queried
-                check_comparison(obs, {**arguments, **arguments.get("kwargs", {})})
+                check_comparison(
+                    obs, {**arguments, **arguments.get("kwargs", {})}, self._known_batches()
+                )
 
     def _counts_are_on_disk(self, arguments: Mapping[str, Any]) -> bool:
         no_data = self.adata is None and arguments.get("adata") is None

@@ -102,8 +102,7 @@ def check_setup(
         warn_of_repeated(adata.obs_names, source="adata.obs_names")
         warn_of_repeated(adata.var_names, source="adata.var_names")
     if source_registry is not None:
-        if not extend_categories:
-            check_known_categories(adata, source_registry)
+        check_known_categories(adata, source_registry, extend_categories=extend_categories)
         trained_on = source_registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]
         check_genes(adata.var_names, trained_on["column_names"])
 
@@ -171,7 +170,9 @@ def _check_columns(
             check_column(obs, key, argument=argument, numeric=numeric)
 
 
-def check_known_categories(adata: AnnData, registry: Mapping[str, Any]) -> None:
+def check_known_categories(
+    adata: AnnData, registry: Mapping[str, Any], *, extend_categories: bool = False
+) -> None:
     """Raise if cells are of batches, labels or covariates that a model was not trained on.
 
     Columns that `adata` lacks are left to scvi-tools.
@@ -182,11 +183,15 @@ def check_known_categories(adata: AnnData, registry: Mapping[str, Any]) -> None:
         Cells.
     registry
         Of the model.
+    extend_categories
+        Whether there may be new ones, of the same type.
 
     Raises
     ------
     ValueError
         Naming the column, the categories and the first offending cells.
+    TypeError
+        If new categories are of another type, so that they have no common order.
     """
     if not isinstance(adata.obs, pd.DataFrame):
         return
@@ -203,7 +208,18 @@ def check_known_categories(adata: AnnData, registry: Mapping[str, Any]) -> None:
         if key in adata.obs and not key.startswith("_scvi"):
             column = adata.obs[key]
             check_column(adata.obs, key, argument="adata")
-            check_categories(column, pd.Index(categories).tolist(), source=f"adata.obs[{key!r}]")
+            values = pd.Index(categories).tolist()
+            if not extend_categories:
+                check_categories(column, values, source=f"adata.obs[{key!r}]")
+                continue
+            try:
+                np.unique(np.array([*values, *column.unique()], dtype=object))
+            except TypeError as error:
+                raise TypeError(
+                    f"adata.obs[{key!r}] is {column.unique().tolist()[0]!r} in "
+                    f"{str(adata.obs_names[0])!r}, but the model was trained on {values[0]!r} and "
+                    "the like: convert it to the same type"
+                ) from error
 
 
 def check_network(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def check_labels(
     """
     if labels_key is None:
         raise TypeError("labels_key must name a column of adata.obs with labels, got None")
-    if unlabeled_category is None or pd.isna(unlabeled_category):
+    if not isinstance(unlabeled_category, Hashable) or pd.isna(unlabeled_category):
         raise TypeError(
             "unlabeled_category must be the value of adata.obs[labels_key] in cells without a "
             f"label, such as 'Unknown', got {unlabeled_category!r}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scvi
 import torch
 from scvi.model import SCVI
@@ -21,7 +22,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from mixscvi.checks import check_choice
+from mixscvi.checks import check_choice, check_column, check_number, check_positive_int
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class LatentsMixin:
         (700, 40)
         """
         check_choice("representation", representation, ("mean", "components", "parameters"))
+        check_positive_int("mc_samples", mc_samples)
         self._warn_of_dead_components(stacklevel=3)
         if representation != "mean":
             if return_dist or not give_mean:
@@ -280,7 +282,9 @@ class LatentsMixin:
         >>> model.get_aggregated_posterior().sample((3,)).shape
         torch.Size([3, 10])
         """
-        if indices is not None and hasattr(indices, "__len__") and len(indices) == 0:
+        if dof is not None:
+            check_number("dof", dof, above=0)
+        if indices is not None and np.size(indices) == 0:
             indices = None
         loc, scale = (
             torch.from_numpy(part).flatten(0, 1).to(self.device)
@@ -312,17 +316,25 @@ class LatentsMixin:
         ------
         KeyError
             If `sample_key` is no column of ``adata.obs``.
-        ValueError
-            If `adata` is a collection without ``obsm``.
+        TypeError, ValueError
+            If the sample of a cell is missing, an argument is out of range, or `adata` is a
+            collection without ``obsm``.
         """
         given = inspect.signature(SCVI.differential_abundance).bind(self, *args, **kwargs).arguments
+        if "batch_size" in given:
+            check_positive_int("batch_size", given["batch_size"])
+        if given.get("num_cells_posterior") is not None:
+            check_positive_int("num_cells_posterior", given["num_cells_posterior"])
+        if given.get("dof") is not None:
+            check_number("dof", given["dof"], above=0)
         if given.get("dataloader") is None:
             adata = self._validate_anndata(given.get("adata"))
             key = given.get("sample_key")
-            if key not in adata.obs:
-                raise KeyError(
-                    f"sample_key={key!r} is not in adata.obs, which has {[*adata.obs.columns]}"
-                )
+            if isinstance(adata.obs, pd.DataFrame):
+                check_column(adata.obs, key, argument="sample_key")
+            elif key not in adata.obs:
+                columns = [*adata.obs.columns]
+                raise KeyError(f"sample_key={key!r} is no column of adata.obs, which has {columns}")
             if adata.obsm is None:
                 raise ValueError(
                     "differential_abundance writes to adata.obsm, which this collection lacks: "

@@ -51,7 +51,8 @@ class MinifiedMixin:
         Raises
         ------
         ValueError
-            If counts on disk are to be kept with the data, or are a collection's.
+            If the model holds no data, or counts on disk are to be kept with the data, or are a
+            collection's.
 
         Warns
         -----
@@ -73,6 +74,10 @@ class MinifiedMixin:
         >>> model.adata.X.nnz, bool(error < 1e-5)
         (0, True)
         """
+        if self.adata is None:
+            raise ValueError(
+                "minify_adata() needs data, and the model holds none: load it with some"
+            )
         if is_on_disk(AnnTorchDataset(self.adata_manager)):
             with self._annotation_in_memory(minified_data_type):
                 self.minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)

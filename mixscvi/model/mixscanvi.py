@@ -14,7 +14,7 @@ from scvi.dataloaders import SemiSupervisedDataSplitter
 from scvi.model import SCANVI
 from scvi.module import SCANVAE, VAE
 
-from mixscvi.model.base import MixtureMixin, making_what_fits
+from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.data import check_data
 from mixscvi.model.inputs import check_network, check_setup
@@ -173,6 +173,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             further={**kwargs, "use_observed_lib_size": use_observed_lib_size},
             networks=(VAE, SCANVAE),
         )
+        check_made_of(adata, registry)
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
         data = registry if adata is None else adata
@@ -326,7 +327,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         key = self.original_label_key
-        if adata is not None and isinstance(adata.obs, pd.DataFrame) and key not in adata.obs:
+        obs = getattr(adata, "obs", None)
+        if isinstance(obs, pd.DataFrame) and key not in obs:
             raise KeyError(
                 f"adata.obs has no column {key!r} of labels: for cells without, set "
                 f"adata.obs[{key!r}] = {self.unlabeled_category_!r}"

@@ -14,7 +14,7 @@ from scvi.model import SCANVI, SCVI
 from scvi.train import TrainingPlan
 
 from mixscvi.mixture import Prior
-from mixscvi.model.base import MixtureMixin, making_what_fits
+from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
@@ -173,6 +173,7 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
                 "use_observed_lib_size=False takes its library priors from adata, got a registry "
                 "alone"
             )
+        check_made_of(adata, registry)
         data = registry if adata is None else adata
         with making_what_fits(self._mixture, n_hidden, n_latent, n_layers, data):
             super().__init__(

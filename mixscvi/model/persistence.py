@@ -28,7 +28,7 @@ from mixscvi.model.files import (
     write_model,
 )
 from mixscvi.model.legacy import read_legacy
-from mixscvi.system import write_beside
+from mixscvi.system import check_folder, write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -307,6 +307,7 @@ class PersistenceMixin:
 def _free_folder(name: str, path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The absolute path of a folder that may be written to; `name` is of the argument."""
     folder = Path(os.path.abspath(path))
+    check_folder(folder.parent, name)
     if folder.exists() and not overwrite:
         raise ValueError(f"{name} {str(path)!r} already exists: choose another, or overwrite=True")
     if folder.exists() and not folder.is_dir():
@@ -382,9 +383,12 @@ def _fetch(url: str, path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    request = urllib.request.Request(url, headers={"User-Agent": "mixscvi"})
-    with urllib.request.urlopen(request) as answer:
-        write_beside(path, lambda beside: beside.write_bytes(answer.read()))
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "mixscvi"})
+        with urllib.request.urlopen(request) as answer:
+            write_beside(path, lambda beside: beside.write_bytes(answer.read()))
+    except (OSError, ValueError) as error:  # there is no answer, or it is no address
+        raise OSError(f"{path} could not be fetched from backup_url={url!r} ({error})") from error
 
 
 def _read_data(path: Path) -> AnnData | Literal[False]:

@@ -94,5 +94,5 @@ class PredictionMixin:
         names = None
         if dataloader is None:
             names = (self.adata if adata is None else adata).obs_names
-            names = names if indices is None else names[indices]
+            names = names if indices is None else names[np.asarray(indices)]
         return pd.DataFrame(table, columns=labels, index=names)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from scvi import REGISTRY_KEYS
 from scvi.model import SCVI
 
+from mixscvi.checks import check_anndata, check_genes
 from mixscvi.model.conversion import arguments_of, check_convertible
 from mixscvi.model.labels import check_module_labels
 from mixscvi.model.mixscvi import MixSCVI
@@ -70,7 +71,7 @@ class PretrainedMixin:
         RuntimeError
             If `scvi_model` is not trained.
         ValueError
-            If it has another prior, holds no data with counts, or batches or covariates of
+            If it has another prior, holds no data with counts, or genes, batches or covariates of
             `adata` are not those that it was trained on; or if the labels of a data module are
             not those that a model can be trained on.
 
@@ -115,6 +116,8 @@ class PretrainedMixin:
             model = cls(None, registry, datamodule=datamodule, **arguments, **kwargs)
         else:
             adata = scvi_model.adata if adata is None else adata
+            check_anndata(adata)
+            check_genes(adata.var_names, scvi_model.get_var_names())
             setup = dict(scvi_model.registry["setup_args"])
             setup["labels_key"] = labels_key if labels_key is not None else setup["labels_key"]
             cls.setup_anndata(

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import pandas as pd
 import torch
-from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.model import SCVI
+from scvi.model.base import BaseModelClass
 from torch import Tensor
 
-from mixscvi.checks import check_unique
+from mixscvi.checks import check_anndata, check_unique
 from mixscvi.mixture import VampPrior
 from mixscvi.model.files import read_model
 from mixscvi.model.persistence import naming_the_file, read_for
 from mixscvi.module.pseudo_cells import PseudoCells
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from scvi.module import VAE
 
 __all__ = ["QueriesMixin"]
@@ -53,7 +54,8 @@ class QueriesMixin:
         Raises
         ------
         ValueError
-            As :meth:`MixSCVI.load`; or if the query has none of the genes, or one of them twice.
+            As :meth:`MixSCVI.load`; or if the query has none of the genes, or one of them twice, or
+            lacks genes and has a cell twice.
 
         Examples
         --------
@@ -70,14 +72,25 @@ class QueriesMixin:
         >>> query.n_vars == reference.n_vars
         True
         """
+        check_anndata(adata)
         check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
-        if isinstance(reference_model, (str, os.PathLike)):
-            source = read_model(reference_model, allow_pickle=allow_pickle).as_written_by_scvi()
+        if not isinstance(reference_model, (str, os.PathLike)):
+            _check_reference(reference_model)
+            genes = pd.Index(reference_model.get_var_names())
+        else:
+            stored = read_model(reference_model, allow_pickle=allow_pickle)
+            source, genes = stored.as_written_by_scvi(), pd.Index(stored.var_names)
+        check_unique(genes, source="the reference's genes")
+        if not genes.isin(adata.var_names).any():
+            first, given = ([str(gene) for gene in of[:2]] for of in (genes, adata.var_names))
+            raise ValueError(
+                f"adata has none of the reference's {len(genes)} genes, which are {first} and so "
+                f"on, got {given}"
+            )
+        if not genes.isin(adata.var_names).all():  # cells are matched with those of zeros
+            check_unique(adata.obs_names, source="adata.obs_names")
         with source as reference:
-            if isinstance(reference, SCVI):
-                genes = pd.Index(reference.get_var_names())
-                check_unique(genes, source="the reference's genes")
             return SCVI.prepare_query_anndata(
                 adata, reference, return_reference_var_names, inplace=inplace
             )
@@ -138,6 +151,8 @@ class QueriesMixin:
         >>> mapped.get_latent_representation().shape == (query.n_obs, 10)
         True
         """
+        if adata is not None:
+            check_anndata(adata)
         if inplace_subset_query_vars and adata is not None:
             check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
@@ -148,9 +163,8 @@ class QueriesMixin:
             trusted = {"allow_pickle": allow_pickle, "arguments": arguments}
             alone = partial(cls.load, reference_model, False, "cpu", **trusted)
             source, naming = stored.as_written_by_scvi(), naming_the_file(stored.path, alone)
-        elif reference_model is None:
-            raise TypeError("reference_model must be a model or the folder of one, got None")
         else:
+            _check_reference(reference_model)
             given, state_dict = reference_model.registry, reference_model.module.state_dict()
         with naming:
             known = _n_columns(given)
@@ -179,6 +193,11 @@ class QueriesMixin:
                     _freeze_known_covariates(model.module, known, _n_columns(model.registry))
                 _train_new_embeddings(model.module, state_dict)
         return model
+
+
+def _check_reference(model: Any) -> None:
+    if not isinstance(model, BaseModelClass):
+        raise TypeError(f"reference_model must be a model or the folder of one, got {model!r:.60}")
 
 
 def _n_columns(registry: Mapping[str, Any]) -> list[int]:

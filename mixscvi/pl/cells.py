@@ -56,7 +56,7 @@ def posterior(
     IndexError
         If there is no such cell.
     TypeError
-        If it is not named by its position.
+        If it is not named by its position, or `adapted` or `encoder` is something else.
     ValueError
         If there are fewer than two draws or latents, or other latents than the encoder's: draws
         lie behind a flow, its components ahead of it.
@@ -72,6 +72,10 @@ def posterior(
     """
     from matplotlib.patches import Ellipse
 
+    for argument, value, name in (("adapted", adapted, "draws"), ("encoder", encoder, "loc")):
+        if not hasattr(value, name):
+            made_by = {"draws": "get_adapted_posterior", "loc": "get_latent_mixture"}[name]
+            raise TypeError(f"{argument} must be what {made_by}() returns, got {value!r:.60}")
     if adapted.draws is None or len(adapted.draws) < 2:
         raise ValueError("adapted has no draws: ask get_adapted_posterior for some by n_draws")
     n_cells, n_components, n_latent = encoder.loc.shape

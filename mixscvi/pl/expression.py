@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixscvi.pl.drawing import COLORS, axes_or_new, finish
+from mixscvi.checks import check_number, check_positive_int
+from mixscvi.pl.drawing import COLORS, axes_or_new, check_table, finish
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +56,8 @@ def volcano(
 
     Raises
     ------
-    ValueError
-        If a column is missing, as in ``mode="vanilla"``, or `fdr` is not in (0, 1).
+    TypeError, ValueError
+        If a column is missing, as in ``mode="vanilla"``, or `fdr` is not in [0, 1].
 
     Examples
     --------
@@ -69,14 +70,10 @@ def volcano(
     >>> axes.get_title()
     '2 of 3 genes at an expected FDR of 5 %'
     """
-    for column in ("lfc_mean", "proba_not_de"):
-        if column not in table:
-            raise ValueError(
-                f"table must have a column {column!r}, as of "
-                f'differential_expression(mode="change"), got {[*table]}'
-            )
-    if not 0 < fdr < 1:
-        raise ValueError(f"fdr must be between 0 and 1, got {fdr}")
+    argument = 'table of differential_expression(mode="change")'
+    check_table(table, ["lfc_mean", "proba_not_de"], argument=argument)
+    check_number("fdr", fdr, least=0, most=1)
+    check_positive_int("n_labels", n_labels, least=0)
     change, null = table["lfc_mean"].to_numpy(), table["proba_not_de"].to_numpy()
     order = np.argsort(null, kind="stable")
     expected = null[order].cumsum() / np.arange(1, len(order) + 1)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixscvi.checks import check_indices
-from mixscvi.pl.drawing import COLORS, axes_or_new, finish, labels_of
+from mixscvi.checks import check_indices, check_positive_int
+from mixscvi.pl.drawing import COLORS, axes_or_new, check_table, finish, labels_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +57,8 @@ def component_means(
     ------
     KeyError
         If there is no such column.
-    ValueError
-        If there are more or fewer labels than cells.
+    TypeError, ValueError
+        If there are more or fewer labels than cells, or `model` holds no data.
 
     Examples
     --------
@@ -73,6 +73,8 @@ def component_means(
     import pandas as pd
     import scanpy as sc
 
+    if getattr(model, "adata", None) is None:
+        raise ValueError(f"model must be a MixSCVI that holds data, got {type(model).__name__}")
     obs = model.adata.obs
     labels = None if groups is None else labels_of(groups, obs)
     loc = model.get_latent_mixture(indices=indices).loc
@@ -141,8 +143,8 @@ def divergence(
     ------
     KeyError
         If there is no such column.
-    ValueError
-        If there are more or fewer labels than cells.
+    TypeError, ValueError
+        If `diagnostics` is no such table, or there are more or fewer labels than cells.
 
     Examples
     --------
@@ -150,6 +152,9 @@ def divergence(
     >>> diagnostics = pd.DataFrame({"jensen_shannon_divergence": [0.1, 0.4, 0.9, 0.5]})
     >>> axes = mixscvi.pl.divergence(diagnostics, ["B", "B", "NK", "NK"], n_components=4)
     """
+    check_table(diagnostics, ["jensen_shannon_divergence"], argument="diagnostics")
+    if n_components is not None:
+        check_positive_int("n_components", n_components)
     by_group = diagnostics["jensen_shannon_divergence"].groupby(labels_of(groups, diagnostics))
     order = by_group.median().sort_values().index
     axes = axes_or_new(axes, size=(5.5, 0.8 + 0.3 * len(order)))
@@ -202,6 +207,11 @@ def component_weights(
     -------
     The axes, or nothing if the figure was shown.
 
+    Raises
+    ------
+    TypeError
+        If `posterior` is none.
+
     Examples
     --------
     >>> import numpy as np, mixscvi
@@ -210,6 +220,10 @@ def component_weights(
     >>> posterior = AdaptedPosterior(weights, *[None] * 8)
     >>> axes = mixscvi.pl.component_weights(posterior)
     """
+    if not hasattr(posterior, "weights"):
+        raise TypeError(
+            f"posterior must be what get_adapted_posterior() returns, got {posterior!r:.60}"
+        )
     weights = -np.sort(-posterior.weights, axis=1)
     weights = weights[np.argsort(weights[:, 0])]
     n_cells, n_components = weights.shape

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixscvi.pl.drawing import COLORS, axes_or_new, finish
+from mixscvi.checks import check_positive_int
+from mixscvi.pl.drawing import (
+    COLORS,
+    axes_or_new,
+    check_table,
+    check_tables,
+    finish,
+    pair_or_new,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,13 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["adaptation", "calibration", "reliability"]
 
 _LARGEST_K = 0.7
-
-
-def _pair() -> tuple[Axes, Axes]:
-    import matplotlib.pyplot as plt
-
-    _, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    return left, right
 
 
 def _k_hats(axes: Axes, by_name: Mapping[str, pd.Series]) -> None:
@@ -68,13 +69,22 @@ def reliability(
     -------
     Both axes, or nothing if the figure was shown.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If there are no tables by name, or one lacks a column.
+
     Examples
     --------
     >>> import pandas as pd, mixscvi
     >>> table = pd.DataFrame({"pareto_k": [0.3, 0.9], "effective_sample_size": [90.0, 12.0]})
     >>> k_axes, size_axes = mixscvi.pl.reliability({"A = 1": table, "A = 4": table})
     """
-    of_k, of_size = _pair() if axes is None else axes
+    check_tables(diagnostics, argument="diagnostics")
+    for name, table in diagnostics.items():
+        argument = f"diagnostics[{name!r}]"
+        check_table(table, ["pareto_k", "effective_sample_size"], argument=argument)
+    of_k, of_size = pair_or_new(axes)
     _k_hats(of_k, {name: table["pareto_k"] for name, table in diagnostics.items()})
     for place, (name, table) in enumerate(diagnostics.items()):
         color = COLORS[place % len(COLORS)]
@@ -118,8 +128,8 @@ def adaptation(
 
     Raises
     ------
-    ValueError
-        If the tables are not of the same cells.
+    TypeError, ValueError
+        If one is no table with these columns, or they are not of the same cells.
 
     Examples
     --------
@@ -128,9 +138,11 @@ def adaptation(
     >>> after = pd.DataFrame({"log_likelihood": [-97.0, -90.1], "pareto_k": [0.3, 0.1]})
     >>> gain_axes, k_axes = mixscvi.pl.adaptation(before, after)
     """
+    for argument, table in (("before", before), ("after", after)):
+        check_table(table, ["log_likelihood", "pareto_k"], argument=argument)
     if not before.index.equals(after.index):
         raise ValueError("before and after must be tables of the same cells, in the same order")
-    of_gain, of_k = _pair() if axes is None else axes
+    of_gain, of_k = pair_or_new(axes)
     gain = after["log_likelihood"] - before["log_likelihood"]
     k = before["pareto_k"]
     shown = np.isfinite(k)
@@ -179,8 +191,8 @@ def calibration(
 
     Raises
     ------
-    ValueError
-        If a probability is not in [0, 1], or there is not one outcome for each.
+    TypeError, ValueError
+        If a probability is not in [0, 1], or there is not one outcome, 0 or 1, for each.
 
     Examples
     --------
@@ -190,10 +202,19 @@ def calibration(
     >>> came_true = generator.random(500) < probability
     >>> axes = mixscvi.pl.calibration({"ideal": (probability, came_true)})
     """
+    check_tables(predictions, argument="predictions")
+    check_positive_int("n_bins", n_bins)
     axes = axes_or_new(axes, size=(4.4, 4))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    for place, (name, (probability, outcome)) in enumerate(predictions.items()):
-        probability, outcome = np.asarray(probability, float), np.asarray(outcome, float)
+    for place, (name, pair) in enumerate(predictions.items()):
+        try:
+            probability, outcome = (np.asarray(values, float) for values in pair)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"predictions[{name!r}] must be two arrays of numbers, got {pair!r:.60}"
+            ) from error
+        if not probability.size:
+            raise ValueError(f"predictions[{name!r}] must hold at least one, got none")
         if probability.shape != outcome.shape:
             raise ValueError(
                 f"predictions[{name!r}] must hold one outcome for each probability, got shapes "
@@ -201,6 +222,8 @@ def calibration(
             )
         if not ((probability >= 0) & (probability <= 1)).all():
             raise ValueError(f"predictions[{name!r}] must hold probabilities in [0, 1]")
+        if not ((outcome == 0) | (outcome == 1)).all():
+            raise ValueError(f"predictions[{name!r}] must say of each whether it came true, 0 or 1")
         bins = np.array_split(np.argsort(probability, kind="stable"), n_bins)
         bins = [rows for rows in bins if len(rows)]
         predicted = np.array([probability[rows].mean() for rows in bins])

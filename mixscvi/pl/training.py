@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixscvi.pl.drawing import COLORS, axes_or_new, finish
+from mixscvi.pl.drawing import COLORS, axes_or_new, check_tables, finish
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,8 @@ def training(
 
     Raises
     ------
+    TypeError
+        If `histories` are none by name.
     ValueError
         If a history holds no such metric.
 
@@ -54,8 +56,11 @@ def training(
     >>> history = {"elbo_train": pd.DataFrame({"elbo_train": [3.0, 2.0]})}
     >>> axes = mixscvi.pl.training({"A = 4": history})
     """
+    check_tables(histories, argument="histories")
     axes = axes_or_new(axes)
     for place, (name, history) in enumerate(histories.items()):
+        if not isinstance(history, Mapping):
+            raise TypeError(f"histories[{name!r}] must be model.history, got {history!r:.60}")
         known = [key for key in (f"{metric}_train", f"{metric}_validation") if key in history]
         if not known:
             raise ValueError(f"metric={metric!r} is not in the history of {name!r}")

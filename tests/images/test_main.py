@@ -225,6 +225,7 @@ def test_resumed_after_sigkill_is_uninterrupted(tmp_path, folder):
         (["train", "--output", "x", "--components", "100000000000"], "n_components=1000.* memory"),
         (["sweep", "--output", "x", "--results", "file/x"], "results must be a folder"),
         (["sweep", "--output", "x", "--draws", "1"], "draws must be at least 25 .*, got 1"),
+        (["sweep", "--output", "x", "--draws", "1" + 14 * "0"], "draws=1.* do not fit into memory"),
         (["sweep", "--output", "x", "--device", "tpu"], "device must be cpu.* got 'tpu'"),
         (["curves", "--output", "x"], "run_folders must name at least one run"),
         (["sample", "run", "--images", "0"], "images must be at least 1, got 0"),

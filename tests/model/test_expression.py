@@ -295,7 +295,7 @@ def test_filtered_cells_and_positional_arguments(plain):
             {"transform_batch": "b7"},
             "transform_batch must be of the model's batches, 'b0', 'b1', got 'b7'",
         ),
-        ({"transform_batch": "b1", "dataloader": [], "indices": None}, "needs adata"),
+        ({"transform_batch": "b1", "dataloader": [{}], "indices": None}, "needs adata"),
     ],
 )
 def test_bad_arguments(kwargs, message, plain):

@@ -33,7 +33,7 @@ from mixscvi.mixture import (
     specialization,
 )
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
-from mixscvi.system import write_beside
+from mixscvi.system import physical_memory, write_beside
 from mixscvi.tables import csv_text
 
 __all__ = ["check_draws", "evaluate", "image_statistics"]
@@ -42,6 +42,7 @@ __all__ = ["check_draws", "evaluate", "image_statistics"]
 _ROWS = 1000
 # Draws kept until the statistics of their images are computed: three log-densities each.
 _DRAWS = 2**20
+_BYTES_A_DRAW = 24  # three log-densities, which are kept in double precision
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
 
@@ -86,9 +87,12 @@ def image_statistics(
 
 
 def check_draws(draws: int) -> int:
-    """The number of draws of an image, if it is enough; raises a ValueError otherwise."""
+    """The number of draws of an image, if it is enough, and not too many to be kept."""
     if draws < LEAST_FOR_K:
         raise ValueError(f"draws must be at least {LEAST_FOR_K} for Pareto k-hat, got {draws}")
+    memory = physical_memory()
+    if memory is not None and draws * _BYTES_A_DRAW > memory:
+        raise MemoryError(f"draws={draws} of an image do not fit into memory: choose fewer")
     return draws
 
 
