@@ -175,6 +175,17 @@ def test_hard_cells_are_drawn_from_until_their_standard_error_is_small():
     assert (adapted.log_likelihood.abs() < 4.5 * adapted.standard_error).all()
 
 
+def test_no_cell_gets_more_than_eight_times_the_draws():
+    bend = torch.full((3,), 0.2, dtype=torch.float64)
+    few, many = (
+        adapt(banana(bend), far_start(3), generator=seeded(), n_final=100, standard_error=error)
+        for error in (None, 1e-4)
+    )
+    assert (many.n_evaluations - few.n_evaluations == 7 * 100).all()
+    ratio = few.standard_error / many.standard_error
+    assert ((ratio / 8**0.5).log().abs() < 0.5).all()
+
+
 def test_draws_for_the_standard_error_leave_the_estimate_unbiased():
     n = 1500
     bend = torch.full((n,), 0.7, dtype=torch.float64)
