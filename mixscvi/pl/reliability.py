@@ -229,7 +229,7 @@ def calibration(
         predicted = np.array([probability[rows].mean() for rows in bins])
         observed = np.array([outcome[rows].mean() for rows in bins])
         sizes = np.array([len(rows) for rows in bins])
-        error = np.average(np.abs(predicted - observed), weights=sizes)
+        off = np.average(np.abs(predicted - observed), weights=sizes)
         axes.errorbar(
             predicted,
             observed,
@@ -237,7 +237,7 @@ def calibration(
             fmt="o-",
             markersize=4,
             color=COLORS[place % len(COLORS)],
-            label=f"{name} (error {error:.3f})",
+            label=f"{name} (error {off:.3f})",
         )
     axes.set(
         xlim=(-0.02, 1.02),
