@@ -76,8 +76,7 @@ class QueriesMixin:
         check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
         if not isinstance(reference_model, (str, os.PathLike)):
-            _check_reference(reference_model)
-            genes = pd.Index(reference_model.get_var_names())
+            genes = pd.Index(_checked_reference(reference_model).get_var_names())
         else:
             stored = read_model(reference_model, allow_pickle=allow_pickle)
             source, genes = stored.as_written_by_scvi(), pd.Index(stored.var_names)
@@ -164,8 +163,8 @@ class QueriesMixin:
             alone = partial(cls.load, reference_model, False, "cpu", **trusted)
             source, naming = stored.as_written_by_scvi(), naming_the_file(stored.path, alone)
         else:
-            _check_reference(reference_model)
-            given, state_dict = reference_model.registry, reference_model.module.state_dict()
+            trained = _checked_reference(reference_model)
+            given, state_dict = trained.registry, trained.module.state_dict()
         with naming:
             known = _n_columns(given)
             with source as reference:
@@ -195,9 +194,10 @@ class QueriesMixin:
         return model
 
 
-def _check_reference(model: Any) -> None:
+def _checked_reference(model: Any) -> BaseModelClass:
     if not isinstance(model, BaseModelClass):
         raise TypeError(f"reference_model must be a model or the folder of one, got {model!r:.60}")
+    return model
 
 
 def _n_columns(registry: Mapping[str, Any]) -> list[int]:
