@@ -30,7 +30,12 @@ from torch import Tensor
 
 from mixscvi.mixture.population import Memory, maximization_step, tail_index
 from mixscvi.mixture.posterior import MixturePosterior
-from mixscvi.mixture.score_matching import cholesky, match_scores, weighted_moments
+from mixscvi.mixture.score_matching import (
+    cholesky,
+    match_scores,
+    squared_distance,
+    weighted_moments,
+)
 from mixscvi.mixture.student_mixture import StudentMixture
 
 __all__ = ["Adapted", "LogJoint", "adapt"]
@@ -44,6 +49,7 @@ _START_INFLATION = 1.2  # of the starting components' standard deviations
 _ASCENT_WEIGHT = 0.2  # of the modes found by ascents together, beside the fitted Gaussian
 _LEAST_ASCENTS = 4  # one finds a second mode much less often
 _SCORE_RATES = (1000.0, 100.0, 30.0, 10.0, 4.0)  # one per step; the lower, the longer the memory
+_MOST_RATE = 1e5  # of the first step, which is as large as the target's squared distance in widths
 _N_ASCENT_STEPS = 4
 _COST_OF_SCORE = 3  # evaluations that a value with its gradient counts as
 _FIT_INFLATION = 1.1  # of the fitted Gaussian's variances
@@ -363,7 +369,7 @@ def _fit_scores(
     """Fit a Gaussian to the target's scores, from a mean `(B, D)` and covariance `(B, D, D)`."""
     everyone = torch.arange(len(loc), device=loc.device)
     n_draws = max(2 * loc.shape[-1], 8)
-    for rate in _SCORE_RATES:
+    for step, rate in enumerate(_SCORE_RATES):
         gaussian = StudentMixture(
             torch.ones_like(loc[:, :1]),
             loc.unsqueeze(1),
@@ -372,7 +378,10 @@ def _fit_scores(
         )
         draws = target.draw(gaussian, n_draws, generator)
         _, scores = target.scores(draws, everyone)
-        loc, covariance = match_scores(loc, covariance, draws.to(loc), scores, rate)
+        rates = torch.full_like(loc[:, 0], rate)
+        if step == 0:  # it is to reach what is far away
+            rates = squared_distance(scores).nan_to_num().clamp(rate, _MOST_RATE)
+        loc, covariance = match_scores(loc, covariance, draws.to(loc), scores, rates)
     return loc, covariance
 
 

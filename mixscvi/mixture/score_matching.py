@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cholesky", "match_scores", "weighted_moments"]
+__all__ = ["cholesky", "match_scores", "squared_distance", "weighted_moments"]
 
 
 def cholesky(covariance: Tensor) -> Tensor:
@@ -23,8 +23,34 @@ def weighted_moments(draws: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return center, (weights.mT.unsqueeze(-1) * deviation).mT @ deviation
 
 
+def squared_distance(scores: Tensor) -> Tensor:
+    r"""How far away a Gaussian target is, in squared widths of the Gaussian drawn from, `(B,)`.
+
+    :math:`\bar g^\top G^{-1} \bar g` for mean and covariance of the scores: a Gaussian target of
+    covariance `P` has scores :math:`-P^{-1} (z - m)`, and with draws of mean :math:`\mu` and
+    covariance `W` that is :math:`(\mu - m)^\top W^{-1} (\mu - m)`.
+
+    Parameters
+    ----------
+    scores
+        Of the target at the draws, `(N, B, D)`. They count where they are finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> z = torch.randn(5000, 1, 2, generator=torch.Generator().manual_seed(0))
+    >>> squared_distance(-(z - torch.tensor([3.0, 4.0]))).round()
+    tensor([25.])
+    """
+    finite = scores.isfinite().all(-1)
+    weights = finite.to(scores) / finite.sum(0).clamp_min(1)
+    mean, covariance = weighted_moments(torch.where(finite.unsqueeze(-1), scores, 0.0), weights)
+    white = torch.linalg.solve_triangular(cholesky(covariance), mean.unsqueeze(-1), upper=False)
+    return white.square().sum((-1, -2))
+
+
 def match_scores(
-    loc: Tensor, covariance: Tensor, draws: Tensor, scores: Tensor, rate: float
+    loc: Tensor, covariance: Tensor, draws: Tensor, scores: Tensor, rate: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""One step of batch and match: the Gaussian whose scores are closest to the target's.
 
@@ -45,8 +71,9 @@ def match_scores(
     draws, scores
         Of this Gaussian and the target, `(N, B, D)`; draws whose score is not finite are left out.
     rate
-        How much these draws count beside the Gaussian so far.
+        How much these draws count beside the Gaussian so far, for all or each, `(B,)`.
     """
+    rate = torch.as_tensor(rate).to(loc).expand(len(loc)).unsqueeze(-1)  # (B, 1)
     finite = scores.isfinite().all(-1)
     weights = finite.to(draws) / finite.sum(0).clamp_min(1)
     scores = torch.where(finite.unsqueeze(-1), scores, 0.0)
@@ -56,8 +83,9 @@ def match_scores(
     mean_z = torch.where(some, mean_z, loc)
     share = rate / (1 + rate)
     shift = loc - mean_z
-    u = rate * cov_g + share * mean_g.unsqueeze(-1) * mean_g.unsqueeze(-2)
-    v = covariance + rate * cov_z + share * shift.unsqueeze(-1) * shift.unsqueeze(-2)
+    u = rate.unsqueeze(-1) * cov_g + (share * mean_g).unsqueeze(-1) * mean_g.unsqueeze(-2)
+    v = covariance + rate.unsqueeze(-1) * cov_z
+    v = v + (share * shift).unsqueeze(-1) * shift.unsqueeze(-2)
     u, tril = u.to("cpu", torch.float64), cholesky(v).to("cpu", torch.float64)
     values, vectors = torch.linalg.eigh(tril.mT @ u @ tril)
     root = tril @ vectors * (2 / (1 + (1 + 4 * values.clamp_min(0)).sqrt())).sqrt().unsqueeze(-2)

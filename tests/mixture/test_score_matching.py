@@ -1,7 +1,12 @@
 import torch
 from torch.distributions import MultivariateNormal
 
-from mixscvi.mixture.score_matching import cholesky, match_scores, weighted_moments
+from mixscvi.mixture.score_matching import (
+    cholesky,
+    match_scores,
+    squared_distance,
+    weighted_moments,
+)
 
 
 def gaussians(normal, n_cells, n_latent):
@@ -76,3 +81,26 @@ def test_cholesky_survives_a_singular_matrix(normal):
     tril = cholesky(covariance)
     torch.testing.assert_close(tril @ tril.mT, covariance, rtol=1e-6, atol=1e-8)
     MultivariateNormal(torch.zeros(4, dtype=tril.dtype), scale_tril=tril, validate_args=True)
+
+
+def test_the_squared_distance_is_in_widths_of_the_draws(normal):
+    root = torch.eye(3, dtype=torch.float64) + 0.3 * normal(3, 3)
+    precision = torch.linalg.inv(root @ root.mT)
+    width = torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64)
+    away = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
+    scores = -(away + width * normal(50_000, 1, 3)) @ precision
+    expected = (away / width).square().sum()
+    assert abs(squared_distance(scores).item() / expected.item() - 1) < 0.02
+    scores[::2] = torch.inf
+    assert abs(squared_distance(scores).item() / expected.item() - 1) < 0.02
+    assert squared_distance(torch.full_like(scores, torch.nan)).item() == 0
+
+
+def test_each_cell_has_its_rate(normal):
+    loc, covariance = normal(2, 3), torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    draws, scores = normal(9, 2, 3), normal(9, 2, 3)
+    both = match_scores(loc, covariance, draws, scores, torch.tensor([2.0, 50.0]))
+    for cell, rate in enumerate((2.0, 50.0)):
+        alone = match_scores(loc, covariance, draws, scores, rate)
+        for ours, expected in zip(both, alone, strict=True):
+            torch.testing.assert_close(ours[cell], expected[cell])
