@@ -257,6 +257,7 @@ def write_model(
     *,
     data_id: str | None,
     var_names: Any = None,
+    model_name: str | None = None,
     **save_kwargs: Any,
 ) -> None:
     """Write a model's file from that of scvi-tools.
@@ -271,6 +272,8 @@ def write_model(
         What names the data that are saved with it.
     var_names
         Names of the genes; by default those that scvi-tools wrote.
+    model_name
+        Class of the model; by default the one that scvi-tools wrote.
     **save_kwargs
         Passed to :func:`torch.save`.
 
@@ -283,6 +286,8 @@ def write_model(
     contents[_WEIGHTS].pop("pyro_param_store", None)
     if var_names is not None:
         contents[_GENES] = var_names
+    if model_name is not None:
+        contents[_ATTRIBUTES]["registry_"]["model_name"] = model_name
     plain, notes = to_plain(
         {_GENES: contents[_GENES], _ATTRIBUTES: contents[_ATTRIBUTES]}, _may_leave_out
     )

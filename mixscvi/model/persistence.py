@@ -296,6 +296,7 @@ class PersistenceMixin:
                 complete / name,
                 data_id=None,
                 var_names=legacy.var_names,
+                model_name=cls._by_scvi_tools,
                 **save_kwargs,
             )
             with legacy.describing():
@@ -328,8 +329,7 @@ def read_for(
     stored.give(arguments or {})
     registry, init = stored.attributes["registry_"], stored.attributes["init_params_"]
     given = init.get("non_kwargs", init)
-    # One that was converted has the name of the class that converted it.
-    if registry["model_name"] in (cls._by_scvi_tools, cls.__name__) and "n_components" not in given:
+    if registry.get("model_name") == cls._by_scvi_tools and "n_components" not in given:
         registry["model_name"] = cls.__name__
         given["n_components"] = 1
     if registry.get("setup_method_name", "setup_anndata") == "setup_anndata":
