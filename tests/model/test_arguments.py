@@ -78,7 +78,8 @@ def test_a_model_without_data_says_so(cls, models, tmp_path):
         ("get_latent_representation", {}),
         ("minify_adata", {}),
     ):
-        with pytest.raises(ValueError, match="the model holds n"):
+        # Later versions of scvi-tools look for data themselves, in some methods.
+        with pytest.raises(ValueError, match="the model holds n|Pass `adata` or"):
             getattr(without, method)(**kwargs)
 
 
