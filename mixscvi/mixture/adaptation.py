@@ -378,10 +378,10 @@ def _fit_scores(
         )
         draws = target.draw(gaussian, n_draws, generator)
         _, scores = target.scores(draws, everyone)
-        rates = torch.full_like(loc[:, 0], rate)
+        counting: float | Tensor = rate
         if step == 0:  # it is to reach what is far away
-            rates = squared_distance(scores).nan_to_num().clamp(rate, _MOST_RATE)
-        loc, covariance = match_scores(loc, covariance, draws.to(loc), scores, rates)
+            counting = squared_distance(scores).nan_to_num().clamp(rate, _MOST_RATE)
+        loc, covariance = match_scores(loc, covariance, draws.to(loc), scores, counting)
     return loc, covariance
 
 

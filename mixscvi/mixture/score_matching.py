@@ -23,6 +23,13 @@ def weighted_moments(draws: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return center, (weights.mT.unsqueeze(-1) * deviation).mT @ deviation
 
 
+def _finite(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal weights of the draws whose scores are finite, `(N, B)`, and scores without others."""
+    finite = scores.isfinite().all(-1)
+    weights = finite.to(scores) / finite.sum(0).clamp_min(1)
+    return weights, torch.where(finite.unsqueeze(-1), scores, 0.0)
+
+
 def squared_distance(scores: Tensor) -> Tensor:
     r"""How far away a Gaussian target is, in squared widths of the Gaussian drawn from, `(B,)`.
 
@@ -42,9 +49,8 @@ def squared_distance(scores: Tensor) -> Tensor:
     >>> squared_distance(-(z - torch.tensor([3.0, 4.0]))).round()
     tensor([25.])
     """
-    finite = scores.isfinite().all(-1)
-    weights = finite.to(scores) / finite.sum(0).clamp_min(1)
-    mean, covariance = weighted_moments(torch.where(finite.unsqueeze(-1), scores, 0.0), weights)
+    weights, scores = _finite(scores)
+    mean, covariance = weighted_moments(scores, weights)
     white = torch.linalg.solve_triangular(cholesky(covariance), mean.unsqueeze(-1), upper=False)
     return white.square().sum((-1, -2))
 
@@ -74,10 +80,9 @@ def match_scores(
         How much these draws count beside the Gaussian so far, for all or each, `(B,)`.
     """
     rate = torch.as_tensor(rate).to(loc).expand(len(loc)).unsqueeze(-1)  # (B, 1)
-    finite = scores.isfinite().all(-1)
-    weights = finite.to(draws) / finite.sum(0).clamp_min(1)
-    scores = torch.where(finite.unsqueeze(-1), scores, 0.0)
-    some = finite.any(0).unsqueeze(-1)
+    weights, scores = _finite(scores)
+    weights = weights.to(draws)
+    some = weights.any(0).unsqueeze(-1)
     mean_z, cov_z = weighted_moments(draws, weights)
     mean_g, cov_g = weighted_moments(scores, weights)
     mean_z = torch.where(some, mean_z, loc)
