@@ -83,7 +83,7 @@ class AdaptedPosterior(NamedTuple):
 class AdaptedMixin:
     """Methods of :class:`mixscvi.MixSCVI` that adapt the encoder's posteriors to the exact ones.
 
-    The model provides ``module``, ``adata`` and ``_minibatches``.
+    The model provides ``module``, ``adata``, ``_minibatches`` and ``_names_of``.
     """
 
     def _adaptations(
@@ -116,8 +116,7 @@ class AdaptedMixin:
         minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
         n_cells = None
         if dataloader is None:
-            obs_names = (self.adata if adata is None else adata).obs_names
-            n_cells = len(obs_names if indices is None else obs_names[np.asarray(indices)])
+            n_cells = len(self._names_of(adata, indices))
         if progress is None:
             progress = settings.verbosity <= logging.INFO
         with tqdm(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
@@ -156,6 +157,11 @@ class MixtureMixin(
         if "correlation_type" in given:
             check_choice("correlation_type", given["correlation_type"], ("spearman", "pearson"))
         check_loader(given.get("dataloader"))
+
+    def _names_of(self, adata: AnnData | None, indices: Any) -> pd.Index:
+        """Names of the cells that are chosen, all by default."""
+        names = (self.adata if adata is None else adata).obs_names
+        return names if indices is None else names[np.asarray(indices)]
 
     def _known_batches(self) -> list[Any]:
         """Batches that the model was trained on."""

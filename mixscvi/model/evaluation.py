@@ -59,7 +59,7 @@ class ComponentDiagnostics(NamedTuple):
 class EvaluationMixin:
     """Methods of :class:`mixscvi.MixSCVI` that importance-sample its cells.
 
-    The model provides ``module``, ``adata``, ``_minibatches`` and ``_adaptations``.
+    The model provides ``module``, ``adata``, ``_minibatches``, ``_names_of`` and ``_adaptations``.
     """
 
     def _importance_draws(
@@ -305,8 +305,7 @@ class EvaluationMixin:
             }
         )
         if dataloader is None:
-            obs_names = (self.adata if adata is None else adata).obs_names
-            table.index = obs_names if indices is None else obs_names[np.asarray(indices)]
+            table.index = self._names_of(adata, indices)
         return table
 
     @staticmethod

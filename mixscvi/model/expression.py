@@ -18,12 +18,9 @@ from torch import Tensor
 
 from mixscvi.checks import (
     check_anndata,
-    check_batches,
     check_choice,
     check_comparison,
-    check_gene_list,
     check_library_size,
-    check_loader,
     check_positive_int,
 )
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
@@ -93,8 +90,8 @@ class _Decoding:
 class ExpressionMixin:
     """Methods of :class:`mixscvi.MixSCVI` that decode expression.
 
-    The model provides ``module``, ``adata``, ``_minibatches``, ``_known_batches`` and
-    ``_adaptations``.
+    The model provides ``module``, ``adata``, ``_minibatches``, ``_check_arguments``,
+    ``_known_batches`` and ``_adaptations``.
     """
 
     def get_normalized_expression(
@@ -188,17 +185,19 @@ class ExpressionMixin:
         self._check_if_trained(warn=weights != "adapted")
         if weights is not None:
             check_choice("weights", weights, _WEIGHTS)
-        if gene_list is not None:
-            check_gene_list(gene_list, pd.Index(self.get_var_names()))
-        check_positive_int("n_samples", n_samples)
+        self._check_arguments(
+            {
+                "gene_list": gene_list,
+                "n_samples": n_samples,
+                "transform_batch": transform_batch,
+                "dataloader": dataloader,
+            }
+        )
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
         check_library_size(library_size)
-        check_loader(dataloader)
         if isinstance(indices, tuple):  # of which pandas takes each for an axis
             indices = list(indices)
-        if transform_batch is not None and dataloader is None:
-            check_batches(transform_batch, self._known_batches())
         if weights == "adapted":
             with torch.inference_mode(False):  # which scvi-tools samples differences in
                 return self._adapted_expression(

@@ -19,7 +19,8 @@ __all__ = ["PredictionMixin"]
 class PredictionMixin:
     """The method of :class:`mixscvi.MixSCANVI` that predicts labels.
 
-    The model provides ``module``, ``adata``, ``_minibatches`` and ``_label_mapping``.
+    The model provides ``module``, ``adata``, ``_minibatches``, ``_names_of`` and
+    ``_label_mapping``.
     """
 
     def predict(
@@ -93,6 +94,5 @@ class PredictionMixin:
             return np.array(labels[table.argmax(1)].tolist())
         names = None
         if dataloader is None:
-            names = (self.adata if adata is None else adata).obs_names
-            names = names if indices is None else names[np.asarray(indices)]
+            names = self._names_of(adata, indices)
         return pd.DataFrame(table, columns=labels, index=names)
