@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mixscvi.likelihoods import head_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
+from mixscvi.module.hidden_units import hidden_units, hidden_units_by_columns
 
 __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
@@ -173,21 +174,16 @@ def decode(
         # Cells are the second axis of draws (L, B, S), otherwise the last one.
         return per_cell.unsqueeze(1) if per_cell.dim() == 2 and z.dim() == 4 else per_cell
 
-    def rows(per_cell: Tensor) -> Tensor:
-        return per_draw(per_cell).expand(*lead, -1).flatten(0, -2)
-
     if transform_batch is not None:
         batch_index = torch.ones_like(batch_index) * transform_batch
-    inputs = [z.flatten(0, -2)]
     categories = () if cat_covs is None else torch.split(cat_covs, 1, dim=1)
-    if cont_covs is not None:
-        inputs.append(rows(cont_covs))
+    continuous = [] if cont_covs is None else [cont_covs]
     if module.batch_representation == "embedding":
-        inputs.append(rows(module.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index)))
+        continuous.append(module.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
     else:
         categories = (batch_index, *categories)
-    hidden = module.decoder.px_decoder(torch.cat(inputs, dim=-1), *map(rows, categories))
-    hidden = hidden.unflatten(0, lead)
+    through = hidden_units if fused else hidden_units_by_columns
+    hidden = through(module.decoder.px_decoder, z, continuous, categories)
     if module.dispersion == "gene":
         theta = module.px_r.exp()
     elif module.dispersion == "gene-cell":
