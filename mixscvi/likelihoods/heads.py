@@ -244,12 +244,9 @@ class _Head(torch.autograd.Function):
         d_theta = None
         if by_theta and sums is not None:
             d_theta = sums[1]
+        elif by_theta and gradients.theta is None:  # rows count differently, against what was said
+            d_theta = _gradient_by_theta(ctx.x, grad, *parameters)
         elif by_theta:
-            if gradients.theta is None:  # rows count differently, against what was said
-                again = _value_and_gradients(ctx.x, *parameters, summed=False)
-                if again is None:
-                    raise RuntimeError("the compiled likelihoods failed between two passes")
-                gradients = again[1]
             d_theta = eager.sum_to_dispersion(grad, gradients.theta, theta)
         return (
             None,
@@ -258,6 +255,27 @@ class _Head(torch.autograd.Function):
             d_theta,
             grad * gradients.log_library if by_library else None,
         )
+
+
+@torch.enable_grad()
+def _gradient_by_theta(
+    x: Tensor,
+    grad: Tensor,
+    hidden: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    zi_weight: Tensor | None,
+    zi_bias: Tensor | None,
+    theta: Tensor,
+    log_library: Tensor,
+) -> Tensor:
+    """The gradient by the dispersions alone, by another pass."""
+    theta = theta.detach().requires_grad_()
+    with torch.no_grad():
+        scale_logits = F.linear(hidden, scale_weight, scale_bias)
+        zi_logits = None if zi_weight is None else F.linear(hidden, zi_weight, zi_bias)
+    value = logits_log_prob(x, scale_logits, log_library.detach(), theta, zi_logits)
+    return torch.autograd.grad(value, theta, grad)[0]
 
 
 def _logits(units: Tensor, weight: Tensor) -> Tensor:

@@ -89,6 +89,23 @@ def test_a_head_whose_compiler_fails_falls_back(fresh, monkeypatch):
         torch.testing.assert_close(head_log_prob(*given), expected)
 
 
+def test_a_compiler_that_fails_after_the_forward_pass_leaves_the_gradients(fresh, monkeypatch):
+    x, *_, theta, _ = draw_inputs()
+    theta = theta.detach().requires_grad_()
+    hidden, weight, bias = torch.randn(L, B, S, 4), torch.randn(G, 4), torch.randn(G)
+    weights = torch.rand(L, B, S)  # rows that do not count alike need another pass
+
+    def value():
+        return head_log_prob(x, hidden, weight, bias, torch.tensor(2.0), theta, equal_rows=True)
+
+    (expected,) = torch.autograd.grad(value(), theta, weights)
+    failing = value()
+    monkeypatch.setattr(kernels, "rows", not_compiled(NumbaError("no")))
+    with pytest.warns(RuntimeWarning, match="numba"):
+        (got,) = torch.autograd.grad(failing, theta, weights)
+    torch.testing.assert_close(got, expected)
+
+
 def test_missing_numba_is_named_once(fresh, monkeypatch):
     def fail(name):
         raise ImportError("No module named 'numba'")
