@@ -1,0 +1,80 @@
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timed_models import make, read, train
+
+_PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"),
+    *("mkldnn::_linear_pointwise", "sums of rows"),
+)
+
+
+_PARTS_OF_A_STEP = (
+    *("matrix products", "likelihood kernel", "optimizer", "loader"),
+    *("other operations of torch", "Python"),
+)
+
+
+def _part_of_a_step(event: str) -> str:
+    """To what the time of one of the profiler's events belongs."""
+    if event in _PRODUCTS:
+        return "matrix products"
+    if event == "likelihood kernel":
+        return event
+    if "adam" in event or "_foreach" in event:
+        return "optimizer"
+    if "DataLoader" in event:
+        return "loader"
+    return "other operations of torch" if "::" in event else "Python"  # of a step, and the profiler
+
+
+def profile_training(data: str) -> list[dict]:
+    """Where the time of a training step goes, in milliseconds and as shares."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from mixscvi import compiled
+
+    adata, epochs = read(data), 2
+    run = compiled.in_blocks
+
+    def recorded_run(kernel: Any, *args: Any) -> bool:
+        likelihoods = kernel.__module__.startswith("mixscvi.likelihoods")
+        with record_function("likelihood kernel" if likelihoods else "sums of rows"):
+            return run(kernel, *args)
+
+    rows = []
+    for name, cls, kwargs in (
+        ("SCVI", "SCVI", {}),
+        ("A = 1, ZINB", "MixSCVI", {"n_components": 1}),
+        ("A = 4, all_to_all, separate", "MixSCVI", {"n_components": 4}),
+    ):
+        model = make(adata, cls, **kwargs)
+        train(model, 2)
+        compiled.in_blocks = recorded_run
+        try:
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                train(model, epochs)
+        finally:
+            compiled.in_blocks = run
+        n_steps = next(
+            e.count for e in profiled.key_averages() if e.key.startswith("Optimizer.step")
+        )
+        parts = dict.fromkeys(_PARTS_OF_A_STEP, 0.0)
+        for event in profiled.key_averages():
+            parts[_part_of_a_step(event.key)] += event.self_cpu_time_total / 1000
+        total = sum(parts.values())
+        for part, value in parts.items():
+            rows.append(
+                {
+                    "data": data,
+                    "model": name,
+                    "part": part,
+                    "milliseconds": round(value / n_steps, 3),
+                    "share": round(value / total, 3),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
