@@ -214,11 +214,16 @@ def compare(
     records, held_out = [], {}
     # In units of an epoch, which is what tells how long the rest will take.
     per_model = demo.epochs + _EPOCHS_TO_SCORE + _EPOCHS_TO_CLUSTER
-    with tqdm(
-        total=2 * demo.seeds * per_model,
-        bar_format="{desc:<34} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}",
-        file=sys.stderr,
-    ) as bar:
+    with (
+        warnings.catch_warnings(),
+        tqdm(
+            total=2 * demo.seeds * per_model,
+            bar_format="{desc:<34} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}",
+            file=sys.stderr,
+        ) as bar,
+    ):
+        # The table and the picture say which proposals can be trusted.
+        warnings.filterwarnings("ignore", message=".* no good (proposal|one)")
         for seed in reversed(range(demo.seeds)):  # seed 0 last: its latents are to be kept
             for name, latent, model_cls, kwargs in (
                 ("scVI", "X_scvi", SCVI, {}),

@@ -249,7 +249,7 @@ def warn_of_encoder_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> N
         warnings.warn(
             f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
             f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
-            'depends on the model. Use get_marginal_ll(proposal="adapted") to compare models.',
+            'depends on the model. Call this with proposal="adapted" to compare models.',
             UserWarning,
             stacklevel=stacklevel + 1,
         )

@@ -246,6 +246,11 @@ class EvaluationMixin:
         ValueError
             If `proposal` is unknown, there are fewer than 25 draws, or the data are bad.
 
+        Warns
+        -----
+        UserWarning
+            If more than a tenth of the cells have a k-hat above 0.7.
+
         Examples
         --------
         >>> import mixscvi
@@ -298,6 +303,8 @@ class EvaluationMixin:
                     "miselbo": miselbo(draws.log_weights),
                 }
                 tables.append(columns)
+        warn = warn_of_adapted_tails if proposal == "adapted" else warn_of_encoder_tails
+        warn([columns["pareto_k"].cpu() for columns in tables], stacklevel=3)
         table = pd.DataFrame(
             {
                 name: torch.cat([columns[name].cpu() for columns in tables]).numpy()

@@ -280,7 +280,9 @@ def test_an_untrustworthy_proposal_is_told_once(make_adata):
         assert "lower bound" in str(caught[0].message)
         assert 'proposal="adapted"' in str(caught[0].message)
         assert caught[0].filename == __file__
-    table = model.get_posterior_diagnostics(n_mc_samples=100)
+    with pytest.warns(UserWarning, match="no good proposal for") as caught:
+        table = model.get_posterior_diagnostics(n_mc_samples=100)
+    assert [warning.filename for warning in caught] == [__file__]
     untrusted = (table["pareto_k"] > 0.7).mean()
     told = float(re.search(r"for (\d+)%", str(caught[0].message))[1])
     assert told == pytest.approx(100 * untrusted, abs=8)
