@@ -37,7 +37,9 @@ def read_counts(name: str, n_genes: int) -> AnnData:
     """
     import anndata
     import scanpy as sc
+    import torch
 
+    n_threads = torch.get_num_threads()
     adata = anndata.read_h5ad(data_folder() / "single_cell" / f"{name}.h5ad")
     normalized = adata.copy()
     sc.pp.normalize_total(normalized, target_sum=1e4)
@@ -45,6 +47,7 @@ def read_counts(name: str, n_genes: int) -> AnnData:
     sc.pp.highly_variable_genes(normalized, n_top_genes=n_genes, flavor="cell_ranger")
     adata = adata[:, normalized.var["highly_variable"].to_numpy()].copy()
     sc.pp.filter_cells(adata, min_counts=1)
+    torch.set_num_threads(n_threads)  # scanpy's compiled functions have set it to all cores
     return adata
 
 

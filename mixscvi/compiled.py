@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
+from itertools import product
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attempt", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
+__all__ = ["attempt", "grid", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
 
 T = TypeVar("T")
 
@@ -132,6 +133,24 @@ def split(n: int, n_blocks: int) -> list[tuple[int, int]]:
     """
     bounds = [n * i // n_blocks for i in range(n_blocks + 1)]
     return list(zip(bounds, bounds[1:], strict=False))
+
+
+def grid(n_rows: int, n_columns: int, n_tasks: int) -> list[tuple[int, int, int, int]]:
+    """Blocks of rows and columns for about as many tasks: rows are split before columns.
+
+    Returns
+    -------
+    First and last row, first and last column of each; the last ones are left out.
+
+    Examples
+    --------
+    >>> grid(2, 6, n_tasks=4)
+    [(0, 1, 0, 3), (0, 1, 3, 6), (1, 2, 0, 3), (1, 2, 3, 6)]
+    """
+    row_blocks = max(1, min(n_rows, n_tasks))
+    column_blocks = max(1, min(n_columns, -(-n_tasks // row_blocks)))
+    blocks = product(split(n_rows, row_blocks), split(n_columns, column_blocks))
+    return [(*rows, *columns) for rows, columns in blocks]
 
 
 def in_blocks(kernel: Callable[..., None], blocks: Sequence[tuple[int, ...]], *arrays: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -61,10 +60,8 @@ def _tasks(n_cells: int, n_draws: int, n_genes: int) -> list[tuple[int, ...]]:
     Cells are split before draws.
     """
     n_tasks = compiled.n_tasks(n_cells * n_draws * n_genes, _ELEMENTS_PER_TASK, _TASKS_PER_THREAD)
-    cell_blocks = min(n_cells, n_tasks)
-    draw_blocks = min(n_draws, -(-n_tasks // cell_blocks))
-    blocks = product(compiled.split(n_cells, cell_blocks), compiled.split(n_draws, draw_blocks))
-    return [(*cells, *draws, number) for number, (cells, draws) in enumerate(blocks)]
+    blocks = compiled.grid(n_cells, n_draws, n_tasks)
+    return [(*block, number) for number, block in enumerate(blocks)]
 
 
 def _array(tensor: Tensor | None) -> Any:

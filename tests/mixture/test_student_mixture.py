@@ -8,7 +8,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixscvi.mixture import student_mixture
+from mixscvi.mixture import distances, student_mixture
 from mixscvi.mixture.student_mixture import StudentMixture
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -113,12 +113,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_memory_is_bounded_and_passes_change_nothing(make_mixture, normal, monkeypatch):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_memory_is_bounded_and_passes_change_nothing(kernel, make_mixture, normal, monkeypatch):
     q = make_mixture(3, 4, 8, 5)
     z = normal(500, 3, 8)
     whole = q.log_prob(z)
+    monkeypatch.setattr(student_mixture, "_ELEMENTS_AT_ONCE", 1000)
     for name in ("_ELEMENTS_AT_ONCE", "_ELEMENTS_IN_CACHE"):
-        monkeypatch.setattr(student_mixture, name, 1000)
+        monkeypatch.setattr(distances, name, 1000)
+    if not kernel:
+        monkeypatch.setattr(distances, "_kernels", lambda *tensors: None)
     with Largest() as largest:
         passes = q.log_prob(z)
         q.sample((500,), torch.Generator().manual_seed(0))
