@@ -200,7 +200,7 @@ class MixVAE(ImportanceSampling, VAE):
         *args, **kwargs
             As in ``BaseModuleClass.forward``.
         inference_kwargs
-            Passed to :meth:`inference`.
+            Passed to ``inference``.
         compute_loss
             Whether the loss is computed.
 
