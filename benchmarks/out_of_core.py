@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common import RESULTS, machine
 
+from mixscvi.pl.drawing import COLORS
 from mixscvi.system import write_beside
 from mixscvi.tables import read_rows, run_missing
 
@@ -158,13 +159,13 @@ def draw(rows: list[dict]) -> None:
         "A4-memory": "MixSCVI, 4 components, in memory",
         "annbatch": "MixSCVI, 4 components, annbatch",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     panels = (
         ("more_mb", "memory taken beyond start-up (MB)"),
         ("ms_per_cell_train", "training (ms per cell)"),
         ("ms_per_cell_embed", "embedding (ms per cell)"),
     )
-    for way, label in labels.items():
+    for (way, label), color in zip(labels.items(), COLORS, strict=False):
         mine = sorted((int(r["cells"]), r) for r in rows if r["way"] == way)
         if not mine:
             continue
@@ -175,11 +176,12 @@ def draw(rows: list[dict]) -> None:
                 else float(r[column])
                 for _, r in mine
             ]
-            ax.plot([n / 1e3 for n, _ in mine], values, marker="o", label=label)
+            ax.plot([n / 1e3 for n, _ in mine], values, marker="o", color=color, label=label)
     for ax, (_, title) in zip(axes, panels, strict=True):
         ax.set(xlabel="thousand cells", ylabel=title, ylim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     write_beside(TABLE.with_suffix(".png"), lambda path: figure.savefig(path, dpi=150))
 
 

@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",  # the source of every name, within the site
     "sphinx-mathjax-offline",  # formulas without a network
     "sphinx_autodoc_typehints",
     "sphinx_copybutton",

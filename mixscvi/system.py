@@ -105,7 +105,11 @@ def keep_freed_memory() -> bool:
 
 
 def physical_memory() -> int | None:
-    """Bytes of memory that this machine has; ``None`` where the system does not say.
+    """Memory that this machine has.
+
+    Returns
+    -------
+    Bytes; ``None`` where the system does not say.
 
     Examples
     --------
@@ -127,6 +131,10 @@ def naming_what_takes_memory(message: str) -> Iterator[None]:
     ----------
     message
         Of the error.
+
+    Returns
+    -------
+    A context, in which it may be made.
 
     Raises
     ------

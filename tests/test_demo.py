@@ -1,8 +1,10 @@
 import anndata
+import numpy as np
 import pandas as pd
 import pytest
 
 from mixscvi import datasets, demo
+from mixscvi.model import AdaptedPosterior, LatentMixture
 
 
 def test_the_demo_writes_what_it_says(tmp_path, capsys):
@@ -40,6 +42,7 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     table = [line for line in printed.splitlines() if line.startswith(("scVI", "Mix", "diff"))]
     assert len({len(line) for line in table}) == 1, "the table is aligned"
     assert f"{gain:+.2f}" in table[2]
+    assert "over 2 seeds, of two 0.71 of how far they are apart" in printed
     assert str(output / "cells.h5ad") in printed
 
 
@@ -53,6 +56,35 @@ def test_the_demo_on_a_file_without_labels(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "120 cells" in printed
     assert "ARI" not in printed
+    assert "one seed, so without a spread" in printed
+    assert "±" not in printed
+
+
+def test_panels_of_the_picture_are_level(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"log_likelihood": [-9.0, -7.0], "pareto_k": [0.3, 1.2]})
+    held_out = {
+        name: demo.HeldOut(
+            table,
+            table,
+            (
+                AdaptedPosterior(*[None] * 8, rng.normal(size=(200, 1, 3)) * [2, wide, 0.1]),
+                LatentMixture(np.full((1, 1, 3), offset), np.ones((1, 1, 3))),
+            ),
+        )
+        for name, wide, offset in (("scVI", 0.2, 0), ("MixSCVI, A = 1", 2, 5))
+    }
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    demo._draw_why(held_out, tmp_path / "why.png")
+    monkeypatch.undo()
+    boxes = [ax.get_window_extent() for ax in drawn[0].axes]
+    assert len(boxes) == 4
+    assert np.ptp([box.y0 for box in boxes]) < 1
+    assert np.ptp([box.y1 for box in boxes]) < 1
+    plt.close(drawn[0])
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,43 @@ def test_every_public_name_has_an_example_and_names_its_parameters(module):
             continue
         if getattr(value, "_is_protocol", False):
             continue
-        if "*args, **kwargs" in text:  # as scvi-tools says
-            continue
-        given = inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters
-        named = set(re.findall(r"\w+", " ".join(re.findall(r"^[\w*, \\\n]+$", text, re.MULTILINE))))
-        assert set(given) - named - {"self", "args", "kwargs"} == set(), name
+        function = value.__init__ if inspect.isclass(value) else value
+        if inspect.isfunction(function) and not is_wrapped(function):
+            assert unnamed_parameters(function, text) == [], name
+        if not inspect.isclass(value):
+            assert says_what_it_returns(value, text), name
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_method_names_its_parameters_and_what_it_returns(module):
+    for name, value in public_names(module).items():
+        for method, function in inspect.getmembers_static(value, is_method_of_ours):
+            function = getattr(function, "__func__", function)
+            text = inspect.cleandoc(function.__doc__ or "")  # its own, not that of a base
+            assert text, f"{name}.{method} says nothing"
+            assert unnamed_parameters(function, text) == [], f"{name}.{method}"
+            assert says_what_it_returns(function, text), f"{name}.{method}"
+
+
+def test_what_a_docstring_lacks_is_found():
+    def method(self, draws: int, *, seed: int = 0) -> float:
+        """Draw.
+
+        Parameters
+        ----------
+        draws
+            How many.
+
+        Raises
+        ------
+        ValueError
+            If seed is negative.
+        """
+
+    text = inspect.getdoc(method)
+    assert unnamed_parameters(method, text) == ["seed"]
+    assert not says_what_it_returns(method, text)
+    assert says_what_it_returns(method, f"{text}\n\nReturns\n-------\nTheir mean.")
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -122,6 +154,38 @@ def is_enum(value):
 def is_wrapped(function):
     """Whether a method is one of scvi-tools', which says what it does."""
     return not inspect.unwrap(function).__module__.startswith("mixscvi")
+
+
+def is_method_of_ours(member):
+    """Whether a member of a class is a public method that this package defines."""
+    function = getattr(member, "__func__", member)
+    return (
+        inspect.isfunction(function)
+        and not function.__name__.startswith("_")
+        and function.__module__.startswith("mixscvi")
+        and not is_wrapped(function)
+    )
+
+
+def section(text, title):
+    """A section of a docstring; nothing if there is none."""
+    found = re.search(rf"^{title}\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    return found[1] if found else ""
+
+
+def unnamed_parameters(function, text):
+    """Parameters that a docstring does not name; those passed on as they are need no names."""
+    code = inspect.unwrap(function).__code__  # a signature may be another's
+    given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    lines = re.findall(r"^\S.*$", section(text, "Parameters"), re.MULTILINE)
+    named = set(re.findall(r"\w+", " ".join(lines)))
+    return [name for name in given if name not in named | {"self", "cls"}]
+
+
+def says_what_it_returns(function, text):
+    returned = inspect.signature(function).return_annotation
+    said = section(text, "Returns") or section(text, "Yields")
+    return said != "" or returned in (None, "None", inspect.Signature.empty)
 
 
 def says_what_it_raises(function, text):

@@ -132,7 +132,17 @@ class ImageData:
         return self.train.shape[-2], self.train.shape[-1]
 
     def fingerprint(self, *parts: Part) -> str:
-        """Hash of the images of some parts: distinguishes data of the same name and shape."""
+        """Hash of the images of some parts: distinguishes data of the same name and shape.
+
+        Parameters
+        ----------
+        *parts
+            Parts of the data: ``"train"``, ``"validation"``, ``"test"``.
+
+        Returns
+        -------
+        The hash of what the parts hold, in hexadecimal digits.
+        """
         return content_hash(*(getattr(self, part).contiguous().numpy() for part in parts))
 
     @classmethod
@@ -158,6 +168,10 @@ class ImageData:
             Sizes of these parts, which are taken from the end.
         name
             Name of the data in tables.
+
+        Returns
+        -------
+        The data: gray levels to train on, fixed binary images to validate and test on.
 
         Raises
         ------
@@ -192,7 +206,17 @@ class ImageData:
     def subset(
         self, n_train: int | None, n_validation: int | None, n_test: int | None
     ) -> ImageData:
-        """The first images of each part; all of them where ``None``."""
+        """The first images of each part.
+
+        Parameters
+        ----------
+        n_train, n_validation, n_test
+            Images to keep of each part; all of them where ``None``.
+
+        Returns
+        -------
+        The smaller data, with their labels; parts are views of these ones'.
+        """
         sizes: dict[Part, int | None] = {
             "train": n_train,
             "validation": n_validation,

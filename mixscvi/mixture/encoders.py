@@ -56,7 +56,21 @@ class Encoder(nn.Module):
         covariates: Tensor | None = None,
         components: Tensor | None = None,
     ) -> MixturePosterior:
-        """Encode `B` inputs into the components asked for."""
+        """Encode inputs into the components asked for.
+
+        Parameters
+        ----------
+        x
+            Inputs, `(B, n_in)`.
+        covariates
+            Values of the covariates, `(B, n_covariates)`, if the trunk takes any.
+        components
+            The `S` components asked for, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        A mixture of batch shape `(B,)` with `S` components.
+        """
         networks = None if self.heads.share_trunk else components
         return self.heads(self.trunk(x, covariates, networks), components)
 

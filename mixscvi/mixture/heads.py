@@ -100,7 +100,19 @@ class GaussianHeads(Heads):
         self.var = StackedLinear(n_components, n_hidden, n_latent)
 
     def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
-        """Map what `S` networks return, `(B, S, ...)`, to a mixture of `S` components."""
+        """Map what networks return to a mixture.
+
+        Parameters
+        ----------
+        hidden
+            What the `S` networks return: `(B, S, n_hidden)` once `activation` is applied.
+        components
+            The `S` components asked for, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        A mixture of batch shape `(B,)` with `S` components.
+        """
         if self.activation is not None:
             hidden = self.activation(hidden)
         if self.mean.n_components == 1:
@@ -179,6 +191,10 @@ class ShiftedHeads(GaussianHeads):
             `(B, 1, n_in)`; or `(B, S, n_in)`, one input for each of the components asked for.
         components
             The `S` components, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        A mixture of batch shape `(B,)` with `S` components.
         """
         codes = rows(self.codes, components)
         n_at_once = max(1, _ELEMENTS_AT_ONCE // max(1, len(hidden) * codes.shape[1]))
@@ -248,7 +264,19 @@ class CodedHeads(Heads):
         self.offsets = nn.Parameter(torch.zeros(n_components, 2 * n_latent))
 
     def forward(self, hidden: Tensor, components: Tensor | None = None) -> MixturePosterior:
-        """Map shared hidden units `(B, 1, n_hidden)` to a mixture of the components asked for."""
+        """Map shared hidden units to a mixture.
+
+        Parameters
+        ----------
+        hidden
+            `(B, 1, n_hidden)`.
+        components
+            The `S` components asked for, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        A mixture of batch shape `(B,)` with `S` components.
+        """
         hidden = hidden.squeeze(1)
         codes = rows(self.codes, components)
         offsets = rows(self.offsets, components)

@@ -86,7 +86,12 @@ class StackedLinear(nn.Module):
             self.weight = nn.Parameter(by_rows.permute(1, 2, 0))
 
     def extra_repr(self) -> str:
-        """Summarize the sizes."""
+        """Summarize the sizes.
+
+        Returns
+        -------
+        What ``repr`` puts between the brackets.
+        """
         return (
             f"n_components={self.n_components}, n_in={self.n_in}, n_out={self.n_out}, "
             f"bias={self.bias is not None}"
@@ -200,7 +205,12 @@ class StackedConv2d(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
-        """Summarize the sizes."""
+        """Summarize the sizes.
+
+        Returns
+        -------
+        What ``repr`` puts between the brackets.
+        """
         _, out_channels, in_channels, kernel_size, _ = self.weight.shape
         return (
             f"n_components={self.n_components}, in_channels={in_channels}, "

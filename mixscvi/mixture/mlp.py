@@ -136,7 +136,17 @@ class StackedMLP(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def injects_into(self, layer: int) -> bool:
-        """Whether the covariates are an input of this layer."""
+        """Whether the covariates are an input of a layer.
+
+        Parameters
+        ----------
+        layer
+            Its position, from 0.
+
+        Returns
+        -------
+        True of the first layer if there are covariates, of the others if they are injected there.
+        """
         return self.n_covariates > 0 and (layer == 0 or self.inject_covariates)
 
     def train_covariates_only(self, *, freeze_first_layer: bool = True) -> None:

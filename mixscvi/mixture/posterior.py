@@ -120,6 +120,8 @@ class MixturePosterior(Distribution):
         ----------
         batch_shape
             What the batch shape broadcasts to.
+        _instance
+            As in :class:`torch.distributions.Distribution`: for subclasses.
 
         Returns
         -------
@@ -169,7 +171,17 @@ class MixturePosterior(Distribution):
         sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """As :meth:`rsample`, without gradients."""
+        """As :meth:`rsample`, without gradients.
+
+        Parameters
+        ----------
+        sample_shape, generator
+            As in :meth:`rsample`.
+
+        Returns
+        -------
+        Draws of shape `(*sample_shape, B, D)`.
+        """
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 

@@ -69,6 +69,10 @@ class Prior(nn.Module, ABC):
         ----------
         encoder
             Maps inputs to their mixture posterior; ``None`` for priors that do without.
+
+        Returns
+        -------
+        The distribution: has ``log_prob`` and ``sample``.
         """
 
 
@@ -95,7 +99,17 @@ class StandardNormal(Prior):
         self.register_buffer("loc", torch.zeros(n_latent), persistent=False)
 
     def forward(self, encoder: nn.Module | None) -> Distribution:
-        """Build p(z); `encoder` is not used."""
+        """Build p(z).
+
+        Parameters
+        ----------
+        encoder
+            Not used.
+
+        Returns
+        -------
+        A standard normal, event shape `(D,)`.
+        """
         normal = Normal(self.loc, torch.ones_like(self.loc), validate_args=False)
         return Independent(normal, 1, validate_args=False)
 
@@ -147,7 +161,17 @@ class GaussianMixture(Prior):
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
 
     def forward(self, encoder: nn.Module | None) -> Distribution:
-        """Build p(z); `encoder` is not used."""
+        """Build p(z).
+
+        Parameters
+        ----------
+        encoder
+            Not used.
+
+        Returns
+        -------
+        A mixture of `K` Gaussians, event shape `(D,)`.
+        """
         return _GaussianMixture(self.logits, self.loc, self.log_scale.exp())
 
 
@@ -193,6 +217,15 @@ class VampPrior(Prior):
 
     def forward(self, encoder: nn.Module | None) -> Distribution:
         """Build p(z) from the posteriors of the pseudo-inputs, batch shape `()`.
+
+        Parameters
+        ----------
+        encoder
+            Maps the pseudo-inputs to their posteriors, of `A` components each.
+
+        Returns
+        -------
+        A mixture of `K * A` Gaussians, batch shape `()` and event shape `(D,)`.
 
         Raises
         ------

@@ -139,6 +139,10 @@ class StudentMixture(Distribution):
         ----------
         cells
             Indices, `(n,)`.
+
+        Returns
+        -------
+        Mixtures of batch shape `(n,)`.
         """
         selected = StudentMixture(
             self.weights[cells], self.loc[cells], self.scale_tril[cells], self.dof

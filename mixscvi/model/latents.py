@@ -247,6 +247,10 @@ class LatentsMixin:
             Draws of z, `(L, B, D)`.
         *args, **kwargs
             As in ``SCVI.get_importance_weights``.
+
+        Returns
+        -------
+        Weights of the draws, `(n, L)`, as in ``SCVI.get_importance_weights``.
         """
         qz = self.module.as_importance_density(qz)
         return super().get_importance_weights(adata, indices, qz, px, zs, *args, **kwargs)

@@ -48,6 +48,13 @@ class MinifiedMixin:
         The minified data are in memory. Counts on disk stay in their file, which the model no
         longer reads.
 
+        Parameters
+        ----------
+        minified_data_type
+            As in ``SCVI.minify_adata``.
+        use_latent_qzm_key, use_latent_qzv_key
+            Columns of ``adata.obsm`` with means and variances: `(n, A * D)` or `(n, D)`.
+
         Raises
         ------
         ValueError

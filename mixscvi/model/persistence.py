@@ -220,6 +220,10 @@ class PersistenceMixin:
         dir_path, prefix, allow_pickle
             As in :meth:`load`.
 
+        Returns
+        -------
+        What ``setup_anndata`` recorded of the data.
+
         Raises
         ------
         ValueError

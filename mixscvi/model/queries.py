@@ -51,6 +51,11 @@ class QueriesMixin:
         allow_pickle
             As in :meth:`MixSCVI.load`.
 
+        Returns
+        -------
+        Nothing, as `adata` itself is changed; the changed copy with ``inplace=False``; or the genes
+        of the reference with ``return_reference_var_names=True``.
+
         Raises
         ------
         ValueError
@@ -127,6 +132,10 @@ class QueriesMixin:
             The reference, or the folder that it was saved to.
         allow_pickle, arguments
             As in :meth:`MixSCVI.load`.
+
+        Returns
+        -------
+        The model of the query, with the weights of the reference, to be trained.
 
         Raises
         ------

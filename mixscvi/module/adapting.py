@@ -65,6 +65,11 @@ class Adaptation:
         **options
             Passed to :func:`mixscvi.mixture.adapt`.
 
+        Returns
+        -------
+        The adapted posteriors of the `B` cells, over z ahead of the flow and, where it is modeled,
+        the log library size.
+
         Raises
         ------
         RuntimeError
@@ -133,7 +138,17 @@ class Adaptation:
 
     @torch.no_grad()
     def adapted_latents(self, draws: Tensor) -> Tensor:
-        """z of draws of an adapted proposal, `(..., D)`, and the log library size as it is."""
+        """z of draws of an adapted proposal, and the log library size as it is.
+
+        Parameters
+        ----------
+        draws
+            Draws ahead of the flow, `(..., D)`, or `(..., D + 1)` with the log library size.
+
+        Returns
+        -------
+        The same shape, with z behind the flow.
+        """
         z, _ = self.push_forward(draws[..., : self.n_latent])
         return torch.cat((z, draws[..., self.n_latent :]), -1)
 

@@ -109,7 +109,12 @@ class CountLikelihood:
         return parameter.unsqueeze(-2)
 
     def distribution(self) -> Distribution:
-        """The same as a distribution of scvi-tools, over `(..., G)`."""
+        """The same as a distribution of scvi-tools.
+
+        Returns
+        -------
+        The distribution of the counts, over `(..., G)`.
+        """
         scale = self.decoder.px_scale_decoder(self.hidden)
         rate = self.log_size.exp() * scale
         if self.gene_likelihood == "zinb":

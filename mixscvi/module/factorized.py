@@ -65,7 +65,19 @@ class FactorizedMixture(MixturePosterior):
     def expand(
         self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
     ) -> FactorizedMixture:
-        """The same mixture for every element of a larger batch shape, which ends in `D`."""
+        """The same mixture for every element of a larger batch shape.
+
+        Parameters
+        ----------
+        batch_shape
+            What the batch shape broadcasts to; it ends in `D`.
+        _instance
+            Not used.
+
+        Returns
+        -------
+        A distribution whose parameters are views of this one's.
+        """
         *lead, n_latent = batch_shape
         shape = (*lead, self.n_components, n_latent)
         return FactorizedMixture(
@@ -73,7 +85,17 @@ class FactorizedMixture(MixturePosterior):
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Terms of the chain rule, `(..., B, D)`; their sum is the joint log-density."""
+        """Terms of the chain rule; their sum is the joint log-density.
+
+        Parameters
+        ----------
+        value
+            Points, `(..., B, D)`.
+
+        Returns
+        -------
+        `(..., B, D)`, in nats.
+        """
         per_dimension = torch.distributions.Normal(
             self.component_loc, self.component_scale, validate_args=False
         ).log_prob(value.unsqueeze(-2))

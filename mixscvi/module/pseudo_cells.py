@@ -69,7 +69,13 @@ class PseudoCells(nn.Module):
         return f"cat_hidden_{covariate}"
 
     def hide_categories(self, n_known: Sequence[int]) -> None:
-        """Give no weight to the categories beyond the first `n_known` of each covariate."""
+        """Give no weight to categories that pseudo-cells are not to be of.
+
+        Parameters
+        ----------
+        n_known
+            For each covariate, how many of its first categories stay.
+        """
         for i, n in enumerate(n_known):
             self.get_buffer(self._mask_name(i))[n:] = True
 
@@ -102,7 +108,15 @@ class PseudoCells(nn.Module):
 
     @torch.no_grad()
     def initialize(self, dense: Tensor, *categories: Tensor) -> None:
-        """Start from the encoder inputs of `K` real cells: `(K, n_dense)` and indices `(K, 1)`."""
+        """Start from the encoder inputs of real cells.
+
+        Parameters
+        ----------
+        dense
+            Dense columns of `K` cells, `(K, n_dense)`.
+        *categories
+            Category of each cell, `(K, 1)`, for each covariate.
+        """
         start = dense.clone()
         if self.non_negative:
             sharp = self._SHARPNESS * start[:, : self.n_genes].clamp_min(self._LEAST)
@@ -113,7 +127,12 @@ class PseudoCells(nn.Module):
             logits.copy_(self._LOGIT * one_hot)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Encoder inputs: `(K, n_dense)`, then weights `(K, n_cat)` for each covariate."""
+        """Make encoder inputs of the parameters.
+
+        Returns
+        -------
+        Dense columns, `(K, n_dense)`, then weights `(K, n_cat)` for each covariate.
+        """
         dense: Tensor = self.dense
         if self.non_negative:
             expression, rest = dense.split((self.n_genes, dense.shape[-1] - self.n_genes), dim=-1)

@@ -91,6 +91,10 @@ class ImportanceSampling(Adaptation):
             As in :meth:`scvi.module.VAE.inference`.
         components
             The `S` components to encode, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        Posteriors, and the log library size.
         """
         dense, categories = encoder_input(self, x, batch_index, cont_covs, cat_covs)
         posterior = self._encode_components(dense, categories, components)
@@ -99,25 +103,60 @@ class ImportanceSampling(Adaptation):
         return Encoded(posterior, *self.l_encoder(dense, *categories))
 
     def stored_posterior(self, qzm: Tensor, qzv: Tensor) -> MixturePosterior:
-        """The posterior from means and variances that minified data store, `(B, A * D)` each."""
+        """The posterior that minified data store.
+
+        Parameters
+        ----------
+        qzm, qzv
+            Means and variances of all components, `(B, A * D)` each.
+
+        Returns
+        -------
+        The mixture, batch shape `(B,)`.
+        """
         shape = (-1, self.n_latent)
         return MixturePosterior(qzm.unflatten(-1, shape), qzv.unflatten(-1, shape).sqrt())
 
     @torch.inference_mode()
     @auto_move_data
     def posterior(self, tensors: dict[str, Tensor]) -> MixturePosterior:
-        """The mixture posterior of a minibatch, before any flow, batch shape `(B,)`."""
+        """The mixture posterior of a minibatch, before any flow.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch, of counts or minified.
+
+        Returns
+        -------
+        The mixture, batch shape `(B,)`.
+        """
         inputs = self._get_inference_input(tensors)
         if "qzm" in inputs:
             return self.stored_posterior(inputs["qzm"], inputs["qzv"])
         return self.encode(**inputs).posterior
 
     def prior_distribution(self) -> Distribution:
-        """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
+        """Build p(z).
+
+        Returns
+        -------
+        A distribution with event shape `(D,)`: has ``log_prob`` and ``sample``.
+        """
         return self.prior(self.z_encoder)
 
     def push_forward(self, z0: Tensor) -> tuple[Tensor, Tensor | float]:
-        """z of draws of the posterior, `(..., D)`, and ``log |det dz/dz0|``, `(...)`."""
+        """Push draws of the posterior through the flow, if there is one.
+
+        Parameters
+        ----------
+        z0
+            Draws, `(..., D)`.
+
+        Returns
+        -------
+        z, `(..., D)`, and ``log |det dz/dz0|``, `(...)`, or 0 without a flow.
+        """
         return (z0, 0.0) if self.flow is None else self.flow(z0)
 
     @torch.inference_mode()
@@ -189,7 +228,25 @@ class ImportanceSampling(Adaptation):
         n_mc_samples_per_pass: int | None = None,
         form: Literal["siwae", "iw_miselbo"] = "siwae",
     ) -> Tensor | float:
-        """Estimate log p(x) of a minibatch, `(B,)`; see :meth:`mixscvi.MixSCVI.get_marginal_ll`."""
+        """Estimate log p(x) of a minibatch; see :meth:`mixscvi.MixSCVI.get_marginal_ll`.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch, with counts.
+        n_mc_samples
+            Draws per cell, rounded up to as many from each component.
+        return_mean
+            Whether to return the mean over cells instead.
+        n_mc_samples_per_pass
+            Draws per cell that are decoded at once.
+        form
+            Estimate, a name in :data:`FORMS`.
+
+        Returns
+        -------
+        `(B,)`, or its mean, in nats.
+        """
         n_samples = math.ceil(n_mc_samples / self.n_components)
         draws = self.importance_draws(tensors, n_samples, n_mc_samples_per_pass)
         log_px = FORMS[form](draws.log_weights)

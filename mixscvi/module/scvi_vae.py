@@ -60,18 +60,51 @@ class ScviVAE(ImportanceSampling, VAE):
     def generative(
         self, z: Tensor, library: Tensor, batch_index: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Distribution | None]:
-        """As in scvi-tools, and for several draws where batches are embedded."""
+        """As in scvi-tools, and for several draws where batches are embedded.
+
+        Parameters
+        ----------
+        z
+            Draws, `(B, D)` or `(n, B, D)`.
+        library
+            Log library sizes, `(B, 1)`, or broadcasting to the draws.
+        batch_index
+            Batch of each cell, `(B, 1)`.
+        *args, **kwargs
+            As in :meth:`scvi.module.VAE.generative`.
+
+        Returns
+        -------
+        ``px``, the likelihood of the counts, over `(..., G)`; ``pl`` and ``pz``, the priors of the
+        log library size and z.
+        """
         if z.dim() == 3 and self.batch_representation == "embedding":
             px = decode(self, z, library, batch_index, *args, **kwargs)
             return latent_priors(self, z, batch_index) | {"px": px.distribution()}
         return super().generative(z, library, batch_index, *args, **kwargs)
 
     def as_importance_density(self, qz: Distribution) -> Distribution:
-        """What scvi-tools' importance weights are to divide by."""
+        """What scvi-tools' importance weights are to divide by.
+
+        Parameters
+        ----------
+        qz
+            Posterior that ``inference`` returned.
+
+        Returns
+        -------
+        The same.
+        """
         return qz
 
     def train_covariates_only(self, *, freeze_expression: bool) -> None:
-        """Freeze the encoder for scArches; scvi-tools has done it."""
+        """Freeze the encoder for scArches; scvi-tools has done it.
+
+        Parameters
+        ----------
+        freeze_expression
+            Not used.
+        """
 
 
 class _LikelihoodOfCells:
@@ -122,7 +155,23 @@ class FusedVAE(ScviVAE):
         compute_loss: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Run inference, the generative model and the loss; see ``BaseModuleClass.forward``."""
+        """Run inference, the generative model and the loss; see ``BaseModuleClass.forward``.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch.
+        *args, **kwargs
+            As in ``BaseModuleClass.forward``.
+        generative_kwargs
+            Passed to :meth:`generative`.
+        compute_loss
+            Whether the loss is computed.
+
+        Returns
+        -------
+        What inference and the generative model return, and the loss if it is computed.
+        """
         if compute_loss:
             generative_kwargs = {"for_loss": True, **(generative_kwargs or {})}
         with without_waiting(self):
@@ -145,7 +194,26 @@ class FusedVAE(ScviVAE):
         for_loss: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in scvi-tools; for the loss, ``px`` is no more than its log-likelihood."""
+        """As in scvi-tools; for the loss, ``px`` is no more than its log-likelihood.
+
+        Parameters
+        ----------
+        z
+            Draws, `(B, D)` or `(n, B, D)`.
+        library
+            Log library sizes, `(B, 1)`, or broadcasting to the draws.
+        batch_index
+            Batch of each cell, `(B, 1)`.
+        *args, **kwargs
+            As in :meth:`scvi.module.VAE.generative`.
+        for_loss
+            Whether the loss alone is to read ``px``.
+
+        Returns
+        -------
+        ``px``, the likelihood of the counts, over `(..., G)`; ``pl`` and ``pz``, the priors of the
+        log library size and z.
+        """
         if not for_loss:
             return super().generative(z, library, batch_index, *args, **kwargs)
         px = decode(self, z, library, batch_index, *args, **kwargs)

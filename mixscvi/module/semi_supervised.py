@@ -84,7 +84,17 @@ class LabelPrior(Distribution):
         self.n_draws = n_draws
 
     def below(self, z: Tensor) -> BelowZ:
-        """Draw u once for every label of `N` values of z, `(N, D)`."""
+        """Draw u once for every label of values of z.
+
+        Parameters
+        ----------
+        z
+            `N` values, `(N, D)`.
+
+        Returns
+        -------
+        What stands below each, by label.
+        """
         module, n_labels = self.module, self.module.n_labels
         rows = z.unsqueeze(1).expand(-1, n_labels, -1).flatten(0, 1)
         labels = torch.eye(n_labels, dtype=z.dtype, device=z.device).repeat(len(z), 1)
@@ -96,7 +106,17 @@ class LabelPrior(Distribution):
         return BelowZ(*(term.sum(-1).unflatten(0, (len(z), n_labels)) for term in terms))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(z) of `(..., D)` with fresh draws of u, `(...)`."""
+        """log p(z), with fresh draws of u.
+
+        Parameters
+        ----------
+        value
+            Values of z, `(..., D)`.
+
+        Returns
+        -------
+        `(...)`, in nats.
+        """
         log_py = self.module.y_prior.log()  # (1, C)
         values = []
         for z in value.flatten(0, -2).split(max(1, _ROWS_AT_ONCE // self.module.n_labels)):
@@ -106,7 +126,17 @@ class LabelPrior(Distribution):
         return torch.cat(values).view(value.shape[:-1])
 
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws of z, `(*sample_shape, D)`."""
+        """Draw from p(z), without gradients.
+
+        Parameters
+        ----------
+        sample_shape
+            Leading shape of the draws.
+
+        Returns
+        -------
+        Draws of z, `(*sample_shape, D)`.
+        """
         module, shape = self.module, torch.Size(sample_shape)
         with torch.no_grad():
             probabilities = module.y_prior.expand(shape.numel(), -1)
@@ -125,14 +155,28 @@ class _Labeled:
     """
 
     def prior_distribution(self) -> LabelPrior:
-        """Build p(z), with event shape `(D,)`: has ``log_prob`` and ``sample``."""
+        """Build p(z).
+
+        Returns
+        -------
+        A distribution with event shape `(D,)`: has ``log_prob`` and ``sample``.
+        """
         return LabelPrior(self)
 
     def labeled_among(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Those cells of a minibatch that have labels, or ``None`` if fewer than two do.
+        """Those cells of a minibatch that have labels.
 
         scvi-tools passes cells with labels, but for minibatches of a data module, and where no
         cell has a label and there are covariates of both kinds: then it passes all.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch, or ``None``.
+
+        Returns
+        -------
+        The minibatch of these cells; ``None`` if they are fewer than two.
         """
         if tensors is None:
             return None
@@ -149,7 +193,15 @@ class _Labeled:
         }
 
     def on_load(self, model: BaseModelClass, **kwargs: Any) -> None:
-        """Mend what scvi-tools saved before its version 1.1; there is nothing without data."""
+        """Mend what scvi-tools saved before its version 1.1; there is nothing without data.
+
+        Parameters
+        ----------
+        model
+            The model that was loaded.
+        **kwargs
+            As in ``BaseModuleClass.on_load``.
+        """
         if model.adata is not None:
             super().on_load(model, **kwargs)
 
@@ -178,7 +230,17 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
     """
 
     def log_labels(self, z: Tensor) -> Tensor:
-        """log q(y | z) of draws, `(..., C)` from `(..., D)`."""
+        """log q(y | z) of draws.
+
+        Parameters
+        ----------
+        z
+            Draws, `(..., D)`.
+
+        Returns
+        -------
+        `(..., C)`, in nats.
+        """
         scores = self.classifier(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
         return scores.log_softmax(-1) if self.classifier.logits else scores.log()
 
@@ -202,6 +264,23 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
             \,\|\, p(u)\big)\Big) - \mathrm{KL}\big(q(y \mid z) \,\|\, p(y)\big),
 
         whose KL divergences count by `kl_weight`, as in scANVI.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch.
+        inference_outputs, generative_ouputs
+            What ``inference`` and ``generative`` returned of stratified draws.
+        kl_weight
+            Weight of the KL divergences.
+        labelled_tensors
+            Cells with known labels, for the cross-entropy.
+        classification_ratio
+            Weight of the cross-entropy.
+
+        Returns
+        -------
+        The loss and its parts, in nats; labels and scores of the cells that were classified.
         """
         log_px = self._log_likelihood(tensors, generative_ouputs)
         z = inference_outputs["untransformed_z"]
@@ -240,6 +319,11 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
 
         Each component learns to classify on its own. From the logarithm of averaged probabilities,
         which this bounds, a component would learn in proportion to how right it is already.
+
+        Parameters
+        ----------
+        labelled_dataset
+            A minibatch of cells with known labels.
 
         Returns
         -------
@@ -340,7 +424,21 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         labelled_tensors: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> LossOutput:
-        """As in scvi-tools, of cells with labels alone."""
+        """As in scvi-tools, of cells with labels alone.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch.
+        *args, **kwargs
+            As in :meth:`scvi.module.SCANVAE.loss`.
+        labelled_tensors
+            Cells with known labels; those without are left out.
+
+        Returns
+        -------
+        The loss and its parts, in nats.
+        """
         labeled = self.labeled_among(labelled_tensors)
         return super().loss(tensors, *args, labelled_tensors=labeled, **kwargs)
 
@@ -357,7 +455,18 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         qzv: Tensor | None = None,
         observed_lib_size: Tensor | None = None,
     ) -> Tensor:
-        """As in scvi-tools, also for embedded batches and minified data, `(B, C)`.
+        """As in scvi-tools, also for embedded batches and minified data.
+
+        Parameters
+        ----------
+        x, batch_index, cont_covs, cat_covs, use_posterior_mean
+            As in :meth:`scvi.module.SCANVAE.classify`.
+        qzm, qzv, observed_lib_size
+            Of minified data, instead of counts.
+
+        Returns
+        -------
+        Scores of the labels, `(B, C)`.
 
         Raises
         ------

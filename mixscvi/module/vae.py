@@ -145,6 +145,11 @@ class MixVAE(ImportanceSampling, VAE):
         """Start the VampPrior's pseudo-cells from a minibatch of real cells.
 
         Pseudo-cells beyond their number start as averages of two of them, in random proportions.
+
+        Parameters
+        ----------
+        tensors
+            The minibatch.
         """
         dense, categories = encoder_input(self, **self._get_inference_input(tensors))
         pseudo_cells = cast(PseudoCells, self.prior.pseudo_inputs)
@@ -187,6 +192,21 @@ class MixVAE(ImportanceSampling, VAE):
 
         The loss takes stratified draws, one for each sampled component; every other caller takes
         plain draws from the mixture.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch.
+        *args, **kwargs
+            As in ``BaseModuleClass.forward``.
+        inference_kwargs
+            Passed to ``inference``.
+        compute_loss
+            Whether the loss is computed.
+
+        Returns
+        -------
+        What inference and the generative model return, and the loss if it is computed.
         """
         if compute_loss:
             inference_kwargs = {"stratified": True, **(inference_kwargs or {})}
@@ -268,6 +288,22 @@ class MixVAE(ImportanceSampling, VAE):
 
         Of plain draws ``px`` is a distribution of scvi-tools, of the loss's stratified draws the
         :class:`~mixscvi.module.decoding.CountLikelihood` itself.
+
+        Parameters
+        ----------
+        z
+            Draws, `(B, D)`, `(n, B, D)`, or stratified, `(L, B, S, D)`.
+        library
+            Log library sizes, `(B, 1)`, or broadcasting to the draws.
+        batch_index
+            Batch of each cell, `(B, 1)`.
+        *args, **kwargs
+            As in :meth:`scvi.module.VAE.generative`.
+
+        Returns
+        -------
+        ``px``, the likelihood of the counts; ``pl`` and ``pz``, the priors of the log library size
+        and z.
         """
         fused = self.mixture.likelihood == "fused"
         px = decode(self, z, library, batch_index, *args, fused=fused, **kwargs)
@@ -289,6 +325,19 @@ class MixVAE(ImportanceSampling, VAE):
         `kl_weight` times :math:`\frac{1}{S} \sum_s \log q(z_s) - \log p(z_s)`. In the other
         objectives the two do not separate, and ``kl_local`` reports the bound less the
         reconstruction error, so that their sum is always the negative bound.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch.
+        inference_outputs, generative_outputs
+            What ``inference`` and ``generative`` returned of stratified draws.
+        kl_weight
+            Weight of the KL term.
+
+        Returns
+        -------
+        The loss, a mean over cells, and its parts by cell, `(B,)`, in nats.
 
         Raises
         ------
@@ -378,6 +427,10 @@ class MixVAE(ImportanceSampling, VAE):
             Draws per cell behind them, where there is no closed form.
         on_simplex
             Whether the latents are taken after the map to the simplex, if there is one.
+
+        Returns
+        -------
+        Mean and variance, `(B, D)` each.
         """
         posterior = self.posterior(tensors)
         on_simplex = on_simplex and self.latent_distribution == "ln"
@@ -391,7 +444,17 @@ class MixVAE(ImportanceSampling, VAE):
         return latent_moments(posterior, transform, n_draws)
 
     def as_importance_density(self, qz: FactorizedMixture) -> FactorizedMixture:
-        """What scvi-tools' importance weights are to divide by, with this prior and flow."""
+        """What scvi-tools' importance weights are to divide by, with this prior and flow.
+
+        Parameters
+        ----------
+        qz
+            Posterior that ``inference`` returned.
+
+        Returns
+        -------
+        A posterior whose ``log_prob`` is log q(z | x) - log p(z) + log N(z; 0, I).
+        """
         posterior = MixturePosterior(
             qz.component_loc.to(self.device), qz.component_scale.to(self.device)
         )

@@ -122,8 +122,10 @@ def posterior(
             )
         )
     axes.autoscale_view()
+    # Square whatever the draws, so that cells side by side are level.
+    axes.set_aspect("equal", adjustable="datalim")
     axes.set(
-        aspect="equal",
+        box_aspect=1,
         xlabel="first principal axis (sd)",
         ylabel="second principal axis (sd)",
         title="posterior of a cell",

@@ -13,11 +13,13 @@ from mixscvi.pl.drawing import COLORS, axes_or_new, check_table, finish
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
 
 __all__ = ["volcano"]
 
 _LEAST_PROBABILITY = 1e-4  # that draws tell from zero
 _LINE = 11  # points between two names of size 8
+_EDGE, _GAP = 0.015, 0.05  # of the frame: beside names, and between them and the genes
 
 
 def volcano(
@@ -95,45 +97,84 @@ def volcano(
             linewidth=0,
             label=f"{label} ({some.sum()})",
         )
-    named = np.flatnonzero(called)
-    named = named[np.argsort(-np.abs(change[named]))][:n_labels]
     axes.axvline(0, color="0.6", linewidth=1)
-    axes.margins(x=0.3 if len(named) else 0.05, y=0.05)
+    axes.margins(y=0.05)
     axes.set_ylim(bottom=0)
-    for side, rows in (("right", named[change[named] > 0]), ("left", named[change[named] <= 0])):
-        _write_names(axes, side, table.index[rows], change[rows], height[rows])
     axes.set(
         xlabel="log2 fold change (posterior mean)",
         ylabel="-log10 probability of no change",
         title=f"{called.sum()} of {len(table)} genes at an expected FDR of {100 * fdr:g} %",
     )
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=3,
+        columnspacing=1,
+        handletextpad=0.2,
+    )
+    named = np.flatnonzero(called)
+    named = named[np.argsort(-np.abs(change[named]), kind="stable")][:n_labels]
+    if len(named):
+        _write_names(axes, table.index[named], change[named], height[named])
     return finish(axes, show=show, save=save)
 
 
-def _write_names(
-    axes: Axes, side: str, names: pd.Index, change: np.ndarray, height: np.ndarray
-) -> None:
-    """Write genes' names one below the other along a side of the frame, with lines to the genes."""
-    if not len(names):
+def _write_names(axes: Axes, names: pd.Index, change: np.ndarray, height: np.ndarray) -> None:
+    """Write genes' names along both sides of the frame, in strips that no gene is in."""
+    from matplotlib.text import Text
+
+    figure = axes.get_figure(root=True)
+    if figure is None:
         return
-    points = axes.get_window_extent().height * 72 / axes.figure.dpi
-    line = min(_LINE / points, 1 / len(names))
-    order = np.lexsort((change, -height))
+    figure.draw_without_rendering()  # only then is the size of the axes known
+    frame = axes.get_window_extent()
+    least = _LINE * figure.dpi / 72 / frame.height
+    strips = []
+    for side, rows in (("left", change <= 0), ("right", change > 0)):
+        texts = _write_side(axes, side, names[rows], change[rows], height[rows], least)
+        widths = [Text.get_window_extent(text).width for text in texts]  # without their lines
+        strips.append(max(widths) / frame.width + _EDGE if texts else 0)
+        for text in texts:  # flush with the inner edge, where the lines begin
+            inner = strips[-1] if side == "left" else 1 - strips[-1]
+            text.xyann = (inner, text.xyann[1])
+    low, high = axes.dataLim.intervalx
+    room = max(1 - sum(strips) - 2 * _GAP, 0.3)
+    scale = (high - low) / room
+    axes.set_xlim(low - scale * (strips[0] + _GAP), high + scale * (strips[1] + _GAP))
+
+
+def _write_side(
+    axes: Axes, side: str, names: pd.Index, change: np.ndarray, height: np.ndarray, least: float
+) -> list[Annotation]:
+    """Write names one below the other, `least` of the frame apart, with lines to the genes."""
+    if not len(names):
+        return []
+    line = min(least, 1 / len(names))
+    # Of genes at one height the outermost is named on top: no line passes through a gene named.
+    order = np.lexsort((-np.abs(change), -height))
     levels = height[order] / axes.get_ylim()[1]
     # Down from the top, each at its gene or under the name above; then up from the bottom.
     levels[0] = min(levels[0], 1 - line / 2)
     for place in range(1, len(levels)):
         levels[place] = min(levels[place], levels[place - 1] - line)
     levels = np.maximum(levels, line * (len(levels) - np.arange(len(levels)) - 0.5))
-    for row, level in zip(order, levels, strict=True):
+    return [
         axes.annotate(
             str(names[row]),
             (change[row], height[row]),
-            xytext=(0.985 if side == "right" else 0.015, level),
+            xytext=(0.5, level),
             textcoords="axes fraction",
             fontsize=8,
-            ha=side,
+            ha="left" if side == "right" else "right",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.6",
+                "linewidth": 0.6,
+                "relpos": (0.0 if side == "right" else 1.0, 0.5),
+                "shrinkB": 2,
+            },
         )
+        for row, level in zip(order, levels, strict=True)
+    ]

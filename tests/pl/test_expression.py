@@ -1,3 +1,5 @@
+import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
@@ -47,6 +49,27 @@ def test_volcano_writes_names_inside_the_frame_and_not_over_each_other(height):
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
         assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[:place])
+
+
+@pytest.mark.parametrize("font", [8, 10, 14])
+@pytest.mark.parametrize("name", ["GNLY", "ENSG00000115523"])
+def test_volcano_writes_names_beside_the_points(name, font):
+    rng = np.random.default_rng(0)
+    change = 2 * rng.normal(size=300)
+    table = pd.DataFrame(
+        {"lfc_mean": change, "proba_not_de": np.exp(-np.abs(change) * rng.gamma(2, size=300))},
+        index=[f"{name}{place}" for place in range(300)],
+    )
+    with matplotlib.rc_context({"font.size": font}):
+        axes = pl.volcano(table, n_labels=12)
+        axes.figure.canvas.draw()
+    points = np.vstack([dots.get_offsets() for dots in axes.collections])
+    shown = axes.transData.transform(points)
+    assert axes.bbox.contains(*shown.min(0)) and axes.bbox.contains(*shown.max(0))
+    for text in axes.texts:
+        box = Text.get_window_extent(text)
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        assert not box.count_contains(shown)
 
 
 def test_volcano_names_what_is_wrong(table):

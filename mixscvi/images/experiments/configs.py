@@ -228,6 +228,10 @@ class RunConfig:
         **kwargs
             Further fields of :class:`RunConfig`.
 
+        Returns
+        -------
+        The configuration.
+
         Raises
         ------
         ValueError
@@ -256,12 +260,34 @@ class RunConfig:
         )
 
     def to_json(self) -> str:
-        """The configuration as text."""
+        """The configuration as text.
+
+        Returns
+        -------
+        JSON of all fields, nested as the configurations are.
+        """
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """The configuration from what :meth:`to_json` wrote, in this version or an earlier one."""
+        """The configuration from what :meth:`to_json` wrote, in this version or an earlier one.
+
+        Parameters
+        ----------
+        text
+            JSON of all fields.
+
+        Returns
+        -------
+        The configuration.
+
+        Raises
+        ------
+        ValueError
+            If `text` is not JSON, or its fields contradict each other.
+        KeyError, TypeError
+            If fields are missing, or there are others.
+        """
         fields = _current_names(json.loads(text))
         sizes = fields["sizes"]
         for name in ("hidden", "flow_hidden"):

@@ -80,6 +80,10 @@ def build(config: RunConfig, image_shape: tuple[int, int]) -> ImageVAE:
     image_shape
         Height and width in pixels.
 
+    Returns
+    -------
+    The model, on the CPU and in training mode.
+
     Raises
     ------
     MemoryError

@@ -32,6 +32,10 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     device
         Where the model is to be.
 
+    Returns
+    -------
+    The configuration of the run, and its model.
+
     Raises
     ------
     FileNotFoundError

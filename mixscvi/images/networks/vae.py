@@ -155,22 +155,50 @@ class ImageVAE(nn.Module):
         return z, log_det
 
     def push_forward(self, base: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Each level's z, `(..., D)`, of base draws `(..., n_levels * D)`, and log-determinants.
+        """Push base draws through the flow of each level.
 
         A level's flow does not depend on the other level, so the determinants' logarithms add up.
+
+        Parameters
+        ----------
+        base
+            Draws of the base components, the levels side by side, `(..., n_levels * D)`.
+
+        Returns
+        -------
+        Each level's z, `(..., D)`; and ``log |det dz/dz0|`` of all levels, `(...)`.
         """
         parts = base.split(self.sizes.n_latent, -1)
         levels, log_dets = zip(*(self._flow(i, part) for i, part in enumerate(parts)), strict=True)
         return levels, torch.stack(log_dets).sum(0)
 
     def prior_distribution(self) -> Distribution:
-        """p(z) of the upper level; build it once for many draws."""
+        """p(z) of the upper level; build it once for many draws.
+
+        Returns
+        -------
+        A distribution with event shape `(D,)` and no batch shape.
+        """
         return self.prior(self.prior_encoder or self.encoder)
 
     def log_prior(
         self, upper: Tensor, lower: Tensor | None = None, *, prior: Distribution | None = None
     ) -> Tensor:
-        """log p(z) of all levels, `(L, B, S)`, given each level's draws, `(L, B, S, D)`."""
+        """log p(z) of all levels.
+
+        Parameters
+        ----------
+        upper
+            Draws of the upper level, `(L, B, S, D)`.
+        lower
+            Draws of the lower level, if there is one, of the same shape.
+        prior
+            What :meth:`prior_distribution` returned; built here when ``None``.
+
+        Returns
+        -------
+        `(L, B, S)`, in nats.
+        """
         log_prior = (prior or self.prior_distribution()).log_prob(upper)
         if lower is None:
             return log_prior
@@ -180,7 +208,17 @@ class ImageVAE(nn.Module):
         return log_prior + given_upper.view_as(log_prior)
 
     def choose(self, generator: torch.Generator | None = None) -> Tensor | None:
-        """Components for a training step, `(S,)` on the CPU; ``None`` for all."""
+        """Choose the components of a training step, as the estimator says.
+
+        Parameters
+        ----------
+        generator
+            Source of randomness, on the CPU; torch's own when ``None``.
+
+        Returns
+        -------
+        The `S` components, `(S,)`, on the CPU; ``None`` for all.
+        """
         return self.estimator.choose(self.mixture.n_components, self.mixture.n_drawn, generator)
 
     def draw(
@@ -207,6 +245,10 @@ class ImageVAE(nn.Module):
             What :meth:`prior_distribution` returned; built here when ``None``.
         generator
             Source of the noise, on the device of `x`; torch's own when ``None``.
+
+        Returns
+        -------
+        Draws and their log-densities.
         """
         if self.estimator is Estimator.SOME_TO_SOME:
             return self._draw(self.encode(x, components), n_samples, None, prior, generator)
@@ -214,6 +256,17 @@ class ImageVAE(nn.Module):
 
     def encode(self, x: Tensor, components: Tensor | None = None) -> EncodedImages:
         """Encode images `(B, 1, height, width)`, into these components or all.
+
+        Parameters
+        ----------
+        x
+            Binary images, `(B, 1, height, width)`.
+        components
+            The components to encode into, `(S,)`; all `A` when ``None``.
+
+        Returns
+        -------
+        The posterior of the upper level, and what the lower one takes from the images.
 
         Examples
         --------
@@ -299,11 +352,29 @@ class ImageVAE(nn.Module):
         components: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ImportanceDraws:
-        """Log-densities of `L` draws from every component, for bounds and diagnostics.
+        """Log-densities of draws from components, for bounds and diagnostics.
 
-        With `components`, draws come from these alone. The mixture in the denominator is always
-        that of all components. `encoded` is what :meth:`encode` returned for these images; they
-        are encoded here when ``None``.
+        The mixture in the denominator is that of all components, whichever the draws come from.
+
+        Parameters
+        ----------
+        x
+            Binary images, `(B, 1, height, width)`.
+        n_samples
+            Draws per component, `L`.
+        encoded
+            What :meth:`encode` returned for these images; they are encoded here when ``None``.
+        prior
+            What :meth:`prior_distribution` returned; built here when ``None``.
+        components
+            The `S` components to draw from, `(S,)`; all `A` when ``None``.
+        generator
+            Source of the noise, on the device of `x`; torch's own when ``None``.
+
+        Returns
+        -------
+        log p(x, z), and each draw's log-density under its component and under the mixture, each
+        `(L, B, S)`, in nats.
         """
         encoded = self.encode(x) if encoded is None else encoded
         draws = self._draw(encoded, n_samples, components, prior, generator)
@@ -314,9 +385,18 @@ class ImageVAE(nn.Module):
         )
 
     def component_parameters(self, encoded: EncodedImages) -> tuple[Tensor, Tensor]:
-        """Means and scales of the base components of all levels, each `(B, A, n_levels * D)`.
+        """Means and scales of the base components of all levels.
 
         The lower level is conditioned on the upper one's mean.
+
+        Parameters
+        ----------
+        encoded
+            What :meth:`encode` returned.
+
+        Returns
+        -------
+        Means and scales, each `(B, A, n_levels * D)`.
         """
         upper = encoded.posterior
         if self.lower_encoder is None:
@@ -329,7 +409,19 @@ class ImageVAE(nn.Module):
         )
 
     def sample(self, n_images: int, seed: int = 0) -> Tensor:
-        """Draw images from the model, `(n_images, 1, height, width)`, on its device."""
+        """Draw images from the model.
+
+        Parameters
+        ----------
+        n_images
+            How many.
+        seed
+            Of the draws; generators outside are left as they are.
+
+        Returns
+        -------
+        Binary images, `(n_images, 1, height, width)`, on the model's device.
+        """
         device = next(self.parameters()).device
         with torch.no_grad(), seeded(seed, device):
             # torch's distributions take no generator.
