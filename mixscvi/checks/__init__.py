@@ -13,12 +13,15 @@ from mixscvi.checks.annotation import (
 from mixscvi.checks.arguments import (
     check_anndata,
     check_batches,
+    check_boolean,
     check_choice,
     check_indices,
     check_library_size,
     check_loader,
     check_number,
+    check_path,
     check_positive_int,
+    check_text,
 )
 from mixscvi.checks.comparisons import check_comparison
 from mixscvi.checks.counts import check_counts, check_numbers
@@ -26,6 +29,7 @@ from mixscvi.checks.counts import check_counts, check_numbers
 __all__ = [
     "check_anndata",
     "check_batches",
+    "check_boolean",
     "check_categories",
     "check_choice",
     "check_column",
@@ -39,8 +43,10 @@ __all__ = [
     "check_loader",
     "check_number",
     "check_numbers",
+    "check_path",
     "check_positive",
     "check_positive_int",
+    "check_text",
     "check_unique",
     "warn_of_repeated",
 ]

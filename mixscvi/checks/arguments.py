@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
@@ -11,12 +12,15 @@ from anndata import AnnData
 __all__ = [
     "check_anndata",
     "check_batches",
+    "check_boolean",
     "check_choice",
     "check_indices",
     "check_library_size",
     "check_loader",
     "check_number",
+    "check_path",
     "check_positive_int",
+    "check_text",
 ]
 
 
@@ -73,6 +77,58 @@ def check_number(
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     if not (np.isfinite(value) and least <= value <= most and value > above):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """Raise if `value` is neither true nor false: a text would be true, whatever it says.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, zero and one aside.
+
+    Examples
+    --------
+    >>> check_boolean("early_stopping", True)
+    >>> check_boolean("early_stopping", "no")
+    Traceback (most recent call last):
+    ...
+    TypeError: early_stopping must be True or False, got 'no'
+    """
+    if not (isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1))):
+        raise TypeError(f"{name} must be True or False, got {value!r:.60}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise if `value` is no text.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+
+    Examples
+    --------
+    >>> check_text("prefix", "first_")
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {value!r:.60}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise if `value` is no path.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a text nor an object that stands for a path.
+
+    Examples
+    --------
+    >>> check_path("dir_path", "models/first")
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {value!r:.60}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch
 import numpy as np
 import scvi
 import torch
-from scvi.train import Trainer, TrainRunner
 from torch import Tensor
 
-from mixscvi.checks import check_number, check_positive_int
 from mixscvi.mixture import dead_components
 from mixscvi.model.checkpoints import CheckpointsMixin
-from mixscvi.model.inputs import check_keywords, check_training
+from mixscvi.model.training_arguments import check_training
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -120,20 +117,13 @@ class ComponentsMixin:
         return result
 
     def _check_arguments_of_training(self, given: Mapping[str, Any]) -> None:
-        checked = ("max_epochs", "batch_size", "train_size", "validation_size")
-        check_training(**{name: given[name] for name in checked if name in given})
-        runs = (Trainer, lightning.pytorch.Trainer, TrainRunner, CheckpointsMixin.train)
-        taken_out = ("ckpt_path",)  # by scvi-tools' runners, ahead of the trainer
-        check_keywords(given.get("trainer_kwargs"), runs, further=taken_out, argument="train()")
-        if given.get("n_samples_per_label") is not None:
-            check_positive_int("n_samples_per_label", given["n_samples_per_label"])
-        of_plan = given.get("plan_kwargs")
-        for name in ("lr", "eps", "weight_decay", "classification_ratio"):
-            if isinstance(of_plan, Mapping) and name in of_plan:
-                check_number(name, of_plan[name], least=0)
+        plans: tuple[Callable[..., Any], ...] = ()
+        splitter: Callable[..., Any] | None = None
         if self.module is not None:
             plans = (self._training_plan_cls, self.module.loss)
-            check_keywords(given.get("plan_kwargs"), plans, argument="plan_kwargs of train()")
+            splitter = self._data_splitter_cls
+        n_obs = None if self.adata is None else self.adata.n_obs
+        check_training(given, n_obs=n_obs, plans=plans, splitter=splitter)
 
     def _name_dead_components(self) -> str:
         named = ", ".join(

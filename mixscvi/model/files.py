@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from mixscvi.checkpoint_file import (
     check_tensors,
     damaged_record,
 )
+from mixscvi.checks import check_boolean, check_path, check_text
 from mixscvi.model.description import check_description
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.sizes import check_sizes
@@ -87,9 +88,13 @@ class StoredModel(NamedTuple):
 
         Raises
         ------
+        TypeError
+            If they are no dictionary.
         ValueError
             If one is missing, or is not among them.
         """
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"arguments must be a dictionary of arguments, got {arguments!r:.60}")
         surplus = [name for name in arguments if name not in self.left_out]
         if surplus:
             raise ValueError(
@@ -142,10 +147,16 @@ def read_model(
 
     Raises
     ------
+    TypeError
+        If `allow_pickle` is neither true nor false, or another argument is none.
     ValueError
         If there is no such file, it is truncated or damaged, is not that of a model, or holds
         Python objects that are not allowed.
     """
+    check_path("dir_path", folder)
+    if prefix is not None:
+        check_text("prefix", prefix)
+    check_boolean("allow_pickle", allow_pickle)
     path = Path(folder) / f"{prefix or ''}{_MODEL}"
     if not path.is_file():
         raise ValueError(f"Failed to load model file at {path}: there is none")

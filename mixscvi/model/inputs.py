@@ -15,6 +15,7 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 
 from mixscvi.checks import (
+    check_boolean,
     check_categories,
     check_choice,
     check_column,
@@ -29,7 +30,6 @@ __all__ = [
     "check_known_categories",
     "check_network",
     "check_setup",
-    "check_training",
     "take_sparse_array",
 ]
 
@@ -38,6 +38,11 @@ _OF_DATA = {
     "n_input", "n_batch", "n_labels", "n_continuous_cov", "n_cats_per_cov", "use_size_factor_key",
     "library_log_means", "library_log_vars",
 }  # fmt: skip
+
+# Arguments that are True or False.
+_FLAGS = (
+    "use_observed_lib_size", "encode_covariates", "deeply_inject_covariates", "linear_classifier",
+)  # fmt: skip
 
 
 def check_setup(
@@ -260,9 +265,9 @@ def check_network(
     if "batch_representation" in further:
         value = further["batch_representation"]
         check_choice("batch_representation", value, ("one-hot", "embedding"))
-    for name in ("use_observed_lib_size", "encode_covariates", "deeply_inject_covariates"):
-        if name in further and further[name] not in (True, False):
-            raise TypeError(f"{name} must be True or False, got {further[name]!r}")
+    for name in _FLAGS:
+        if name in further:
+            check_boolean(name, further[name])
     activation = further.get("var_activation")
     if activation is not None and not callable(activation):
         raise TypeError(f"var_activation must be a function of tensors, got {activation!r}")
@@ -280,37 +285,6 @@ def _check_known(further: Mapping[str, Any], networks: Sequence[Callable[..., An
         if name not in known:
             others = sorted(known - _OF_DATA)
             raise TypeError(f"there is no argument {name!r}, got {value!r}: expected {others}")
-
-
-def check_training(
-    *,
-    max_epochs: Any = None,
-    batch_size: Any = None,
-    train_size: Any = None,
-    validation_size: Any = None,
-) -> None:
-    """Raise if an argument of ``train`` that says how long, or on which cells, is not one.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument.
-    """
-    if max_epochs is not None:
-        check_positive_int("max_epochs", max_epochs, least=-1)  # -1: until it is stopped
-    if batch_size is not None:
-        check_positive_int("batch_size", batch_size)
-    for name, value in (("train_size", train_size), ("validation_size", validation_size)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-            raise TypeError(f"{name} must be a share of the cells, got {value!r}")
-        if not (0 < value <= 1 if name == "train_size" else 0 <= value < 1):
-            raise ValueError(f"{name} must be a share of the cells, got {value!r}")
-    if train_size is not None and validation_size is not None and train_size + validation_size > 1:
-        raise ValueError(
-            f"train_size + validation_size must be at most 1, got {train_size} + {validation_size}"
-        )
 
 
 def check_keywords(

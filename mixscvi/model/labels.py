@@ -12,11 +12,15 @@ import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS, settings
 from scvi.dataloaders import AnnDataLoader, SemiSupervisedDataLoader, SemiSupervisedDataSplitter
+from scvi.module import Classifier
+from scvi.nn import FCLayers
 from scvi.train import SemiSupervisedTrainingPlan
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mixscvi.checks import check_boolean, check_number, check_positive_int
 from mixscvi.model.distributed import SplitAlike, of_first_rank
+from mixscvi.model.inputs import check_keywords
 from mixscvi.model.training import WithoutSingleCellSteps
 
 if TYPE_CHECKING:
@@ -27,10 +31,19 @@ __all__ = [
     "LabeledSplitter",
     "LabeledTrainingPlan",
     "LabeledWithoutSingleCells",
+    "check_classifier",
+    "check_label_prior",
     "check_labels",
     "check_module_labels",
     "known_labels",
 ]
+
+# Arguments of scvi-tools' classifier that are those of the model's networks.
+_OF_CLASSIFIER = (
+    "n_input", "n_in", "n_out", "n_labels", "n_cat_list", "n_cont", "use_batch_norm",
+    "use_layer_norm",
+)  # fmt: skip
+_NEAR_1 = 1e-4
 
 
 def check_labels(
@@ -80,6 +93,66 @@ def check_labels(
             f"{source} must have at least two labels beside unlabeled_category="
             f"{unlabeled_category!r}, got {found}"
         )
+
+
+def check_label_prior(y_prior: Any, n_labels: int) -> None:
+    """Raise if the prior of the labels is none.
+
+    Parameters
+    ----------
+    y_prior
+        Probabilities of the labels, `(1, C)` or `(C,)`, or ``None``.
+    n_labels
+        How many there are, `C`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Saying what it must be.
+    """
+    if y_prior is None:
+        return
+    expected = f"y_prior must be a tensor of the probabilities of the {n_labels} labels, above 0"
+    if not isinstance(y_prior, Tensor) or not y_prior.is_floating_point():
+        raise TypeError(f"{expected}, got {y_prior!r:.60}")
+    if y_prior.shape not in ((n_labels,), (1, n_labels)):
+        raise ValueError(f"{expected}, got one of shape {tuple(y_prior.shape)}")
+    if not ((y_prior > 0).all() and abs(float(y_prior.sum()) - 1) < _NEAR_1):
+        raise ValueError(f"{expected}, that sum to 1, got {y_prior.flatten().tolist()!r:.60}")
+
+
+def check_classifier(parameters: Any) -> None:
+    """Raise if keywords of scvi-tools' classifier are none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the first that is none.
+    """
+    if parameters is None:
+        return
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"classifier_parameters must be a dictionary of arguments, got {parameters!r:.60}"
+        )
+    taken = [name for name in parameters if name in _OF_CLASSIFIER]
+    if taken:
+        raise TypeError(
+            f"classifier_parameters must not have {taken[0]!r}, which is that of the model, got "
+            f"{parameters[taken[0]]!r:.60}"
+        )
+    check_keywords(parameters, (Classifier, FCLayers), argument="classifier_parameters")
+    for name, value in parameters.items():
+        shown = f"{name} of classifier_parameters"
+        if name in ("n_hidden", "n_layers"):
+            check_positive_int(shown, value, least=0)
+        elif name == "dropout_rate":
+            check_number(shown, value, least=0, most=1)
+        elif name == "activation_fn":
+            if not (value is None or callable(value)):
+                raise TypeError(f"{shown} must be a class of torch's modules, got {value!r:.60}")
+        elif name in ("logits", "bias", "use_activation", "inject_covariates"):
+            check_boolean(shown, value)
 
 
 def check_module_labels(

@@ -22,12 +22,15 @@ from mixscvi.model.labels import (
     LabeledSplitter,
     LabeledTrainingPlan,
     LabeledWithoutSingleCells,
+    check_classifier,
+    check_label_prior,
     check_labels,
     check_module_labels,
     known_labels,
 )
 from mixscvi.model.prediction import PredictionMixin
 from mixscvi.model.pretrained import PretrainedMixin
+from mixscvi.model.training_arguments import check_data_module
 from mixscvi.module import FusedSCANVAE, MixSCANVAE, MixtureOptions, ScviSCANVAE
 from mixscvi.module.signatures import signed_as
 
@@ -122,6 +125,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
 
         @signed_as(cls)
         def make(*args: Any, **kwargs: Any) -> MixSCANVAE | ScviSCANVAE:
+            check_label_prior(kwargs.get("y_prior"), len(labels))
             # scvi-tools takes one more for a query whose cells all have labels.
             return cls(*args, **{**kwargs, **fixed, "n_labels": len(labels)})
 
@@ -170,10 +174,17 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             dispersion=dispersion,
             gene_likelihood=gene_likelihood,
             latent_distribution="normal",
-            further={**kwargs, "use_observed_lib_size": use_observed_lib_size},
+            further={
+                **kwargs,
+                "use_observed_lib_size": use_observed_lib_size,
+                "linear_classifier": linear_classifier,
+            },
             networks=(VAE, SCANVAE),
         )
+        check_classifier(kwargs.get("classifier_parameters"))
         check_made_of(adata, registry)
+        if datamodule is not None:
+            check_data_module(datamodule)
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
         data = registry if adata is None else adata

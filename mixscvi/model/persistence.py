@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
 from mixscvi.checkpoint_file import NOT_MADE, brief
+from mixscvi.checks import check_anndata, check_boolean, check_path, check_text
+from mixscvi.model.accelerators import check_device
 from mixscvi.model.files import (
     StoredModel,
     data_file,
@@ -28,13 +30,14 @@ from mixscvi.model.files import (
     write_model,
 )
 from mixscvi.model.legacy import read_legacy
+from mixscvi.model.training_arguments import check_data_module
 from mixscvi.system import check_folder, write_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from lightning import LightningDataModule
 
-__all__ = ["PersistenceMixin", "naming_the_file", "read_for"]
+__all__ = ["PersistenceMixin", "check_class", "naming_the_file", "read_for"]
 
 
 class PersistenceMixin:
@@ -83,9 +86,17 @@ class PersistenceMixin:
             If `dir_path` exists and `overwrite` is false, or is a file; or if `save_anndata` is
             true and the model holds no data.
         TypeError
-            If an attribute of the model whose name ends in ``_`` is an object that a file without
-            code cannot hold.
+            If an argument is of another type, or an attribute of the model whose name ends in
+            ``_`` is an object that a file without code cannot hold.
         """
+        if prefix is not None:
+            check_text("prefix", prefix)
+        for name, value in (("overwrite", overwrite), ("save_anndata", save_anndata)):
+            check_boolean(name, value)
+        if not isinstance(save_kwargs or {}, Mapping):
+            raise TypeError(
+                f"save_kwargs must be a dictionary of arguments of torch.save, got {save_kwargs!r}"
+            )
         target = _free_folder("dir_path", dir_path, overwrite=overwrite)
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
@@ -161,8 +172,11 @@ class PersistenceMixin:
 
         Raises
         ------
+        TypeError
+            If an argument is of another type.
         ValueError
-            If the file is missing, truncated, damaged or tampered with, or holds Python objects
+            If there is no such device; if the file is of a model of another class, or missing,
+            truncated, damaged or tampered with, or holds Python objects
             and `allow_pickle` is false, naming it; if it leaves out arguments and they are not
             given; or if the data do not fit the model.
 
@@ -177,10 +191,23 @@ class PersistenceMixin:
         ...     mixscvi.MixSCVI.load(folder, adata).module.n_components
         2
         """
+        if adata is not None and adata is not False:
+            check_anndata(adata)
+        check_device(accelerator, device)
+        if datamodule is not None:
+            check_data_module(datamodule)
         if backup_url is not None:
+            check_path("dir_path", dir_path)
+            check_text("backup_url", backup_url)
             _fetch(backup_url, Path(dir_path) / f"{prefix or ''}model.pt")
         stored = read_for(
             cls, dir_path, prefix=prefix, allow_pickle=allow_pickle, arguments=arguments
+        )
+        check_class(
+            cls,
+            stored.attributes["registry_"],
+            allowed_classes_names_list or (),
+            source=str(stored.path),
         )
         if adata is None:
             adata = _read_data(data_file(stored, prefix))
@@ -311,6 +338,7 @@ class PersistenceMixin:
 
 def _free_folder(name: str, path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The absolute path of a folder that may be written to; `name` is of the argument."""
+    check_path(name, path)
     folder = Path(os.path.abspath(path))
     check_folder(folder.parent, name)
     if folder.exists() and not overwrite:
@@ -339,6 +367,36 @@ def read_for(
     if registry.get("setup_method_name", "setup_anndata") == "setup_anndata":
         _complete(registry, stored.var_names)
     return stored
+
+
+def check_class(
+    cls: type[Any], registry: Mapping[str, Any], allowed: Collection[str] = (), *, source: str
+) -> None:
+    """Raise if a model is of a class that cannot be made into another.
+
+    Parameters
+    ----------
+    cls
+        The other class.
+    registry
+        Of the model.
+    allowed
+        Names of classes that are taken for it.
+    source
+        What holds the model.
+
+    Raises
+    ------
+    ValueError
+        Naming both classes, and what makes one of the other, if something does.
+    """
+    name = registry.get("model_name", cls.__name__)
+    if name == cls.__name__ or name in allowed:
+        return
+    how = ""
+    if name == "SCVI" or (name == "MixSCVI" and cls._by_scvi_tools == "SCANVI"):
+        how = f": make one of it with {cls.__name__}.from_scvi_model"
+    raise ValueError(f"{source} is of another class, {name}, and not a {cls.__name__}{how}")
 
 
 def _complete(registry: dict[str, Any], var_names: Any) -> None:

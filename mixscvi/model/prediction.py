@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from mixscvi.checks import check_boolean
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,6 +70,15 @@ class PredictionMixin:
         --------
         See :class:`mixscvi.MixSCANVI`.
         """
+        flags = {
+            "soft": soft,
+            "use_posterior_mean": use_posterior_mean,
+            "ig_interpretability": ig_interpretability,
+        }
+        for name, value in flags.items():
+            check_boolean(name, value)
+        if not isinstance(ig_args or {}, Mapping):
+            raise TypeError(f"ig_args must be a dictionary of arguments, got {ig_args!r:.60}")
         if ig_interpretability:
             self._check_if_trained(warn=False)
             return super().predict(

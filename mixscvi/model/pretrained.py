@@ -9,9 +9,11 @@ from scvi import REGISTRY_KEYS
 from scvi.model import SCVI
 
 from mixscvi.checks import check_anndata, check_genes
+from mixscvi.model.base import check_made_of
 from mixscvi.model.conversion import arguments_of, check_convertible
 from mixscvi.model.labels import check_module_labels
 from mixscvi.model.mixscvi import MixSCVI
+from mixscvi.model.training_arguments import check_data_module
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,6 +112,10 @@ class PretrainedMixin:
                 UserWarning,
                 stacklevel=2,
             )
+        if datamodule is not None:
+            check_data_module(datamodule)
+        if registry is not None:
+            check_made_of(None, registry)
         if datamodule is not None or registry is not None:
             registry = cast(Any, datamodule).registry if registry is None else registry
             check_module_labels(registry, datamodule, unlabeled_category, labels_key)

@@ -15,10 +15,12 @@ from scvi.model import SCVI
 from scvi.model.base import BaseModelClass
 from torch import Tensor
 
-from mixscvi.checks import check_anndata, check_unique
+from mixscvi.checks import check_anndata, check_boolean, check_unique
 from mixscvi.mixture import VampPrior
-from mixscvi.model.files import read_model
-from mixscvi.model.persistence import naming_the_file, read_for
+from mixscvi.model.accelerators import check_device
+from mixscvi.model.files import StoredModel, read_model
+from mixscvi.model.inputs import check_keywords
+from mixscvi.model.persistence import check_class, naming_the_file, read_for
 from mixscvi.module.pseudo_cells import PseudoCells
 
 if TYPE_CHECKING:
@@ -159,12 +161,28 @@ class QueriesMixin:
         >>> mapped.get_latent_representation().shape == (query.n_obs, 10)
         True
         """
+        if adata is None and registry is None:
+            raise ValueError("give adata, the cells of the query, or the registry of a data module")
         if adata is not None:
             check_anndata(adata)
+        elif not isinstance(registry, Mapping):
+            raise TypeError(f"registry must be that of a data module, got {registry!r:.60}")
+        check_device(accelerator, device)
+        check_keywords(kwargs, [SCVI.load_query_data], argument="load_query_data()")
+        flags = {
+            "unfrozen": unfrozen,
+            "freeze_dropout": freeze_dropout,
+            "freeze_expression": freeze_expression,
+            "inplace_subset_query_vars": inplace_subset_query_vars,
+            **{name: value for name, value in kwargs.items() if name != "datamodule"},
+        }
+        for name, value in flags.items():
+            check_boolean(name, value)
         if inplace_subset_query_vars and adata is not None:
             check_unique(adata.var_names, source="adata.var_names")
         source: AbstractContextManager[Any] = nullcontext(reference_model)
         naming: AbstractContextManager[Any] = nullcontext()
+        stored: StoredModel | None = None
         if isinstance(reference_model, (str, os.PathLike)):
             stored = read_for(cls, reference_model, allow_pickle=allow_pickle, arguments=arguments)
             given, state_dict = stored.attributes["registry_"], stored.state_dict
@@ -174,6 +192,8 @@ class QueriesMixin:
         else:
             trained = _checked_reference(reference_model)
             given, state_dict = trained.registry, trained.module.state_dict()
+        of_model = "reference_model" if stored is None else str(stored.path)
+        check_class(cls, given, source=of_model)
         with naming:
             known = _n_columns(given)
             with source as reference:

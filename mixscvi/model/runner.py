@@ -12,6 +12,7 @@ from scvi.train import TrainRunner
 from torch import nn
 
 from mixscvi.checkpoint_io import AtomicCheckpointIO
+from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 
@@ -38,7 +39,8 @@ class Runner(TrainRunner):
         if isinstance(kwargs.get("data_splitter"), SplitAlike):
             # They are shared among the ranks already.
             kwargs.setdefault("use_distributed_sampler", False)
-        super().__init__(*args, **kwargs)
+        with naming_trainer_settings(kwargs):
+            super().__init__(*args, **kwargs)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
         if n_train is not None and n_train < 2 * ranks:

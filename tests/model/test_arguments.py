@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scvi.model import SCVI
 
-from fitting import BATCH, fit
+from fitting import BATCH, SMALL, fit
 from mixscvi import MixSCANVI, MixSCVI
 
 LABELS = {"labels_key": "label", "unlabeled_category": "type0", **BATCH}
@@ -93,25 +95,173 @@ def test_what_no_model_is_made_of(cls, make_adata):
         cls(registry={})
 
 
+FLAGS = ("early_stopping", "shuffle_set_split", "enable_progress_bar", "detect_anomaly")
 TRAINED = {
     "n_samples_per_label": [0, -1, 2.5, "x"],
+    **dict.fromkeys(FLAGS, ["no", 2]),
+    "load_sparse_tensor": ["x"],
+    "datamodule": [3, "x"],
+    "check_val_every_n_epoch": [-1, "x", 1.5],
+    "log_every_n_steps": [-1, "x"],
+    "accumulate_grad_batches": [0, "x", None],
+    "max_steps": [-5, "x"],
+    "min_epochs": [-1, "x"],
+    "early_stopping_patience": [-1, "x"],
+    "early_stopping_mode": ["x"],
+    "early_stopping_min_delta": ["x", np.nan],
+    "limit_train_batches": [-1, "x", 1.5],
+    "gradient_clip_val": [-1, "a"],
+    "gradient_clip_algorithm": ["x"],
+    "callbacks": [3, [3]],
+    "logger": [3, "x"],
+    "max_time": [3],
+    "deterministic": ["x"],
+    "default_root_dir": [3],
+    "ckpt_path": [3],
+    "datasplitter_kwargs": [3, "x"],
+    "plan_kwargs": [3, "x"],
+    "plan_config": [3],
+    "trainer_config": [3],
+}
+OF_PLAN = {
     "lr": [-1, "x", np.nan],
     "weight_decay": ["x"],
     "classification_ratio": ["x", -3],
+    "optimizer": ["x"],
+    "optimizer_creator": [3],
+    "n_epochs_kl_warmup": [-1, "x"],
+    "lr_factor": [1, "x"],
+    "lr_patience": [-1, 1.5],
+    "max_kl_weight": ["x", -1],
+    "reduce_lr_on_plateau": ["x"],
+}
+OF_SPLITTER = {"num_workers": [-1, "x"], "drop_last": ["x"], "pin_memory": ["x"]}
+
+
+@pytest.fixture(scope="module")
+def untrained(make_adata):
+    made = []
+    for cls, setup in ((MixSCVI, BATCH), (MixSCANVI, LABELS)):
+        adata = make_adata()
+        cls.setup_anndata(adata, **setup)
+        made.append(cls(adata, n_components=2, **SMALL))
+    return made
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *OF_PLAN, *OF_SPLITTER])
+def test_training(name, untrained):
+    for model in untrained:
+        of = {"n_samples_per_label": MixSCANVI, "load_sparse_tensor": MixSCVI}
+        if not isinstance(model, of.get(name, object)) or (
+            name == "classification_ratio" and isinstance(model, MixSCVI)
+        ):
+            continue
+        for value in (TRAINED | OF_PLAN | OF_SPLITTER)[name]:
+            kwargs = {name: value}
+            if name in OF_PLAN:
+                kwargs = {"plan_kwargs": kwargs}
+            if name in OF_SPLITTER:
+                kwargs = {"datasplitter_kwargs": kwargs}
+            with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+                model.train(max_epochs=1, **kwargs)
+        assert not model.is_trained
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"accelerator": "foo"}, "accelerator='foo' is no setting to train with here: .*cpu"),
+        ({"devices": "x"}, "devices='x' is no setting to train with here"),
+        ({"devices": 0}, "devices=0 is no setting to train with here"),
+        ({"precision": "x"}, "precision='x' is no setting to train with here: .*bf16-mixed"),
+        ({"strategy": "foo"}, "strategy='foo' is no setting to train with here"),
+        ({"max_time": "x", "devices": 1}, "devices=1, max_time='x' are no settings to train with"),
+        ({"plan_kwargs": {"optimizer": "Custom"}}, "optimizer='Custom' needs optimizer_creator"),
+        ({"plan_config": {"lrr": 1}}, "plan_kwargs of train.* takes no argument 'lrr', got 1"),
+        ({"datasplitter_kwargs": {"foo": 1}}, "datasplitter_kwargs of train.* no argument 'foo'"),
+        ({"datasplitter_kwargs": {"batch_size": 9}}, "must not have 'batch_size', an argument of"),
+        ({"drop_last": True}, r"train\(\) takes no argument 'drop_last', got True"),
+    ],
+)
+def test_how_to_train(kwargs, expected, untrained):
+    for model in untrained:
+        with pytest.raises((TypeError, ValueError), match=expected):
+            model.train(max_epochs=1, **kwargs)
+        assert not model.is_trained
+
+
+CELLS = np.arange(72)
+SPLITS = {
+    "no list": (CELLS, "external_indexing must be a list of up to three arrays"),
+    "four": ([CELLS, None, None, None], "external_indexing must be a list of up to three arrays"),
+    "lists": ([CELLS.tolist()], r"external_indexing\[0\] must be an array of positions"),
+    "a mask": ([CELLS < 60, CELLS >= 60], r"external_indexing\[0\] must be an array of positions"),
+    "out of range": ([CELLS + 1], r"external_indexing\[0\] must be below the 72 cells, got 72"),
+    "from the end": ([CELLS - 1], r"external_indexing\[0\] must be positions from 0, got -1"),
+    "overlap": ([CELLS[:60], CELLS[59:]], r"\[1\] must have no cell of .*\[0\], got 59 in both"),
+    "twice": ([np.append(CELLS, 3)], r"external_indexing\[0\] must have each cell once, got 3"),
+    "missing": ([CELLS[:40], CELLS[50:]], "external_indexing .* 72 cells, but lacks 10, first 40"),
+    "none": ([CELLS[:0]], r"external_indexing\[0\] must choose at least one cell, got none"),
 }
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_training(name, make_adata):
+@pytest.mark.parametrize(("indexing", "expected"), SPLITS.values(), ids=SPLITS)
+def test_cells_split_from_outside(indexing, expected, untrained):
+    for model in untrained:
+        with pytest.raises((TypeError, ValueError, IndexError), match=expected):
+            model.train(max_epochs=1, datasplitter_kwargs={"external_indexing": indexing})
+
+
+def test_ways_to_train_that_scvi_has(untrained):
+    """Not refused, though they are of several types."""
+    for model in untrained:
+        n_epochs = {"max_epochs": 1, "enable_progress_bar": False}
+        for kwargs in (
+            {"devices": "1", "precision": "32-true", "callbacks": [], "logger": False},
+            {"max_time": {"hours": 1}, "limit_train_batches": 1.0, "deterministic": False},
+            {"datasplitter_kwargs": {"drop_last": True, "num_workers": 0}, "batch_size": 20},
+            {"datasplitter_kwargs": {"external_indexing": [CELLS[:50], CELLS[50:], None]}},
+            {"plan_kwargs": {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": 10}},
+            {"trainer_config": {"gradient_clip_val": 1}, "plan_config": {"lr": 0.01}},
+            {"check_val_every_n_epoch": 1, "gradient_clip_val": 1, "max_steps": 2},
+        ):
+            model.train(**{**n_epochs, **kwargs})
+        assert model.is_trained
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"y_prior": [0.5, 0.5]}, "y_prior must be a tensor of the probabilities of the 2 labels"),
+        ({"y_prior": torch.ones(1, 3) / 3}, r"2 labels, above 0, got one of shape \(1, 3\)"),
+        ({"y_prior": torch.ones(1, 2)}, "above 0, that sum to 1, got"),
+        ({"y_prior": torch.tensor([-1.0, 2.0])}, "above 0, that sum to 1, got"),
+        ({"linear_classifier": "x"}, "linear_classifier must be True or False, got 'x'"),
+        ({"classifier_parameters": 3}, "classifier_parameters must be a dictionary"),
+        ({"classifier_parameters": {"n_hiden": 3}}, "classifier_parameters .*'n_hidden'"),
+        ({"classifier_parameters": {"n_labels": 3}}, "must not have 'n_labels', which is that of"),
+        ({"classifier_parameters": {"n_layers": -1}}, "n_layers of classifier_parameters must be"),
+        ({"classifier_parameters": {"dropout_rate": 5}}, "dropout_rate of classifier_parameters"),
+        ({"classifier_parameters": {"activation_fn": 3}}, "activation_fn of classifier_param"),
+        ({"classifier_parameters": {"logits": "x"}}, "logits of classifier_parameters must be"),
+        ({"datamodule": 3}, "datamodule must be a LightningDataModule, got 3"),
+    ],
+)
+def test_what_labels_are_learned_with(kwargs, expected, make_adata, models):
     adata = make_adata()
     MixSCANVI.setup_anndata(adata, **LABELS)
-    model = MixSCANVI(adata, n_components=2)
-    for value in TRAINED[name]:
-        kwargs = {name: value}
-        if name != "n_samples_per_label":
-            kwargs = {"plan_kwargs": kwargs}
-        with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
-            model.train(**kwargs)
+    for n_components in (1, 2):
+        with pytest.raises((TypeError, ValueError), match=expected):
+            MixSCANVI(adata, n_components=n_components, **kwargs)
+    with pytest.raises((TypeError, ValueError), match=expected):
+        MixSCANVI.from_scvi_model(models[0], "type0", "label", **kwargs)
+
+
+def test_labels_with_a_prior_of_their_own(make_adata):
+    for prior in (torch.tensor([0.2, 0.8]), torch.tensor([[0.2, 0.8]])):
+        adata = make_adata()
+        model = fit(MixSCANVI, adata, LABELS, n_components=2, y_prior=prior)
+        assert np.isfinite(model.get_marginal_ll(n_mc_samples=10, n_mc_samples_per_pass=5))
 
 
 def test_cells_chosen_by_a_tuple(models):
@@ -188,6 +338,93 @@ def test_queries(models, make_adata):
     query.obs["batch"] = np.arange(30) % 2
     with pytest.raises(TypeError, match=r"adata.obs\['batch'\] is 0 in 'cell0', but .* on 'b0'"):
         MixSCVI.load_query_data(query, reference)
+
+
+def test_models_of_another_class(models, make_adata, tmp_path):
+    adata, query = make_adata(), make_adata(n_obs=30, seed=3)
+    SCVI.setup_anndata(adata, **BATCH)
+    mixscvi, mixscanvi = models
+    mixscvi.save(tmp_path / "model")
+    for cls, reference, expected in (
+        (MixSCVI, SCVI(adata), "another class, SCVI, .* make one of it with MixSCVI.from_scvi_m"),
+        (MixSCANVI, mixscvi, "another class, MixSCVI, .* with MixSCANVI.from_scvi_model"),
+        (MixSCVI, mixscanvi, "reference_model is of another class, MixSCANVI, and not a MixSCVI$"),
+        (MixSCANVI, tmp_path / "model", r"model\.pt is of another class, MixSCVI, and not a "),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            cls.load_query_data(query.copy(), reference)
+    with pytest.raises(ValueError, match=r"model\.pt is of another class, MixSCVI, and not a "):
+        MixSCANVI.load(tmp_path / "model", make_adata())
+
+
+QUERIED = {
+    "adata": [3],
+    "arguments": [3, "x"],
+    "allow_pickle": ["no", None],
+    "accelerator": ["foo"],
+    "device": ["x", 1.5],
+}
+LOADED = QUERIED | {"dir_path": [3, None], "prefix": [3], "backup_url": [3], "datamodule": [3]}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_loading(name, models, make_adata, tmp_path):
+    models[0].save(tmp_path / "model")
+    of_device = {"accelerator": "device='auto': there is no such", "device": "there is no such"}
+    for value in LOADED[name]:
+        given = {"dir_path": tmp_path / "model", "adata": make_adata(), name: value}
+        with pytest.raises((TypeError, ValueError), match=of_device.get(name, f"^{name} must be")):
+            MixSCVI.load(**given)
+        if name in QUERIED:
+            given["reference_model"] = given.pop("dir_path")
+            with pytest.raises((TypeError, ValueError), match=of_device.get(name, f"^{name} must")):
+                MixSCVI.load_query_data(**given)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unfrozen", "freeze_dropout", "freeze_expression", "freeze_classifier",
+        "freeze_batchnorm_encoder", "inplace_subset_query_vars",
+    ],
+)  # fmt: skip
+def test_what_of_a_query_is_frozen(name, models, make_adata):
+    for model in models:
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'"):
+            type(model).load_query_data(make_adata(), model, **{name: "no"})
+
+
+def test_queries_of_nothing(models):
+    with pytest.raises(
+        TypeError, match=r"load_query_data\(\) takes no argument 'unfrozn', got 1:.*"
+    ):
+        MixSCVI.load_query_data(models[0].adata.copy(), models[0], unfrozn=1)
+    with pytest.raises(ValueError, match="give adata, the cells of the query, or the registry"):
+        MixSCVI.load_query_data(None, models[0])
+    with pytest.raises(TypeError, match="registry must be that of a data module, got 3"):
+        MixSCVI.load_query_data(None, models[0], registry=3)
+
+
+def test_saving(models, tmp_path):
+    given = {
+        "dir_path": [3, None],
+        "prefix": [3],
+        "overwrite": ["no"],
+        "save_anndata": ["no"],
+        "save_kwargs": [3],
+    }
+    for model in models:
+        for name, values in given.items():
+            for value in values:
+                with pytest.raises(TypeError, match=f"^{name} must be"):
+                    model.save(**{"dir_path": tmp_path / "model", name: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions(models):
+    for name, value in (("soft", "x"), ("use_posterior_mean", "x"), ("ig_args", 3)):
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            models[1].predict(**{name: value})
 
 
 def test_a_query_or_labels_of_other_genes(models, make_adata, tmp_path):

@@ -182,7 +182,7 @@ DESCRIBED = {
         _put(None, *REGISTRY, "setup_args", "categorical_covariate_keys"),
         "(cannot be made|weights are not those) .*RuntimeError",
     ),
-    "another class": (_put("SCVI", *REGISTRY, "model_name"), "loading a model from a different"),
+    "another class": (_put("SCVI", *REGISTRY, "model_name"), "is of another class"),
 }
 QUERY_WAYS = ("load", "load_query_data")
 
