@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mixscvi.demo import Demo
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -63,6 +65,25 @@ def test_the_readme_has_the_ratios_of_the_results(evidence):
         assert line in readme.splitlines()
     slower = [row | {"ratio": "0.95"} for row in rows]
     assert "**0.95 to 0.95** (`A` = 4)" in speed.with_readme_lines(readme, slower, profile)
+
+
+def test_the_picture_of_the_demo_is_of_the_runs_in_the_table(evidence):
+    cells = pd.read_csv(ROOT / "docs" / "figures" / "demo.csv")
+    runs = pd.read_csv(evidence.RESULTS / "demo_runs.csv")
+    of_cells = cells.groupby("model")["log_likelihood_adapted"].mean().to_dict()
+    of_runs = runs[runs["seed"] == 0].set_index("model")["log_likelihood"].to_dict()
+    assert of_cells == pytest.approx(of_runs, abs=0.01)
+    assert sorted(runs["seed"].unique()) == [*range(Demo().seeds)]
+
+
+def test_the_readme_has_the_shares_of_the_picture():
+    cells = pd.read_csv(ROOT / "docs" / "figures" / "demo.csv")
+    k = cells.loc[cells["model"] == "scVI", ["pareto_k_encoder", "pareto_k_adapted"]]
+    encoder, adapted = (k < 0.7).mean()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(docs/figures/demo.csv) | {encoder:.0%} | **{adapted:.0%}** |" in readme.replace(
+        " %", "%"
+    )
 
 
 def test_a_result_that_nobody_knows_is_averaged(evidence, tmp_path, monkeypatch):
