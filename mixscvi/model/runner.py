@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
+from scvi import settings
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.train import TrainRunner
 from torch import nn
@@ -15,6 +16,8 @@ from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
+from mixscvi.model.memory import check_step, too_large_a_step
+from mixscvi.system import naming_what_takes_memory
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -33,6 +36,8 @@ class Runner(TrainRunner):
     ValueError
         If there are fewer than two cells to train on, or training is to stop early by cells that
         are not held out.
+    MemoryError
+        If a step is larger than the memory that there is.
     """
 
     def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
@@ -52,6 +57,9 @@ class Runner(TrainRunner):
             )
         if ranks > 1:
             self._check_distributed(ranks)
+        self._batch_size = self._cells_of_a_step()
+        if self.device.type == "cpu":
+            check_step(self.model, self._batch_size)
         if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         # scvi-tools asks this of its own splitter alone, which it knows by name.
@@ -68,6 +76,12 @@ class Runner(TrainRunner):
         self._checkpoints = checkpoints
         if checkpoints is not None:
             self._use(checkpoints)
+
+    def _cells_of_a_step(self) -> int:
+        """How many cells a step has at most; two if only a data module knows."""
+        given = getattr(self.data_splitter, "data_loader_kwargs", {})
+        batch_size = given.get("batch_size") or settings.batch_size
+        return min(batch_size, getattr(self.data_splitter, "n_train", None) or 2)
 
     def _check_distributed(self, ranks: int) -> None:
         shared = getattr(self.data_splitter, "data_loader_kwargs", {}).get("distributed_sampler")
@@ -98,7 +112,8 @@ class Runner(TrainRunner):
                 part.eval()
         checkpoints = self._checkpoints
         naming = nullcontext() if checkpoints is None else checkpoints.naming_the_file()
-        with naming, as_first_rank(self.trainer), warnings.catch_warnings():
+        too_large = naming_what_takes_memory(too_large_a_step(self.model, self._batch_size))
+        with too_large, naming, as_first_rank(self.trainer), warnings.catch_warnings():
             # So the plan leaves a minibatch of one cell out.
             warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
             return super().__call__()

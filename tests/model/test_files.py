@@ -3,7 +3,9 @@
 import contextlib
 import os
 import pickle
+import re
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import h5py
@@ -13,7 +15,7 @@ import torch
 from scvi.model import SCVI
 
 from fitting import BATCH, COVARIATES, assert_same_state, fit, rewrite
-from mixscvi import MixSCVI
+from mixscvi import MixSCANVI, MixSCVI
 from mixscvi.mixture import GaussianMixture, Prior, StandardNormal
 
 
@@ -521,30 +523,59 @@ class _Unwrapped:
         return getattr(self._model, name)
 
 
-def test_hub(trained, tmp_path):
-    pytest.importorskip("huggingface_hub")
+def as_hub(model, folder, **save):
+    """The folder of a model as a hub model of scvi-tools."""
     from huggingface_hub import ModelCard
     from scvi.hub import HubMetadata, HubModel
 
-    folder = tmp_path / "hub"
-    trained.save(folder, save_anndata=True)
+    model.save(folder, **save)
     metadata = HubMetadata.from_dir(
-        str(folder), anndata_version="0.12", model_parent_module="mixscvi"
+        str(folder), anndata_version=version("anndata"), model_parent_module="mixscvi"
     )
-    assert metadata.model_cls_name == "MixSCVI"
     card = ModelCard("---\nlicense: cc-by-4.0\n---\nA model.")
     HubModel(str(folder), metadata=metadata, model_card=card).save(overwrite=True)
-    hub = HubModel(str(folder))  # as whoever fetches the folder makes it
+    return HubModel(str(folder))  # as whoever fetches the folder makes it
+
+
+@pytest.mark.parametrize("kept", ["data", "minified data", "nothing"])
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_hub(cls, kept, make_adata, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    labels = {} if cls is MixSCVI else {"labels_key": "label", "unlabeled_category": "type0"}
+    model = fit(cls, make_adata(), BATCH | labels, n_components=2)
+    adata = model.adata.copy()
+    if kept == "minified data":
+        model.minify_adata()
+    hub = as_hub(model, tmp_path / "hub", save_anndata=kept != "nothing")
+    assert hub.metadata.model_cls_name == cls.__name__
     assert hub.metadata.model_parent_module == "mixscvi"
     assert "A model." in hub.model_card.content
-    assert type(hub.model) is MixSCVI
+    assert repr(hub) == ""  # scvi-tools prints it
+    if kept == "nothing":
+        assert hub.adata is None
+        hub.load_model(adata)
+    else:
+        assert hub.adata.n_obs == adata.n_obs
+        assert (hub.adata.X.sum() == 0) == (kept == "minified data")
+    assert type(hub.model) is cls
     np.testing.assert_allclose(
-        hub.model.get_latent_representation(), trained.get_latent_representation(), rtol=1e-6
+        hub.model.get_latent_representation(), model.get_latent_representation(), rtol=1e-6
     )
-    assert hub.adata.n_obs == trained.adata.n_obs
-    np.testing.assert_array_equal(hub.adata.X, trained.adata.X)
-    torch.save(Payload(tmp_path / "ran"), folder / "model.pt")
-    again = HubModel(str(folder), metadata=metadata, model_card=card)
-    with pytest.raises(ValueError, match="holds Python objects"):
-        again.load_model()
+
+
+@pytest.mark.parametrize("file", ["model.pt", "adata.h5ad"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "a payload", "empty"])
+def test_a_hub_model_that_came_damaged(damage, file, trained, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    hub, path = as_hub(trained, tmp_path / "hub", save_anndata=True), tmp_path / "hub" / file
+    content = path.read_bytes()
+    if damage == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:20] + b"\x00" * middle + content[20 + middle :])
+    elif damage == "a payload":
+        torch.save(Payload(tmp_path / "ran"), path)
+    else:
+        path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    with pytest.raises(ValueError, match=re.escape(file)):
+        hub.load_model()
     assert not (tmp_path / "ran").exists()

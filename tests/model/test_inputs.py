@@ -154,6 +154,22 @@ def test_too_large_for_the_memory_of_the_machine(sizes, make_adata, monkeypatch)
         MixSCVI(adata, **{"prior": "mog", "n_components": 2, "n_latent": 1, **sizes})
 
 
+@pytest.mark.filterwarnings("ignore:components are dead")
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_steps_too_large_for_the_memory_of_the_machine(cls, make_adata, monkeypatch):
+    """Components of one unit each have few weights, and a draw of each cell each."""
+    adata = make_adata()
+    setup = {} if cls is MixSCVI else {"labels_key": "label", "unlabeled_category": "type0"}
+    cls.setup_anndata(adata, **setup)
+    model = cls(adata, n_components=300, n_hidden=1, n_latent=1)
+    monkeypatch.setattr("mixscvi.model.memory.physical_memory", lambda: 2**21)
+    expected = r"batch_size=72 cells with n_components=300, .* does not fit into memory: choose .*"
+    with pytest.raises(MemoryError, match=expected + r"at least \d+ GiB"):
+        model.train(max_epochs=1, train_size=1.0)
+    assert not model.is_trained
+    model.train(max_epochs=1, train_size=1.0, batch_size=9, enable_progress_bar=False)
+
+
 @pytest.mark.parametrize(
     ("kind", "as_kind"),
     [

@@ -1,0 +1,98 @@
+"""Memory that a training step takes at least, and what to choose where there is less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mixscvi.mixture import Estimator
+from mixscvi.module import MixtureOptions
+from mixscvi.system import physical_memory
+
+__all__ = ["activations_of_a_step", "check_step", "too_large_a_step"]
+
+_BYTES = 4
+_BYTES_A_WEIGHT = 16  # with its gradient, and two moments of Adam
+_PER_HIDDEN_UNIT = 3  # of the linear layer, normalized, and activated: all are kept for backward
+_GIB = 2**30
+
+
+def activations_of_a_step(module: Any, mixture: MixtureOptions, batch_size: int) -> int:
+    """Bytes that the backward pass of a training step needs at least, beside weights.
+
+    Parameters
+    ----------
+    module
+        Of the model.
+    mixture
+        Its posterior and objective.
+    batch_size
+        Cells of a step, `B`.
+
+    Examples
+    --------
+    Four draws of six cells, each of 20 genes with two outputs, and 128 hidden units:
+
+    >>> from mixscvi.module import MixVAE
+    >>> mixture = MixtureOptions(n_components=4)
+    >>> activations_of_a_step(MixVAE(20, n_latent=3, mixture=mixture), mixture, 6)
+    78720
+    """
+    n_drawn = mixture.n_sampled_components or mixture.n_components
+    forgets = Estimator(mixture.estimator) is Estimator.SOME_TO_SOME
+    n_encoded = n_drawn if forgets else mixture.n_components
+    n_rows = mixture.n_samples * batch_size * n_drawn  # L * B * S
+    widths = [
+        part.out_features
+        for part in module.decoder.px_decoder.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    n_outputs = 2 if module.gene_likelihood == "zinb" else 1
+    of_draw = _PER_HIDDEN_UNIT * sum(widths) + n_outputs * module.n_input + 2 * module.n_latent
+    if hasattr(module, "y_prior"):  # networks below z see each draw with each label
+        of_draw += module.n_labels * (_PER_HIDDEN_UNIT * sum(widths) + 4 * module.n_latent)
+    of_code = widths if mixture.component_encoder == "separate" else widths[-1:]
+    of_component = _PER_HIDDEN_UNIT * sum(of_code) + 2 * module.n_latent
+    return _BYTES * (n_rows * of_draw + batch_size * n_encoded * of_component)
+
+
+def check_step(model: Any, batch_size: int) -> None:
+    """Raise if a training step cannot fit into the memory of this machine.
+
+    Nothing is tried: systems hand out more memory than they have, and end whoever uses it.
+
+    Parameters
+    ----------
+    model
+        The model, to be trained on the CPU; the allocators of other devices raise themselves.
+    batch_size
+        Cells of a step.
+
+    Raises
+    ------
+    MemoryError
+        Naming what makes it large, and what to choose.
+    """
+    memory = physical_memory()
+    if memory is None:
+        return
+    n_weights = sum(parameter.numel() for parameter in model.module.parameters())
+    needed = activations_of_a_step(model.module, model._mixture, batch_size)
+    needed += n_weights * _BYTES_A_WEIGHT
+    if needed > memory:
+        raise MemoryError(
+            f"{too_large_a_step(model, batch_size)} It takes at least {needed / _GIB:.0f} GiB, of "
+            f"{memory / _GIB:.0f}."
+        )
+
+
+def too_large_a_step(model: Any, batch_size: int) -> str:
+    """What to say of a training step that does not fit into memory."""
+    mixture = model._mixture
+    return (
+        f"a training step of batch_size={batch_size} cells with n_components="
+        f"{mixture.n_components}, n_sampled_components={mixture.n_sampled_components}, n_samples="
+        f"{mixture.n_samples} does not fit into memory: choose smaller ones, or estimator="
+        "'some_to_some', whose steps encode and decode n_sampled_components alone."
+    )
