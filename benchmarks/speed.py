@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import warnings
 from typing import Any
 
@@ -56,8 +54,6 @@ BOUNDS = {  # what was asked for; for cortex where that differs
     "decoder and log-likelihood, no gradient": {"": 0.25},
     "peak memory of training, A = 4": {"": 1.3},
     "import": {"": 1.05},
-    "first training of 700 cells, compiler included, A = 1": {"": 1.0},
-    "first training of 700 cells, compiler included, A = 4": {"": 1.0},
 }
 
 
@@ -157,30 +153,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-_FIRST = """
-import time, warnings, logging
-warnings.simplefilter("ignore"); logging.disable(logging.WARNING)
-import mixscvi, scvi
-scvi.settings.seed = 0
-adata = mixscvi.datasets.pbmc68k()
-cls = {cls}
-cls.setup_anndata(adata)
-model = cls(adata, **{kwargs!r})
-start = time.perf_counter()
-model.train(enable_progress_bar=False)
-print(time.perf_counter() - start)
-"""
-
-
-def _in_a_process(code: str, **variables: str) -> float:
+def _in_a_process(code: str) -> float:
     """The number that a program prints last."""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | variables,
-    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
 
 
@@ -211,22 +187,6 @@ def time_import(rounds: int) -> list[dict]:
             seconds[name].append(_in_a_process(code.format(statement)))
     figures = {name: values[1:] for name, values in seconds.items()}
     return compared("import", "", {"import": "theirs"}, figures)
-
-
-def time_first_training() -> list[dict]:
-    """`train()` as it stands, on few cells, by a process that finds no compiled code."""
-    name = "first training of 700 cells, compiler included, A = {}"
-    seconds = {}
-    for what, cls, kwargs in (
-        ("theirs", "scvi.model.SCVI", {}),
-        (name.format(1), "mixscvi.MixSCVI", {"n_components": 1}),
-        (name.format(4), "mixscvi.MixSCVI", {"n_components": 4}),
-    ):
-        with tempfile.TemporaryDirectory() as empty:
-            code = _FIRST.format(cls=cls, kwargs=kwargs)
-            seconds[what] = [_in_a_process(code, NUMBA_CACHE_DIR=empty)]
-    pairs = {name.format(n): "theirs" for n in (1, 4)}
-    return compared("first", "", pairs, seconds)
 
 
 def summary(rows: list[dict]) -> str:
@@ -279,7 +239,7 @@ def with_readme_lines(text: str, rows: list[dict], profile: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = ("import", "memory", "methods", "train", "first", "profile", "scaling")
+PARTS = ("import", "memory", "methods", "train", "profile", "scaling")
 
 
 def main() -> None:
@@ -302,7 +262,6 @@ def main() -> None:
         "memory": [lambda: measure_memory("pbmc3k")],
         "methods": [lambda: time_methods("pbmc4k", args.rounds)],
         "train": [lambda d=d: time_training(d, args.rounds) for d in args.data or DATA],
-        "first": [time_first_training],
     }
     for part, measurements in parts.items():
         for measure in measurements if args.part in (None, part) else ():
