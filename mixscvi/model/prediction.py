@@ -63,6 +63,8 @@ class PredictionMixin:
         ------
         RuntimeError
             If the model is not trained.
+        TypeError
+            If a flag is not True or False, or `ig_args` no dictionary.
         ValueError
             If the genes are not those trained on, or the counts are bad.
 
