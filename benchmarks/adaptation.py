@@ -129,7 +129,7 @@ def score(model, n_cells: int, n_draws: int, asked: float | None) -> dict[str, f
 def summary() -> str:
     """Means over the seeds as a table."""
     runs = pd.read_csv(RESULTS / "adaptation.csv")
-    runs["standard_error"] = runs["standard_error"].fillna("")
+    runs["standard_error"] = runs["standard_error"].astype(object).fillna("")
     groups = runs.groupby(["data", "D", "A", "draws", "standard_error"])
     means = groups[list(METRICS)].mean().round(3)
     means.insert(0, "seeds", groups.size())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ __all__ = ["attempt", "grid", "in_blocks", "load", "n_tasks", "run_tasks", "spli
 T = TypeVar("T")
 
 _failed = False
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def load(name: str) -> ModuleType | None:
@@ -69,7 +71,8 @@ def _give_up(error: BaseException) -> None:
     global _failed
     _failed = True
     # Ahead of the cause numba says at which step it failed.
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = _COLORS.sub("", str(error))  # where colorama is installed
+    lines = [line for line in text.splitlines() if line.strip()]
     cause = next((line for line in lines if not line.startswith("Failed in ")), "")
     warnings.warn(
         "numba cannot provide fast likelihoods and matrix products, so slower ones are used "

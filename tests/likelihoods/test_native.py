@@ -69,6 +69,12 @@ def test_code_that_numba_does_not_take_is_named(fresh):
         assert compiled.attempt(njit(lambda x: x + "text"), 1) is None
 
 
+def test_colors_are_no_part_of_the_cause(fresh):
+    error = RuntimeError("\x1b[1m\x1b[31mno such instruction\x1b[0m")
+    with pytest.warns(RuntimeWarning, match=r"\(RuntimeError: no such instruction\)$"):
+        compiled._give_up(error)
+
+
 def test_a_library_that_does_not_load_is_named(fresh, monkeypatch):
     def fail(name):
         exec("raise OSError('no shared object file')", {"__name__": "llvmlite.binding"})
