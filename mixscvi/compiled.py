@@ -17,7 +17,17 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attempt", "grid", "in_blocks", "load", "n_tasks", "run_tasks", "split"]
+__all__ = [
+    "array",
+    "attempt",
+    "grid",
+    "in_blocks",
+    "load",
+    "n_tasks",
+    "plain",
+    "run_tasks",
+    "split",
+]
 
 T = TypeVar("T")
 
@@ -80,6 +90,25 @@ def _give_up(error: BaseException) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether compiled functions may read tensors: ordinary ones on the CPU, and nothing traced."""
+    return (
+        all(
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.layout is torch.strided
+            and tensor.device.type == "cpu"
+            for tensor in tensors
+        )
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def array(tensor: torch.Tensor) -> Any:
+    """What compiled functions take: a C-contiguous array, of the tensor's memory if that is."""
+    return tensor.detach().contiguous().numpy()
 
 
 def attempt(function: Callable[..., T], *args: Any) -> T | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "check_indices",
     "check_library_size",
     "check_loader",
+    "check_mapping",
     "check_number",
     "check_path",
     "check_positive_int",
@@ -113,6 +114,22 @@ def check_text(name: str, value: Any) -> None:
     """
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {value!r:.60}")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise if `value` is no dictionary of arguments.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+
+    Examples
+    --------
+    >>> check_mapping("plan_kwargs", {"lr": 0.1})
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary of arguments, got {value!r:.60}")
 
 
 def check_path(name: str, value: Any) -> None:

@@ -39,15 +39,9 @@ def usable(counts: Tensor, *tensors: Tensor | None) -> bool:
     dtype = data.dtype
     if dtype not in (torch.float32, torch.float64):
         return False
-    for tensor in (data, *(tensor for tensor in tensors if tensor is not None)):
-        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.device.type != "cpu" or tensor.dtype != dtype:
-            return False
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and _kernels() is not None
-    )
+    given = [data, *(tensor for tensor in tensors if tensor is not None)]
+    of_one_type = all(tensor.dtype == dtype for tensor in given)
+    return of_one_type and compiled.plain(*given) and _kernels() is not None
 
 
 def _kernels() -> ModuleType | None:
@@ -65,7 +59,7 @@ def _tasks(n_cells: int, n_draws: int, n_genes: int) -> list[tuple[int, ...]]:
 
 
 def _array(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().contiguous().numpy()
+    return None if tensor is None else compiled.array(tensor)
 
 
 def _check_shapes(

@@ -53,7 +53,7 @@ def squared_distances(value: Tensor, center: Tensor, inverse: Tensor, whitened: 
         distance = inverse.new_empty(n_cells, n_points, n_components)
         work = distance.numel() * n_latent**2
         n_tasks = compiled.n_tasks(work, _WORK_PER_TASK, _TASKS_PER_THREAD)
-        arrays = (t.detach().contiguous().numpy() for t in (points, center, inverse, whitened))
+        arrays = map(compiled.array, (points, center, inverse, whitened))
         blocks = compiled.grid(n_cells, n_points, n_tasks)
         if compiled.in_blocks(kernels.squared_distances, blocks, *arrays, distance.numpy()):
             return distance.transpose(0, 1)
@@ -63,17 +63,11 @@ def squared_distances(value: Tensor, center: Tensor, inverse: Tensor, whitened: 
 def _kernels(value: Tensor, *parameters: Tensor) -> ModuleType | None:
     """The compiled functions, if they take these tensors."""
     tensors = (value, *parameters)
-    plain = all(
-        type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided
-        for tensor in tensors
-    )
     known = value.dtype in (torch.float32, torch.float64) and all(
         parameter.dtype == torch.float64 for parameter in parameters
     )
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not (plain and known) or gradients or torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
+    if gradients or not (known and compiled.plain(*tensors)):
         return None
     return compiled.load("mixscvi.mixture.distance_kernels")
 

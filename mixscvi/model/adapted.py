@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mixscvi.checks import check_positive_int
+from mixscvi.checks import check_mapping, check_positive_int
 from mixscvi.mixture import Adapted, adapt
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
 from mixscvi.model.inputs import check_keywords
@@ -102,8 +102,8 @@ class AdaptedMixin:
         check_enough_for_k(n_mc_samples)
         if n_mc_samples_per_pass is not None:
             check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
-        if not isinstance(adapt_kwargs, Mapping | None):
-            raise TypeError(f"adapt_kwargs must be a dictionary of arguments, got {adapt_kwargs!r}")
+        if adapt_kwargs is not None:
+            check_mapping("adapt_kwargs", adapt_kwargs)
         check_keywords(adapt_kwargs, [adapt], argument="adapt_kwargs")
         for name in _FIXED:
             if name in (adapt_kwargs or {}):

@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from mixscvi.checkpoint_file import (
     check_tensors,
     damaged_record,
 )
-from mixscvi.checks import check_boolean, check_path, check_text
+from mixscvi.checks import check_boolean, check_mapping, check_path, check_text
 from mixscvi.model.description import check_description
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.sizes import check_sizes
@@ -93,8 +93,7 @@ class StoredModel(NamedTuple):
         ValueError
             If one is missing, or is not among them.
         """
-        if not isinstance(arguments, Mapping):
-            raise TypeError(f"arguments must be a dictionary of arguments, got {arguments!r:.60}")
+        check_mapping("arguments", arguments)
         surplus = [name for name in arguments if name not in self.left_out]
         if surplus:
             raise ValueError(

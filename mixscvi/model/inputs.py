@@ -20,6 +20,7 @@ from mixscvi.checks import (
     check_choice,
     check_column,
     check_genes,
+    check_mapping,
     check_numbers,
     check_positive_int,
     warn_of_repeated,
@@ -272,8 +273,7 @@ def check_network(
     if activation is not None and not callable(activation):
         raise TypeError(f"var_activation must be a function of tensors, got {activation!r}")
     for name in ("extra_encoder_kwargs", "extra_decoder_kwargs", "batch_embedding_kwargs"):
-        if not isinstance(further.get(name) or {}, Mapping):
-            raise TypeError(f"{name} must be a dictionary of arguments, got {further[name]!r}")
+        check_mapping(name, further.get(name) or {})
 
 
 def _check_known(further: Mapping[str, Any], networks: Sequence[Callable[..., Any]]) -> None:

@@ -18,7 +18,7 @@ from scvi.train import SemiSupervisedTrainingPlan
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mixscvi.checks import check_boolean, check_number, check_positive_int
+from mixscvi.checks import check_boolean, check_mapping, check_number, check_positive_int
 from mixscvi.model.distributed import SplitAlike, of_first_rank
 from mixscvi.model.inputs import check_keywords
 from mixscvi.model.training import WithoutSingleCellSteps
@@ -131,10 +131,7 @@ def check_classifier(parameters: Any) -> None:
     """
     if parameters is None:
         return
-    if not isinstance(parameters, Mapping):
-        raise TypeError(
-            f"classifier_parameters must be a dictionary of arguments, got {parameters!r:.60}"
-        )
+    check_mapping("classifier_parameters", parameters)
     taken = [name for name in parameters if name in _OF_CLASSIFIER]
     if taken:
         raise TypeError(

@@ -39,9 +39,9 @@ def activations_of_a_step(module: Any, mixture: MixtureOptions, batch_size: int)
     >>> activations_of_a_step(MixVAE(20, n_latent=3, mixture=mixture), mixture, 6)
     78720
     """
-    n_drawn = mixture.n_sampled_components or mixture.n_components
-    forgets = Estimator(mixture.estimator) is Estimator.SOME_TO_SOME
-    n_encoded = n_drawn if forgets else mixture.n_components
+    estimator = Estimator(mixture.estimator)
+    n_drawn = estimator.n_drawn(mixture.n_components, mixture.n_sampled_components)
+    n_encoded = n_drawn if estimator is Estimator.SOME_TO_SOME else mixture.n_components
     n_rows = mixture.n_samples * batch_size * n_drawn  # L * B * S
     widths = [
         part.out_features

@@ -183,8 +183,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
         )
         check_classifier(kwargs.get("classifier_parameters"))
         check_made_of(adata, registry)
-        if datamodule is not None:
-            check_data_module(datamodule)
+        check_data_module(datamodule)
         if adata is None:
             registry = self._check_registry(registry, datamodule, use_observed_lib_size)
         data = registry if adata is None else adata

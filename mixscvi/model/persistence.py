@@ -19,7 +19,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
 from mixscvi.checkpoint_file import NOT_MADE, brief
-from mixscvi.checks import check_anndata, check_boolean, check_path, check_text
+from mixscvi.checks import check_anndata, check_boolean, check_mapping, check_path, check_text
 from mixscvi.model.accelerators import check_device
 from mixscvi.model.files import (
     StoredModel,
@@ -93,10 +93,7 @@ class PersistenceMixin:
             check_text("prefix", prefix)
         for name, value in (("overwrite", overwrite), ("save_anndata", save_anndata)):
             check_boolean(name, value)
-        if not isinstance(save_kwargs or {}, Mapping):
-            raise TypeError(
-                f"save_kwargs must be a dictionary of arguments of torch.save, got {save_kwargs!r}"
-            )
+        check_mapping("save_kwargs", save_kwargs or {})
         target = _free_folder("dir_path", dir_path, overwrite=overwrite)
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
@@ -194,8 +191,7 @@ class PersistenceMixin:
         if adata is not None and adata is not False:
             check_anndata(adata)
         check_device(accelerator, device)
-        if datamodule is not None:
-            check_data_module(datamodule)
+        check_data_module(datamodule)
         if backup_url is not None:
             check_path("dir_path", dir_path)
             check_text("backup_url", backup_url)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mixscvi.checks import check_boolean
+from mixscvi.checks import check_boolean, check_mapping
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -79,8 +79,7 @@ class PredictionMixin:
         }
         for name, value in flags.items():
             check_boolean(name, value)
-        if not isinstance(ig_args or {}, Mapping):
-            raise TypeError(f"ig_args must be a dictionary of arguments, got {ig_args!r:.60}")
+        check_mapping("ig_args", ig_args or {})
         if ig_interpretability:
             self._check_if_trained(warn=False)
             return super().predict(

@@ -112,8 +112,7 @@ class PretrainedMixin:
                 UserWarning,
                 stacklevel=2,
             )
-        if datamodule is not None:
-            check_data_module(datamodule)
+        check_data_module(datamodule)
         if registry is not None:
             check_made_of(None, registry)
         if datamodule is not None or registry is not None:

@@ -18,6 +18,7 @@ from mixscvi.checks import (
     check_boolean,
     check_choice,
     check_indices,
+    check_mapping,
     check_number,
     check_path,
     check_positive_int,
@@ -206,22 +207,21 @@ def check_training(
     plans = [*plans]
     if plans:
         check_keywords(of_plan, plans, argument="plan_kwargs of train()")
-    if given.get("datamodule") is not None:
-        check_data_module(given["datamodule"])
+    check_data_module(given.get("datamodule"))
     of_splitter = _keywords(given, "datasplitter_kwargs")
     if splitter is not None:
         _check_splitter(of_splitter, splitter, given, n_obs)
 
 
 def check_data_module(datamodule: Any) -> None:
-    """Raise if a data module has no minibatches to train on.
+    """Raise if a data module, where there is one, has no minibatches to train on.
 
     Raises
     ------
     TypeError
         If it is none.
     """
-    if not callable(getattr(datamodule, "train_dataloader", None)):
+    if datamodule is not None and not callable(getattr(datamodule, "train_dataloader", None)):
         raise TypeError(f"datamodule must be a LightningDataModule, got {datamodule!r:.60}")
 
 
@@ -260,8 +260,7 @@ def _keywords(given: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) and callable(getattr(value, "to_kwargs", None)):
         value = value.to_kwargs()
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dictionary of arguments, got {value!r:.60}")
+    check_mapping(name, value)
     return dict(value)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mixscvi.likelihoods import head_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
-from mixscvi.module.hidden_units import hidden_units, hidden_units_by_columns
+from mixscvi.module.hidden_units import beside_draws, hidden_units, hidden_units_by_columns
 
 __all__ = ["CountLikelihood", "decode", "latent_priors"]
 
@@ -174,11 +174,6 @@ def decode(
     torch.Size([2, 6, 4])
     """
     lead = z.shape[:-1]
-
-    def per_draw(per_cell: Tensor) -> Tensor:
-        # Cells are the second axis of draws (L, B, S), otherwise the last one.
-        return per_cell.unsqueeze(1) if per_cell.dim() == 2 and z.dim() == 4 else per_cell
-
     if transform_batch is not None:
         batch_index = torch.ones_like(batch_index) * transform_batch
     categories = () if cat_covs is None else torch.split(cat_covs, 1, dim=1)
@@ -196,8 +191,9 @@ def decode(
     else:
         of_cell = batch_index if module.dispersion == "gene-batch" else cast(Tensor, y)
         theta = module.px_r.exp().t().index_select(0, of_cell.squeeze(-1).long())
-        theta = per_draw(theta)
-    log_size = per_draw(cast(Tensor, size_factor) if module.use_size_factor_key else library)
+        theta = beside_draws(theta, lead)
+    log_size = cast(Tensor, size_factor) if module.use_size_factor_key else library
+    log_size = beside_draws(log_size, lead)
     return CountLikelihood(
         module.decoder, module.gene_likelihood, hidden, log_size.expand(*lead, 1), theta, fused
     )

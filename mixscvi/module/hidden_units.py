@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scvi.nn import FCLayers
 from torch import Tensor, nn
 
-__all__ = ["hidden_units", "hidden_units_by_columns"]
+__all__ = ["beside_draws", "hidden_units", "hidden_units_by_columns"]
 
 
 def hidden_units(
@@ -78,7 +78,7 @@ def hidden_units_by_columns(
     lead = z.shape[:-1]
 
     def by_draw(of_cell: Tensor) -> Tensor:
-        return _beside_draws(of_cell, lead).expand(*lead, -1).flatten(0, -2)
+        return beside_draws(of_cell, lead).expand(*lead, -1).flatten(0, -2)
 
     columns = torch.cat((z.flatten(0, -2), *map(by_draw, continuous)), dim=-1)
     return layers(columns, *map(by_draw, categories)).unflatten(0, lead)
@@ -88,10 +88,13 @@ def _linear(layer: nn.Linear, h: Tensor, of_cell: Tensor, lead: torch.Size) -> T
     """A linear layer of the rows of all draws, `(R, n)`, and of each cell, `(B, n_columns)`."""
     by_draw, by_cell = layer.weight.split((h.shape[-1], of_cell.shape[-1]), dim=-1)
     added = F.linear(of_cell, by_cell, layer.bias)
-    return (F.linear(h, by_draw).unflatten(0, lead) + _beside_draws(added, lead)).flatten(0, -2)
+    return (F.linear(h, by_draw).unflatten(0, lead) + beside_draws(added, lead)).flatten(0, -2)
 
 
-def _beside_draws(of_cell: Tensor, lead: torch.Size) -> Tensor:
-    """Rows of cells, `(B, n)`, so that they broadcast to draws with the leading axes `lead`."""
+def beside_draws(of_cell: Tensor, lead: torch.Size) -> Tensor:
+    """Rows of cells, `(B, n)`, so that they broadcast to draws with the leading axes `lead`.
+
+    What has the axes of draws already is left as it is.
+    """
     # Cells are the second axis of draws (L, B, S), otherwise the last one.
-    return of_cell.unsqueeze(1) if len(lead) == 3 else of_cell
+    return of_cell.unsqueeze(1) if of_cell.dim() == 2 and len(lead) == 3 else of_cell

@@ -198,14 +198,8 @@ class FusedVAE(ScviVAE):
 
         Parameters
         ----------
-        z
-            Draws, `(B, D)` or `(n, B, D)`.
-        library
-            Log library sizes, `(B, 1)`, or broadcasting to the draws.
-        batch_index
-            Batch of each cell, `(B, 1)`.
-        *args, **kwargs
-            As in :meth:`scvi.module.VAE.generative`.
+        z, library, batch_index, *args, **kwargs
+            As in :meth:`ScviVAE.generative`.
         for_loss
             Whether the loss alone is to read ``px``.
 
