@@ -163,19 +163,20 @@ def maximization_step(
     by_cell = share.transpose(0, 1).mT.contiguous()  # (n, K, N)
     per_pass = max(1, _ELEMENTS_AT_ONCE // (len(draws) * proposal.loc[0].numel()))
     locs, scatters = [], []
-    for z, part, last_loc, n in zip(
-        draws.transpose(0, 1).split(per_pass),
-        by_cell.split(per_pass),
-        proposal.loc.split(per_pass),
-        n_effective.split(per_pass),
-        strict=True,
+    for z, part in zip(
+        draws.transpose(0, 1).split(per_pass), by_cell.split(per_pass), strict=True
     ):
-        z = z.to(last_loc)
-        loc = torch.where(n.unsqueeze(-1) < 1, last_loc, part @ z)
-        deviation = z.unsqueeze(1) - loc.unsqueeze(2)  # (n, K, N, D)
-        scatters.append((part.unsqueeze(-1) * deviation).mT @ deviation)
-        locs.append(loc)
-    loc, scatter = torch.cat(locs), torch.cat(scatters)
+        # About a point that all components share: one difference, and one product, for all.
+        z = z.to(part)
+        center = z.mean(1, keepdim=True)
+        z = z - center
+        mean = part @ z
+        weighted = part.unsqueeze(2) * z.mT.contiguous().unsqueeze(1)  # (n, K, D, N)
+        second = (weighted.flatten(1, 2) @ z).view(*mean.shape, n_latent)
+        scatters.append(second - mean.unsqueeze(-1) * mean.unsqueeze(-2))
+        locs.append(center + mean)
+    loc = torch.where(n_effective.unsqueeze(-1) < 1, proposal.loc, torch.cat(locs))
+    scatter = torch.cat(scatters)
     prior = n_latent * (n_latent + 1) / 2
     kept = (prior / (n_effective + prior))[..., None, None]
     last = proposal.scale_tril @ proposal.scale_tril.mT
