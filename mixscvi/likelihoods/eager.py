@@ -2,7 +2,8 @@
 
 This is what runs where the compiled kernels of :mod:`mixscvi.likelihoods.kernels` do not: on
 accelerators, under ``torch.compile``, ``torch.func`` and fake tensors, in half precision, or where
-numba is missing. Away from the CPU no operation waits for a result.
+numba is missing. Away from the CPU no operation waits for a result, and the dense terms of many
+draws with their gradients are one kernel (:mod:`mixscvi.likelihoods.one_kernel`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mixscvi.likelihoods.one_kernel import in_one_kernel
 
 __all__ = ["dense_terms", "log_prob", "sum_to_dispersion"]
 
@@ -107,7 +110,9 @@ class _DenseTerms(torch.autograd.Function):
     def forward(
         x: Tensor, mean: Tensor, theta: Tensor, zi_logits: Tensor | None, with_gradients: bool
     ) -> tuple[Tensor, ...]:
-        return dense_terms(x, mean, theta, zi_logits, with_gradients)
+        if with_gradients:
+            return in_one_kernel(dense_terms, x, mean, theta, zi_logits, True, size=mean)
+        return dense_terms(x, mean, theta, zi_logits, with_gradients=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -163,9 +163,7 @@ def maximization_step(
     by_cell = share.transpose(0, 1).mT.contiguous()  # (n, K, N)
     per_pass = max(1, _ELEMENTS_AT_ONCE // (len(draws) * proposal.loc[0].numel()))
     locs, scatters = [], []
-    for z, part in zip(
-        draws.transpose(0, 1).split(per_pass), by_cell.split(per_pass), strict=True
-    ):
+    for z, part in zip(draws.transpose(0, 1).split(per_pass), by_cell.split(per_pass), strict=True):
         # About a point that all components share: one difference, and one product, for all.
         z = z.to(part)
         center = z.mean(1, keepdim=True)
