@@ -142,23 +142,23 @@ def summary() -> str:
     runs = pd.read_csv(TABLE)
     baseline = runs[runs["model"] == BASELINE].set_index("seed")
     rows = []
-    for model in MODELS:
-        own = runs[runs["model"] == model].set_index("seed")
-        if own.empty:
-            continue
-        row: dict[str, Any] = {"model": model, "seeds": len(own)}
-        for heading, metric, digits in COLUMNS:
-            row[heading] = f"{own[metric].mean():.{digits}f}"
+    for heading, metric, digits in COLUMNS:
+        row: dict[str, Any] = {"": heading}
+        for model, own in ((model, runs[runs["model"] == model]) for model in MODELS):
+            if own.empty:
+                continue
+            own = own.set_index("seed")
+            row[model] = f"{own[metric].mean():.{digits}f}"
             if model != BASELINE:
                 difference = paired_difference(own[metric], baseline[metric], digits)
-                row[heading] += f" ({difference})"
+                row[f"{model} less {BASELINE}"] = difference
         rows.append(row)
     epochs = ", ".join(f"{runs[name].max()} {name}" for name in ("pretraining_epochs", "epochs"))
     return (
         f"# Label transfer on {DATA}\n\n"
         f"Labels of {KNOWN} known, those of {UNKNOWN} not; {runs['n_genes'].max()} genes, "
-        f"{epochs.replace('_', ' ')}. Means over seeds; in parentheses the difference from "
-        f"{BASELINE}, paired by seed, with its 95 % t-interval. Cross-entropy in nats.\n\n"
+        f"{epochs.replace('_', ' ')}. Means over {runs['seed'].nunique()} seeds, and the "
+        "difference paired by seed, with its 95 % t-interval. Cross-entropy in nats.\n\n"
     ) + markdown_table(rows)
 
 

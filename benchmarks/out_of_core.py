@@ -4,7 +4,7 @@ Synthetic sparse counts are written to a temporary h5ad file, some cells at a ti
 configuration trains one epoch and embeds all cells in a process of its own, whose peak memory is
 recorded. A table that has a configuration is not run for it again.
 
-    python benchmarks/out_of_core.py                     # writes results/out_of_core.{csv,png}
+    python benchmarks/out_of_core.py                     # writes results/out_of_core.csv
     python benchmarks/out_of_core.py --ways annbatch     # with scvi-tools 1.5 and annbatch
 """
 
@@ -24,7 +24,7 @@ from common import RESULTS, machine
 
 from mixscvi.pl.drawing import COLORS
 from mixscvi.system import write_beside
-from mixscvi.tables import read_rows, run_missing
+from mixscvi.tables import run_missing
 
 TABLE = RESULTS / "out_of_core.csv"
 CELLS = (50_000, 100_000, 200_000)
@@ -149,8 +149,9 @@ def convert(path: Path) -> None:
     )
 
 
-def draw(rows: list[dict]) -> None:
-    import matplotlib.pyplot as plt
+def draw(rows: list[dict], path: Path) -> None:
+    """Memory and times against the number of cells."""
+    from matplotlib.figure import Figure
 
     labels = {
         "A4": "MixSCVI, 4 components, h5ad",
@@ -159,7 +160,8 @@ def draw(rows: list[dict]) -> None:
         "A4-memory": "MixSCVI, 4 components, in memory",
         "annbatch": "MixSCVI, 4 components, annbatch",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = (
         ("more_mb", "memory taken beyond start-up (MB)"),
         ("ms_per_cell_train", "training (ms per cell)"),
@@ -182,7 +184,7 @@ def draw(rows: list[dict]) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    write_beside(TABLE.with_suffix(".png"), lambda path: figure.savefig(path, dpi=150))
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -191,7 +193,6 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", type=int, default=CELLS)
     parser.add_argument("--genes", type=int, default=2_000)
     parser.add_argument("--folder", type=Path, help="for the counts; by default a temporary one")
-    parser.add_argument("--draw", action="store_true", help="only draw the figure anew")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--convert", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -200,9 +201,6 @@ def main() -> None:
         return
     if options.convert:
         convert(Path(options.convert))
-        return
-    if options.draw:
-        draw(read_rows(TABLE))
         return
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -232,7 +230,7 @@ def main() -> None:
             for cells in options.cells
             for way in options.ways
         }
-        draw(run_missing(runs, run, TABLE, identity=dict))
+        run_missing(runs, run, TABLE, identity=dict)
 
 
 if __name__ == "__main__":

@@ -223,15 +223,15 @@ def failures(ran: list[dict[str, str]]) -> list[dict[str, str]]:
             of_test.setdefault((function_of(row["test"]), row["reason"]), []).append(row)
     lines: dict[tuple, list[str]] = {}
     for (test, reason), rows in of_test.items():
-        components = " and ".join(sorted({f"A = {row['components']}" for row in rows}))
+        components = ", ".join(sorted({row["components"] for row in rows}))
         versions = ", ".join(sorted({row["scvi_tools"] for row in rows}))
         lines.setdefault((components, versions, reason), []).append(f"`{test}`")
     return [
         {
-            "test": ", ".join(tests),
-            "with": components,
-            "scvi-tools": versions,
             "reason": reason or "**not known**",
+            "tests": ", ".join(tests),
+            "A": components,
+            "scvi-tools": versions,
         }
         for (components, versions, reason), tests in sorted(lines.items(), reverse=True)
     ]

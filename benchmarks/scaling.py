@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
-from common import RESULTS
 from timed_models import in_turns, make, synthetic_counts, train
 
-from mixscvi.system import write_beside
+from mixscvi.pl.drawing import COLORS
 
 SCALING: dict[str, tuple[int, ...]] = {
     "components": (1, 4, 16, 64, 100, 400),
@@ -48,7 +48,7 @@ def scaling(axis: str) -> list[dict]:
     return rows
 
 
-def draw_scaling(rows: list[dict], axis: str) -> None:
+def draw_scaling(rows: list[dict], axis: str, path: Path) -> None:
     """Seconds per epoch against the size, on logarithmic axes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, StrMethodFormatter
@@ -60,9 +60,9 @@ def draw_scaling(rows: list[dict], axis: str) -> None:
         points = [
             (int(row["size"]), float(row["seconds"])) for row in rows if row["model"] == model
         ]
-        color = "0.4" if model == "SCVI" else f"C{place - 1}"
+        color = "0.4" if model == "SCVI" else COLORS[place - 1]
         plot.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=model)
-    plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
+    plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch, logarithmic")
     plot.set_title(
         {"components": "4,000 cells, 2,000 genes", "genes": "4,000 cells"}.get(axis, "2,000 genes")
     )
@@ -71,8 +71,8 @@ def draw_scaling(rows: list[dict], axis: str) -> None:
         of.set_major_formatter(StrMethodFormatter("{x:,g}"))
         of.set_minor_locator(LogLocator(subs=()))
     plot.xaxis.set_major_formatter(EngFormatter(sep=""))
+    low, high = plot.get_ylim()
+    if high < 10 * low:  # few ticks would look like those of a linear axis
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    write_beside(
-        RESULTS / f"speed_{axis}.png",
-        lambda partial: figure.savefig(partial, dpi=150, format="png"),
-    )
+    figure.savefig(path, dpi=150)

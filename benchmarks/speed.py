@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS
-from scaling import SCALING, draw_scaling, scaling
+from scaling import SCALING, scaling
 from step_profile import profile_training
 from timed_models import DATA, in_turns, made, make, read, train
 
@@ -197,7 +197,7 @@ def summary(rows: list[dict]) -> str:
         of = {row["data"]: row for row in rows if row["what"] == what}
         if not of:
             continue
-        line = {"time relative to SCVI's": what}
+        line = {"relative to SCVI's": what}
         for data in columns:
             row = of.get(data) or (of.get("") if data == columns[0] else None)
             line[data] = f"{float(row['ratio']):.2f}" if row else ""
@@ -283,7 +283,6 @@ def main() -> None:
     for axis in (args.axis or SCALING) if args.part in (None, "scaling") else ():
         rows = [row | made() for row in scaling(axis)]
         write_beside(RESULTS / f"speed_{axis}.csv", csv_text(rows))
-        draw_scaling(rows, axis)
 
 
 if __name__ == "__main__":

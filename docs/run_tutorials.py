@@ -6,6 +6,7 @@ python docs/run_tutorials.py tutorials/4*     # some
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -53,6 +54,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def main(paths: list[str]) -> None:
     """Run notebooks, all by default."""
+    os.environ.pop("MPLBACKEND", None)  # any but the notebook's own would leave out the figures
     for path in map(Path, paths or sorted(FOLDER.glob("*.ipynb"))):
         start = time.perf_counter()
         notebook = execute(nbformat.read(path, as_version=4))

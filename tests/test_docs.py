@@ -14,6 +14,7 @@ import pytest
 from pages import DOCS, PAGES, ROOT, by_stem, missing_names, run
 
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+DRAWING = re.compile(r"plt\.subplots|\bpl\.\w+\(")
 QUICKEST = ("2_how_sure_is_it", "4_your_own_vae")
 PUBLIC = (
     "mixscvi",
@@ -48,6 +49,10 @@ def test_tutorials_import_what_exists_and_have_run(path):
     assert outputs
     assert "error" not in {output["output_type"] for output in outputs}
     assert path.stat().st_size < 1_000_000
+    for cell in cells:
+        if DRAWING.search("".join(cell["source"])):
+            shown = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+            assert "image/png" in shown, "a figure is missing: " + "".join(cell["source"])
 
 
 @pytest.mark.slow

@@ -46,9 +46,10 @@ def test_every_likelihood_of_images_has_its_share_of_k_hat(evidence):
         assert " k-hat < 0.7 " in line, name
 
 
-def test_every_figure_of_the_page_is_drawn(evidence, tmp_path):
-    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"\]\(generated/evidence/([^)]*png)\)", page))
+def test_every_figure_of_the_pages_is_drawn(evidence, tmp_path):
+    pages = (ROOT / "docs" / "evidence.md", *(ROOT / "docs" / "user_guide").glob("*.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = set(re.findall(r"generated/evidence/(\w+\.png)", text))
     evidence.draw(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_signature, pending_xref
 from sphinx.ext.napoleon import NumpyDocstring
 
 if TYPE_CHECKING:
@@ -90,6 +90,15 @@ def _in_full(app: Sphinx, doctree: document) -> None:
         node["reftarget"] = ALIASES.get(target, target)
 
 
+def _anchor_public(app: Sphinx, doctree: document) -> None:
+    """Let links from the source lead to names that are documented under their file."""
+    for node in doctree.findall(desc_signature):
+        module = node.get("module") or ""
+        public = ".".join(module.split(".")[:2])
+        if module not in PUBLIC and public in PUBLIC:
+            node["ids"].append(f"{public}.{node['fullname']}")
+
+
 def _resolve_public(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element
 ) -> Element | None:
@@ -134,6 +143,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-skip-member", _skip_inherited)
     app.connect("autodoc-process-bases", _without_mixins)
     app.connect("doctree-read", _in_full)
+    app.connect("doctree-read", _anchor_public)
     app.connect("missing-reference", _resolve_public)
     app.connect("env-check-consistency", _check_complete)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mixscvi.images.experiments.report import sweep_figure, sweep_table
+from mixscvi.pl.drawing import COLORS
 from mixscvi.tables import markdown_table, mean_and_spread, read_rows
 
 if TYPE_CHECKING:
@@ -117,7 +118,9 @@ def step_time() -> str:
     keys = ["preset", "component_encoder", "dataset", "loop", "loop_adam"]
     frame["setting"] = frame["budget"] + " sizes, " + frame["threads"].astype(str) + " core(s)"
     table = frame.pivot_table(index=keys, columns="setting", values="ratio", sort=False)
-    return markdown_table(table.round(2).reset_index().astype(str).to_dict("records"))
+    names = {"component_encoder": "components", "loop_adam": "Adam of the loop"}
+    table = table.round(2).reset_index().astype(str).replace("nan", "").rename(columns=names)
+    return markdown_table(table.to_dict("records"))
 
 
 def speed_profile() -> str:
@@ -151,7 +154,14 @@ def likelihoods() -> str:
     keys = ["data", "n_genes", "n_components", "task"]
     table = frame.pivot_table(index=keys, columns="method", values="median_ms", sort=False)
     table = table.round(1).reset_index().astype(str).replace("nan", "")
-    return markdown_table(table.rename(columns={"n_components": "A"}).to_dict("records"))
+    names = {"n_components": "A", "n_genes": "genes"}
+    return markdown_table(table.rename(columns=names).to_dict("records"))
+
+
+def adaptation() -> str:
+    """What adaptation reaches, with headings in words."""
+    heading, rest = summary_of("adaptation")().split("\n", 1)
+    return heading.replace("_", " ") + "\n" + rest
 
 
 def mcmc() -> str:
@@ -233,6 +243,7 @@ def toy_targets() -> str:
         }
     )
     frame["A"] = frame["A"].astype(str)
+    frame["training"] = frame["training"].replace({"joint": "together", "independent": "apart"})
     return averages(frame)
 
 
@@ -241,7 +252,7 @@ PIECES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "demo": (("demo_runs.csv",), demo),
     "held_out": (("held_out_*.csv",), summary_of("held_out")),
     "label_transfer": (("label_transfer.csv",), summary_of("label_transfer")),
-    "adaptation": (("adaptation.csv",), summary_of("adaptation")),
+    "adaptation": (("adaptation.csv",), adaptation),
     "mcmc": (("mcmc.csv",), mcmc),
     "features": (("features_*.csv",), summary_of("features")),
     "distributed": (("distributed.csv",), summary_of("distributed")),
@@ -303,7 +314,19 @@ def as_markdown(text: str) -> str:
         return f"```text\n{text.rstrip()}\n```\n"
     lines = [line for line in text.splitlines() if not re.match(r"# ", line)]
     text = "\n".join(re.sub(r"^(##+) ", r"##\1 ", line) for line in lines).strip()
-    return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") + "\n"
+    return "\n".join(map(unbroken, text.splitlines())) + "\n"
+
+
+def unbroken(line: str) -> str:
+    """A line whose numbers, if it is a table's, stay with their signs, units and intervals."""
+    line = line.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    if not line.startswith("|"):
+        return line
+    line = line.replace(
+        "k-hat < ", "k\N{NON-BREAKING HYPHEN}hat\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}"
+    )
+    line = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", line)
+    return re.sub(r"(?<=\[)([-+.\d]+), (?=[-+.\d]+\])", "\\1,\N{NO-BREAK SPACE}", line)
 
 
 def draw(folder: Path) -> None:
@@ -313,6 +336,11 @@ def draw(folder: Path) -> None:
     for data in ("mnist", "fashion_mnist"):
         rows = read_rows(RESULTS / f"images_sweep_{data}_adapted.csv")
         sweep_figure(rows, folder / f"sweep_{data}.png")
+    for axis in ("components", "genes", "cells"):
+        draw_scaling = importlib.import_module("scaling").draw_scaling
+        draw_scaling(read_rows(RESULTS / f"speed_{axis}.csv"), axis, folder / f"speed_{axis}.png")
+    rows = read_rows(RESULTS / "out_of_core.csv")
+    importlib.import_module("out_of_core").draw(rows, folder / "out_of_core.png")
 
     log = pd.read_csv(RESULTS / "images_vanilla_paper_curves.csv")
     figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -320,7 +348,7 @@ def draw(folder: Path) -> None:
     for place, (n_components, runs) in enumerate(log.groupby("components")):
         for seed, run in runs.groupby("seed"):
             label = f"A = {n_components}" if seed == runs["seed"].min() else None
-            axes.plot(run["epoch"] + 1, run["validation_bound"], color=f"C{place}", label=label)
+            axes.plot(run["epoch"] + 1, run["validation_bound"], color=COLORS[place], label=label)
     axes.set(xlabel="epoch", ylabel="bound on validation images (nats)", ylim=(-105, -90))
     axes.legend(frameon=False)
     figure.savefig(folder / "paper_curves.png", dpi=120)
@@ -328,9 +356,10 @@ def draw(folder: Path) -> None:
     toys = pd.read_csv(ROOT / "docs" / "figures" / "toy_targets.csv")
     figure = Figure(figsize=(7, 3), layout="constrained")
     for axes, (target, runs) in zip(figure.subplots(1, 2), toys.groupby("target"), strict=True):
-        for way, of in runs.groupby("training"):
+        for color, (way, of) in zip(COLORS, runs.groupby("training"), strict=False):
             means = of.groupby("n_components")["kl_to_target"].mean()
-            axes.plot(means, "o-", label=f"trained {'together' if way == 'joint' else 'apart'}")
+            label = f"trained {'together' if way == 'joint' else 'apart'}"
+            axes.plot(means, "o-", color=color, label=label)
         axes.set(title=target, xlabel="components A", xticks=means.index, xscale="log")
         axes.set_xticks(means.index, [str(n) for n in means.index], minor=False)
         axes.minorticks_off()
