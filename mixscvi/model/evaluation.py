@@ -29,6 +29,7 @@ from mixscvi.model.adapted import (
     warn_of_adapted_tails,
     warn_of_encoder_tails,
 )
+from mixscvi.model.gathering import gather
 from mixscvi.module import FORMS
 
 if TYPE_CHECKING:
@@ -356,13 +357,18 @@ class EvaluationMixin:
         >>> model.get_component_diagnostics(indices=[0, 1, 2], n_mc_samples=100).elbo.shape
         (3, 2)
         """
-        elbos, specializations = [], []
-        for draws in self._importance_draws(
+        all_draws = self._importance_draws(
             n_mc_samples, n_mc_samples_per_pass, adata, indices, batch_size, dataloader, None
-        ):
-            elbos.append(component_elbo(draws.log_joint, draws.log_own).cpu())
-            specializations.append(specialization(draws.log_own, draws.log_mixture).cpu())
-        return ComponentDiagnostics(torch.cat(elbos).numpy(), torch.cat(specializations).numpy())
+        )
+        return ComponentDiagnostics(
+            *gather(
+                (
+                    component_elbo(draws.log_joint, draws.log_own),
+                    specialization(draws.log_own, draws.log_mixture),
+                )
+                for draws in all_draws
+            )
+        )
 
     def get_active_units(
         self,

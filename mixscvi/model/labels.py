@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ def check_labels(
 ) -> None:
     """Raise if a semi-supervised model cannot learn from labels, or does not know them.
 
+    Categories without cells become labels, as in scvi-tools: a warning names them.
+
     Parameters
     ----------
     adata, labels_key, unlabeled_category
@@ -64,9 +67,10 @@ def check_labels(
     Raises
     ------
     TypeError
-        If a key is missing.
+        If a key is missing, or some labels are texts and others are not.
     ValueError
-        If there are fewer than two labels, or some that the model was not trained on.
+        If there are fewer than two labels, some that the model was not trained on, or the
+        category of cells without a label would be coded as one.
     """
     if labels_key is None:
         raise TypeError("labels_key must name a column of adata.obs with labels, got None")
@@ -92,6 +96,36 @@ def check_labels(
         raise ValueError(
             f"{source} must have at least two labels beside unlabeled_category="
             f"{unlabeled_category!r}, got {found}"
+        )
+    else:
+        _check_codes(adata.obs[labels_key], source, found, unlabeled_category)
+
+
+def _check_codes(labels: pd.Series, source: str, found: list[Any], unlabeled_category: Any) -> None:
+    """Raise if scvi-tools would code labels wrongly; warn if some have no cells."""
+    if isinstance(unlabeled_category, str) != all(isinstance(y, str) for y in found):
+        raise TypeError(
+            f"unlabeled_category must be of the type of the labels in {source}, such as "
+            f"{found[0]!r}, got {unlabeled_category!r}: convert them, as with .astype(str)"
+        )
+    if not isinstance(labels.dtype, pd.CategoricalDtype):
+        return
+    levels = labels.cat.categories.tolist()
+    has_cells = {*found, *labels.unique()}
+    remedy = f"remove what has none, {source} = {source}.cat.remove_unused_categories()"
+    if unlabeled_category in levels[:-1] and unlabeled_category not in has_cells:
+        # The code behind all labels says that there is none, and another would have it.
+        raise ValueError(
+            f"unlabeled_category={unlabeled_category!r} must be the last category of {source}, or "
+            f"have cells: {remedy}"
+        )
+    empty = [y for y in levels if y not in has_cells and y != unlabeled_category]
+    if empty:
+        warnings.warn(
+            f"{source} has categories without cells, {empty}. They become labels that predict may "
+            f"name: {remedy}",
+            UserWarning,
+            stacklevel=4,
         )
 
 

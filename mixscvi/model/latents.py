@@ -23,6 +23,7 @@ from torch.distributions import (
 )
 
 from mixscvi.checks import check_choice, check_column, check_number, check_positive_int
+from mixscvi.model.gathering import gather
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -111,16 +112,11 @@ class LatentsMixin:
         >>> model.get_latent_mixture().scale.shape
         (700, 2, 10)
         """
-        posteriors = [
-            self.module.posterior(tensors)
-            for tensors in self._minibatches(
-                adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
-            )
-        ]
-        return LatentMixture(
-            torch.cat([q.component_loc.cpu() for q in posteriors]).numpy(),
-            torch.cat([q.component_scale.cpu() for q in posteriors]).numpy(),
+        minibatches = self._minibatches(
+            adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
         )
+        posteriors = map(self.module.posterior, minibatches)
+        return LatentMixture(*gather((q.component_loc, q.component_scale) for q in posteriors))
 
     @torch.inference_mode()
     def get_latent_representation(
@@ -211,16 +207,15 @@ class LatentsMixin:
                 dataloader=dataloader,
                 **data_loader_kwargs,
             )
-        moments = [
-            module.latent_moments(tensors, mc_samples, on_simplex=not return_dist)
-            for tensors in self._minibatches(
-                adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
-            )
-        ]
-        means = torch.cat([mean.cpu() for mean, _ in moments]).numpy()
-        if not return_dist:
-            return means
-        return means, torch.cat([variance.cpu() for _, variance in moments]).numpy()
+        minibatches = self._minibatches(
+            adata, indices, _cells_at_once(batch_size), dataloader, data_loader_kwargs
+        )
+        n_kept = 2 if return_dist else 1
+        gathered = gather(
+            module.latent_moments(tensors, mc_samples, on_simplex=not return_dist)[:n_kept]
+            for tensors in minibatches
+        )
+        return gathered if return_dist else gathered[0]  # type: ignore[return-value]
 
     def get_importance_weights(
         self,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from mixscvi.checks import check_boolean, check_mapping
+from mixscvi.model.gathering import gather
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,15 +92,8 @@ class PredictionMixin:
                 ig_args,
                 dataloader,
             )
-        probabilities = []
-        for tensors in self._minibatches(adata, indices, batch_size, dataloader, None):
-            scores = self.module.classify(
-                **self.module._get_inference_input(tensors), use_posterior_mean=use_posterior_mean
-            )
-            if self.module.classifier.logits:
-                scores = scores.softmax(-1)
-            probabilities.append(scores.detach().cpu())
-        table = torch.cat(probabilities).numpy()
+        minibatches = self._minibatches(adata, indices, batch_size, dataloader, None)
+        (table,) = gather((self._probabilities(part, use_posterior_mean),) for part in minibatches)
         labels = np.asarray(self._label_mapping)[: table.shape[1]]
         if not soft:
             return np.array(labels[table.argmax(1)].tolist())
@@ -108,3 +101,9 @@ class PredictionMixin:
         if dataloader is None:
             names = self._names_of(adata, indices)
         return pd.DataFrame(table, columns=labels, index=names)
+
+    def _probabilities(self, tensors: dict[str, Tensor], use_posterior_mean: bool) -> Tensor:
+        scores = self.module.classify(
+            **self.module._get_inference_input(tensors), use_posterior_mean=use_posterior_mean
+        )
+        return scores.softmax(-1) if self.module.classifier.logits else scores

@@ -6,6 +6,7 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from scvi import settings
 from scvi.model.base import BaseMinifiedModeModelClass
@@ -17,6 +18,7 @@ from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 from mixscvi.model.memory import check_step, too_large_a_step
+from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
 from mixscvi.system import naming_what_takes_memory
 
 __all__ = ["Runner", "WithoutData"]
@@ -34,8 +36,10 @@ class Runner(TrainRunner):
     Raises
     ------
     ValueError
-        If there are fewer than two cells to train on, or training is to stop early by cells that
-        are not held out.
+        If there are fewer than two cells to train on, or training is steered by a metric that is
+        not logged, or by cells that are not held out.
+    FileNotFoundError
+        If the checkpoint to go on from is not there.
     MemoryError
         If a step is larger than the memory that there is.
     """
@@ -44,6 +48,8 @@ class Runner(TrainRunner):
         if isinstance(kwargs.get("data_splitter"), SplitAlike):
             # They are shared among the ranks already.
             kwargs.setdefault("use_distributed_sampler", False)
+        if kwargs.get("callbacks"):  # scvi-tools adds its own, for this training alone
+            kwargs["callbacks"] = [*kwargs["callbacks"]]
         with naming_trainer_settings(kwargs):
             super().__init__(*args, **kwargs)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
@@ -62,20 +68,15 @@ class Runner(TrainRunner):
             check_step(self.model, self._batch_size)
         if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
-        # scvi-tools asks this of its own splitter alone, which it knows by name.
-        stopping = self.trainer.early_stopping_callback
-        if (
-            stopping is not None
-            and "valid" in stopping.monitor
-            and getattr(self.data_splitter, "n_val", None) == 0
-        ):
-            raise ValueError(
-                f"early_stopping=True watches {stopping.monitor!r}, but no cells are held out for "
-                "validation: choose a train_size below 1, or a validation_size above 0"
-            )
+        check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
         self._checkpoints = checkpoints
         if checkpoints is not None:
             self._use(checkpoints)
+        elif self.ckpt_path is not None:
+            check_checkpoint(self.ckpt_path)
+            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                # Lightning reads what comes from elsewhere with pickle, which can run any code.
+                self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def _cells_of_a_step(self) -> int:
         """How many cells a step has at most; two if only a data module knows."""
@@ -113,7 +114,8 @@ class Runner(TrainRunner):
         checkpoints = self._checkpoints
         naming = nullcontext() if checkpoints is None else checkpoints.naming_the_file()
         too_large = naming_what_takes_memory(too_large_a_step(self.model, self._batch_size))
-        with too_large, naming, as_first_rank(self.trainer), warnings.catch_warnings():
+        limits = naming_limits(self.trainer)
+        with too_large, limits, naming, as_first_rank(self.trainer), warnings.catch_warnings():
             # So the plan leaves a minibatch of one cell out.
             warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
             return super().__call__()

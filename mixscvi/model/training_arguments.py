@@ -58,6 +58,11 @@ def _check_share_or_count(name: str, value: Any) -> None:
         check_positive_int(name, value, least=0)
 
 
+def _check_no_overfitting(name: str, value: Any) -> None:
+    if value:  # Lightning takes minibatches of scvi-tools apart for it, into steps of one cell
+        raise ValueError(f"{name} must be 0, got {value!r}: choose limit_train_batches")
+
+
 def _check_callbacks(name: str, value: Any) -> None:
     if not isinstance(value, list):  # scvi-tools adds its own to it
         raise TypeError(f"{name} must be a list of Lightning's callbacks, got {value!r:.60}")
@@ -106,7 +111,7 @@ _OF_TRAINER: dict[str, _Check] = {
         _natural,
     ),
     "max_steps": _from_minus_1,
-    "overfit_batches": _check_share_or_count,
+    "overfit_batches": _check_no_overfitting,
     "early_stopping_min_delta": check_number,
     "early_stopping_mode": partial(check_choice, choices=("min", "max")),
     **dict.fromkeys(("checkpointing_monitor", "early_stopping_monitor"), check_text),

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from scvi.model import SCVI
 
 from fitting import BATCH, SMALL, fit
@@ -110,6 +111,7 @@ TRAINED = {
     "early_stopping_mode": ["x"],
     "early_stopping_min_delta": ["x", np.nan],
     "limit_train_batches": [-1, "x", 1.5],
+    "overfit_batches": [1, 0.5],
     "gradient_clip_val": [-1, "a"],
     "gradient_clip_algorithm": ["x"],
     "callbacks": [3, [3]],
@@ -167,6 +169,13 @@ def test_training(name, untrained):
         assert not model.is_trained
 
 
+ALL = {"train_size": 1.0}
+EPOCHLY = {"check_val_every_n_epoch": 1}
+PLATEAU = {"reduce_lr_on_plateau": True}
+LOGGED = ".* must be a metric that is logged, one of elbo_train, elbo_validation, .*, got"
+HELD_OUT = "'elbo_validation', but no cells are held out for validation"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
@@ -181,13 +190,32 @@ def test_training(name, untrained):
         ({"datasplitter_kwargs": {"foo": 1}}, "datasplitter_kwargs of train.* no argument 'foo'"),
         ({"datasplitter_kwargs": {"batch_size": 9}}, "must not have 'batch_size', an argument of"),
         ({"drop_last": True}, r"train\(\) takes no argument 'drop_last', got True"),
+        ({"limit_train_batches": 0.01}, "limit_train_batches=0.01 must be a number of minibatches"),
+        ({"limit_val_batches": 0.01, **EPOCHLY}, "limit_val_batches=0.01 must be a number of"),
+        ({"ckpt_path": "no.ckpt"}, "ckpt_path='no.ckpt' must be a checkpoint"),
+        ({"ckpt_path": "."}, "ckpt_path='.' must be a checkpoint"),
+        ({"early_stopping": True, "early_stopping_monitor": "elbo"}, f"early_st{LOGGED} 'elbo'"),
+        (
+            {"enable_checkpointing": True, "checkpointing_monitor": "x"},
+            f"checkpointing{LOGGED} 'x'",
+        ),
+        ({"callbacks": [EarlyStopping("x")]}, f"monitor of EarlyStopping{LOGGED} 'x'"),
+        ({"plan_kwargs": {**PLATEAU, "lr_scheduler_metric": "x"}}, f"lr_scheduler{LOGGED} 'x'"),
+        ({"plan_kwargs": PLATEAU, **ALL}, f"lr_scheduler_metric watches {HELD_OUT}"),
+        ({"early_stopping": True, "limit_val_batches": 0}, f"_monitor watches {HELD_OUT}"),
+        (
+            {**EPOCHLY, **ALL},
+            "check_val_every_n_epoch=1 asks for validation, but no cells are held",
+        ),
     ],
 )
 def test_how_to_train(kwargs, expected, untrained):
     for model in untrained:
-        with pytest.raises((TypeError, ValueError), match=expected):
+        before = [value.clone() for value in model.module.state_dict().values()]
+        with pytest.raises((TypeError, ValueError, OSError), match=expected):
             model.train(max_epochs=1, **kwargs)
         assert not model.is_trained
+        assert all(map(torch.equal, before, model.module.state_dict().values()))
 
 
 CELLS = np.arange(72)
@@ -223,10 +251,62 @@ def test_ways_to_train_that_scvi_has(untrained):
             {"datasplitter_kwargs": {"external_indexing": [CELLS[:50], CELLS[50:], None]}},
             {"plan_kwargs": {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": 10}},
             {"trainer_config": {"gradient_clip_val": 1}, "plan_config": {"lr": 0.01}},
-            {"check_val_every_n_epoch": 1, "gradient_clip_val": 1, "max_steps": 2},
+            {**EPOCHLY, "gradient_clip_val": 1, "max_steps": 2},
+            {
+                "early_stopping": True,
+                "early_stopping_monitor": "train_loss_epoch",
+                "plan_kwargs": {"on_step": True},
+            },
+            {"callbacks": [LogsItsOwn()], "early_stopping": True, "early_stopping_monitor": "own"},
+            {**EPOCHLY, **ALL, "limit_val_batches": 0},
         ):
             model.train(**{**n_epochs, **kwargs})
         assert model.is_trained
+
+
+class LogsItsOwn(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("own", 1.0)
+
+
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_all_metrics_that_are_logged_may_be_watched(cls, untrained, make_adata):
+    model = untrained[cls is MixSCANVI]
+    model.train(max_epochs=1, enable_progress_bar=False, **EPOCHLY)
+    metrics = [*model.trainer.callback_metrics]
+    assert len(metrics) >= 10
+    for metric in metrics:
+        stopping = {"early_stopping": True, "early_stopping_monitor": metric}
+        model.train(max_epochs=1, enable_progress_bar=False, **stopping)
+        assert metric in model.trainer.callback_metrics
+    with pytest.raises(ValueError, match="one of " + ", ".join(sorted(metrics))):
+        model.train(max_epochs=1, early_stopping=True, early_stopping_monitor="x")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_checkpoints_of_lightning(cls, untrained, tmp_path, monkeypatch):
+    """Training goes on from them, and nothing that they hold is run."""
+    model = untrained[cls is MixSCANVI]
+    training = {"max_epochs": 2, "enable_progress_bar": False}
+    writer = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    model.train(**training, enable_checkpointing=True, callbacks=[writer])
+    model.train(**training, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert model.trainer.current_epoch == 2
+    assert len(model.history["elbo_train"]) == 2 + 1  # one epoch was left
+
+    torch.save({"state_dict": Payload()}, tmp_path / "crafted.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    monkeypatch.chdir(tmp_path)
+    for name, expected in (("crafted", "holds Python objects"), ("text", "is truncated, or no")):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt {expected}"):
+            model.train(**training, ckpt_path=f"{name}.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return open, ("ran", "w")
 
 
 @pytest.mark.parametrize(

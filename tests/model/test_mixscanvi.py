@@ -7,7 +7,7 @@ import scvi
 import torch
 from scvi.model import SCANVI, SCVI
 
-from fitting import BATCH, assert_same_history, assert_same_state, fit, seeded, train
+from fitting import BATCH, SMALL, assert_same_history, assert_same_state, fit, seeded, train
 from mixscvi import MixSCANVI, MixSCVI
 
 UNLABELED = "unlabeled"
@@ -386,6 +386,50 @@ def test_queries(saved, labels, n_components, make_labeled, make_adata, tmp_path
     assert soft.shape == (40, 3)
     free = MixSCANVI.load_query_data(query, source, freeze_classifier=False)
     assert free.module.get_parameter("classifier.classifier.1.weight").requires_grad
+
+
+def test_labels_without_cells(make_labeled):
+    """They are labels, as in scvi-tools, and a warning says how to be rid of them."""
+    adata = make_labeled()
+    labels = adata.obs["label"].astype("category")
+    adata.obs["label"] = labels.cat.set_categories(["gone", *labels.cat.categories, "never"])
+    found = [y for y in labels.cat.categories if y != UNLABELED]
+    expected = r"adata.obs\['label'\] has categories without cells, \['gone', 'never'\]\. .*unused"
+    with pytest.warns(UserWarning, match=expected):
+        MixSCANVI.setup_anndata(adata, **WITH_BATCH)
+    model = MixSCANVI(adata, n_components=2, **SMALL)
+    train(model)
+    assert {*model.predict(soft=True)} == {*found, "gone", "never"}
+    adata.obs["label"] = adata.obs["label"].cat.remove_unused_categories()
+    model = fit(MixSCANVI, adata, WITH_BATCH, n_components=2)
+    assert {*model.predict(soft=True)} == {*found}
+
+
+def test_the_category_of_no_label_without_cells(make_labeled):
+    """scvi-tools takes the last of the labels for it where it is a category before them."""
+    adata = make_labeled(unlabeled=None)
+    labels = adata.obs["label"].astype("category")
+    names = labels.cat.categories.tolist()
+    adata.obs["label"] = labels.cat.set_categories([*names, UNLABELED])
+    model = fit(MixSCANVI, adata, WITH_BATCH, n_components=2)
+    assert [*model.predict(soft=True)] == names
+    adata.obs["label"] = labels.cat.set_categories([UNLABELED, *names])
+    with pytest.raises(ValueError, match=r"='unlabeled' must be the last category of .*unused"):
+        MixSCANVI.setup_anndata(adata, **WITH_BATCH)
+
+
+@pytest.mark.parametrize("as_category", [False, True])
+def test_labels_that_are_numbers(as_category, make_labeled):
+    adata = make_labeled(unlabeled=None)
+    numbers = adata.obs["label"].astype("category").cat.codes.astype(int)
+    adata.obs["label"] = numbers.astype("category") if as_category else numbers
+    with pytest.raises(TypeError, match=r"must be of the type of the labels .* 'unlabeled'"):
+        MixSCANVI.setup_anndata(adata, **WITH_BATCH)
+    model = fit(MixSCANVI, adata, WITH_BATCH | {"unlabeled_category": -1}, n_components=2)
+    assert [*model.predict(soft=True)] == sorted(numbers.unique())
+    adata.obs["label"] = numbers.astype(str)
+    with pytest.raises(TypeError, match=r"must be of the type of the labels .* got -1"):
+        MixSCANVI.setup_anndata(adata, **WITH_BATCH | {"unlabeled_category": -1})
 
 
 def test_query_with_other_labels(make_labeled, make_adata):
