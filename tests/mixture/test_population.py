@@ -51,6 +51,27 @@ def test_cells_that_are_kept_keep_their_weights(three_generations):
     torch.testing.assert_close(memory.newest_tail_index(), before[1][1:])
 
 
+def test_generations_of_the_cells_that_stay_are_weighed_as_without_the_others(
+    make_proposal, three_generations, generator
+):
+    proposals, memory = three_generations
+    rows = torch.tensor([1])
+    alone = None
+    for q, z in zip(proposals, memory.draws.split((30, 50, 40)), strict=True):
+        generation = q.select(rows), z[:, rows], -z[:, rows].square().sum(-1)
+        if alone is None:
+            alone = Memory(*generation)
+        else:
+            alone.add(*generation)
+    memory.keep(rows)
+    newest = make_proposal(n_cells=1)
+    draws = newest.sample((60,), generator)
+    for of_cells in (memory, alone):
+        of_cells.add(newest, draws, -draws.square().sum(-1))
+    torch.testing.assert_close(memory.flattened_weights(100.0), alone.flattened_weights(100.0))
+    torch.testing.assert_close(memory.newest_tail_index(), alone.newest_tail_index())
+
+
 def test_the_relative_variance_is_of_the_newest_weights(three_generations):
     proposals, memory = three_generations
     weights = (memory.log_joint[80:] - proposals[-1].log_prob(memory.draws[80:])).exp()
