@@ -4,7 +4,7 @@ Every model trains once before it is timed; then all take turns. Times are media
 ratios are medians of each round's, so that drift of the machine falls on both alike. `train()` is
 timed whole: loader, Lightning and optimizer included.
 
-    python benchmarks/speed.py              # all parts: CSV files, figures, the README's lines
+    python benchmarks/speed.py              # all parts: CSV files, the README's lines
     python benchmarks/speed.py --part train --data pbmc4k
     python benchmarks/speed.py --part profile   # where a step's time goes: speed_profile.csv
     python benchmarks/speed.py --summary    # the table of ratios from the CSV

@@ -15,7 +15,7 @@ Terms = Callable[..., tuple[Tensor, ...]]
 
 # An accelerator is done with fewer sooner than each of some dozens of operations is launched, and
 # compiling takes some ten seconds once (torch keeps the kernel on disk).
-_LEAST_ELEMENTS = 2**22
+_LEAST_ELEMENTS = 4_000_000
 _DEVICES = ("cuda",)
 _BACKEND = "inductor"
 _failed = False
@@ -25,8 +25,8 @@ def in_one_kernel(function: Terms, *args: Tensor | bool | None, size: Tensor) ->
     """What a function of tensors returns, computed by one kernel where that pays.
 
     Operations one by one write a tensor of the full size each; one kernel writes its results alone.
-    It is made for all sizes by the first call. ``torch.compiler.set_stance("force_eager")`` turns
-    it off.
+    It is made by the first call, for nearly all sizes: axes of length one, and of equal length,
+    are cases of their own. ``torch.compiler.set_stance("force_eager")`` turns it off.
 
     Parameters
     ----------

@@ -240,8 +240,9 @@ class ExpressionMixin:
         *args, **kwargs
             As in scvi-tools, in both modes, and ``weights="adapted"``: expression is drawn from the
             exact posterior of each cell, as in :meth:`get_normalized_expression`, whose options
-            `importance_weighting_kwargs` holds. Each cell is adapted once, however many
-            comparisons and batches it takes part in.
+            `importance_weighting_kwargs` holds. A cell's draws are kept, so however many
+            comparisons and batches it takes part in, it is adapted anew only where one asks for
+            more than 100 draws of it.
 
         Returns
         -------
@@ -408,7 +409,7 @@ class ExpressionMixin:
         if return_numpy or expression.ndim == 3 or data is None:
             return expression
         names = data.var_names[slice(None) if gene_list is None else decoding.genes]
-        return pd.DataFrame(expression, columns=names, index=data.obs_names[indices])
+        return pd.DataFrame(expression, columns=names, index=data.obs_names[cells])
 
     def _expression_of_cells(
         self,

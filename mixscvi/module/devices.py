@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["auto_move_data", "without_waiting"]
+__all__ = ["auto_move_data", "moved_ahead", "without_waiting"]
 
 T = TypeVar("T")
 
@@ -48,6 +49,27 @@ def auto_move_data(method: Callable[..., T]) -> Callable[..., T]:
     return moved
 
 
+def moved_ahead(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, while the host goes on.
+
+    Parameters
+    ----------
+    values
+        On the CPU.
+    device
+        The device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> moved_ahead(torch.tensor([1, 2]), torch.device("cpu"))
+    tensor([1, 2])
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        values = values.pin_memory()  # from other memory the driver may wait
+    return values.to(device, non_blocking=True)
+
+
 @contextmanager
 def without_waiting(module: nn.Module) -> Iterator[None]:
     """Have torch's distributions not check their arguments, if a module is on an accelerator.
@@ -67,9 +89,11 @@ def without_waiting(module: nn.Module) -> Iterator[None]:
     tensor(-1.)
     """
     checks = Distribution._validate_args
-    on_cpu = next(module.parameters()).device.type == "cpu"
-    Distribution.set_default_validate_args(checks and on_cpu)
+    if not checks or next(module.parameters()).device.type == "cpu":
+        yield
+        return
+    Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(checks)
+        Distribution.set_default_validate_args(True)

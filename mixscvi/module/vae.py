@@ -30,7 +30,7 @@ from mixscvi.mixture import (
 )
 from mixscvi.module.decoding import CountLikelihood, decode, latent_priors
 from mixscvi.module.densities import importance_density, latent_moments
-from mixscvi.module.devices import auto_move_data, without_waiting
+from mixscvi.module.devices import auto_move_data, moved_ahead, without_waiting
 from mixscvi.module.encoding import MixtureEncoder, encoder_input
 from mixscvi.module.factorized import FactorizedMixture
 from mixscvi.module.options import MixtureOptions
@@ -175,7 +175,7 @@ class MixVAE(ImportanceSampling, VAE):
         chosen = estimator.choose(self.n_components, n_drawn, self.component_generator)
         if chosen is None:
             return None, None
-        chosen = chosen.to(device)
+        chosen = moved_ahead(chosen, device)
         if estimator is Estimator.SOME_TO_SOME and self.training:
             return chosen, None
         return None, chosen

@@ -177,6 +177,7 @@ OPTIONS = {
     "numpy": {"n_samples": 4, "return_numpy": True},
     "genes": {"gene_list": ["gene3", "gene1"]},
     "genes, draws": {"gene_list": ["gene3", "gene1"], "n_samples": 4, "return_mean": False},
+    "all cells": {"indices": None},
     "one batch": {"transform_batch": "b1"},
     "batches": {"transform_batch": ["b1", "b0"], "n_samples": 4},
     "library": {"library_size": 1e4},
@@ -190,6 +191,8 @@ OPTIONS = {
 def test_types_are_those_of_other_weights(kwargs, plain):
     """The arguments of scvi-tools, and the shapes and types that come of them."""
     kwargs = {"indices": np.array(CELLS), **kwargs}
+    if kwargs["indices"] is None:
+        del kwargs["indices"]
     expected = seeded(plain.get_normalized_expression, weights="uniform", **kwargs)
     got = seeded(plain.get_normalized_expression, weights="adapted", **QUICK, **kwargs)
     assert type(got) is type(expected)

@@ -106,10 +106,18 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(str(function))
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        if "copy" in str(function) and isinstance(out, torch.Tensor):
+            moved = {tensor.device for tensor in (*args, out) if isinstance(tensor, torch.Tensor)}
+            if len(moved) > 1 and not (kwargs or {}).get("non_blocking"):
+                self.names.add(f"{function} that waits, from {args[0].device} to {out.device}")
+        return out
 
 
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.")
+WAITS = (
+    *("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal."),
+    "that waits",
+)
 
 
 @pytest.mark.parametrize("name", DEVICE_CASES)
