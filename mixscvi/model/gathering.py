@@ -14,8 +14,7 @@ def gather(minibatches: Iterable[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
     """Rows of minibatches, one below the other, in an array for each kind of them.
 
     Nothing of a minibatch is kept. Small tensors that stay between large ones that come and go
-    would scatter them over ever more memory: of 200,000 cells in minibatches of 512, over 200 MB,
-    where their latents are 8 MB.
+    would scatter them over ever more memory, many times what they take themselves.
 
     Parameters
     ----------

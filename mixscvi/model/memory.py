@@ -13,7 +13,9 @@ from mixscvi.system import physical_memory
 __all__ = ["activations_of_a_step", "check_step", "too_large_a_step"]
 
 _BYTES = 4
-_BYTES_A_WEIGHT = 16  # with its gradient, and two moments of Adam
+_BYTES_TRAINED = 16  # of a weight with its gradient, and two moments of Adam
+# scvi-tools makes them for all models, and trains them in some.
+_MAYBE_UNUSED = ("l_encoder", "px_r_decoder", "px_dropout_decoder")
 _PER_HIDDEN_UNIT = 3  # of the linear layer, normalized, and activated: all are kept for backward
 _GIB = 2**30
 
@@ -77,9 +79,10 @@ def check_step(model: Any, batch_size: int) -> None:
     memory = physical_memory()
     if memory is None:
         return
-    n_weights = sum(parameter.numel() for parameter in model.module.parameters())
     needed = activations_of_a_step(model.module, model._mixture, batch_size)
-    needed += n_weights * _BYTES_A_WEIGHT
+    for name, parameter in model.module.named_parameters():
+        is_trained = parameter.requires_grad and not any(part in name for part in _MAYBE_UNUSED)
+        needed += parameter.numel() * (_BYTES_TRAINED if is_trained else _BYTES)
     if needed > memory:
         raise MemoryError(
             f"{too_large_a_step(model, batch_size)} It takes at least {needed / _GIB:.0f} GiB, of "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -560,6 +561,41 @@ def test_hub(cls, kept, make_adata, tmp_path):
     assert type(hub.model) is cls
     np.testing.assert_allclose(
         hub.model.get_latent_representation(), model.get_latent_representation(), rtol=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore:No revision was passed:UserWarning")
+@pytest.mark.parametrize("kept", ["data", "minified data"])
+def test_a_hub_model_is_pulled_with_its_data(kept, make_adata, tmp_path, monkeypatch):
+    """From a repository that is a folder here: all but the transfer."""
+    hub_package = pytest.importorskip("huggingface_hub")
+    from scvi.hub import HubModel, _model
+
+    model = fit(MixSCVI, make_adata(), BATCH, n_components=2)
+    if kept == "minified data":
+        model.minify_adata()
+    as_hub(model, tmp_path / "repository", save_anndata=True)
+    card = (tmp_path / "repository" / "README.md").read_text()
+
+    def snapshot_download(repo_id, allow_patterns, cache_dir, **kwargs):
+        assert repo_id == "lab/model"
+        Path(cache_dir).mkdir()
+        for name in allow_patterns:
+            if (tmp_path / "repository" / name).exists():
+                shutil.copy(tmp_path / "repository" / name, cache_dir)
+        return cache_dir
+
+    monkeypatch.setattr(hub_package, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(_model, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setattr(hub_package.ModelCard, "load", lambda name: hub_package.ModelCard(card))
+    pulled = HubModel.pull_from_huggingface_hub("lab/model", cache_dir=str(tmp_path / "pulled"))
+    assert {path.name for path in (tmp_path / "pulled").iterdir()} == {
+        "model.pt", "adata.h5ad", "_scvi_required_metadata.json",
+    }  # fmt: skip
+    assert type(pulled.model) is MixSCVI
+    assert pulled.adata.n_obs == model.adata.n_obs
+    np.testing.assert_allclose(
+        pulled.model.get_latent_representation(), model.get_latent_representation(), rtol=1e-6
     )
 
 
