@@ -25,6 +25,7 @@ from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
+from mixscvi.images.experiments.death import warn_of_dead_components
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.runs import build, parameter_counts, prepare, run_data
 from mixscvi.images.experiments.weights import load_run
@@ -278,6 +279,11 @@ def train(
     FloatingPointError
         If no validation bound was finite.
 
+    Warns
+    -----
+    UserWarning
+        If components are dead (:func:`mixscvi.mixture.dead_components`).
+
     Examples
     --------
     >>> import numpy as np, tempfile
@@ -366,4 +372,6 @@ def train(
         "parameters": parameter_counts(model),
     }
     write_beside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return load_run(folder)[1]
+    trained = load_run(folder)[1]
+    warn_of_dead_components(trained, next(iter(ImageBatches(data.validation, 100))), config.seed)
+    return trained

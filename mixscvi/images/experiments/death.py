@@ -1,0 +1,59 @@
+"""Whether a trained model has components that are of no use."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mixscvi.images.networks.vae import ImageVAE
+from mixscvi.mixture import dead_components
+
+__all__ = ["warn_of_dead_components"]
+
+_N_DRAWS = 5  # of each component
+_N_DECODED = 2_000  # of all images and components, about
+_N_IMAGES = (10, 100)
+_SHARE = 0.1  # of the images
+
+
+def warn_of_dead_components(model: ImageVAE, images: Tensor, seed: int) -> None:
+    """Warn of components that lie where the exact posterior is not.
+
+    See :func:`mixscvi.mixture.dead_components`.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode, on the device of the images.
+    images
+        Binary images, `(n, 1, height, width)`; the first hundred at most are looked at.
+    seed
+        Of the draws; other random numbers are what they would have been.
+
+    Warns
+    -----
+    UserWarning
+        If components are dead in more than a tenth of the images, with their numbers.
+    """
+    n_components = model.mixture.n_components
+    if n_components == 1:
+        return
+    least, most = _N_IMAGES
+    n_images = min(most, max(least, _N_DECODED // (_N_DRAWS * n_components)))
+    generator = torch.Generator(images.device).manual_seed(seed)
+    with torch.inference_mode():
+        draws = model.importance_draws(images[:n_images], _N_DRAWS, generator=generator)
+    shares = dead_components(draws).double().mean(0).tolist()
+    dead = {component: share for component, share in enumerate(shares) if share > _SHARE}
+    if dead:
+        named = ", ".join(f"{one} (in {share:.0%} of the images)" for one, share in dead.items())
+        warnings.warn(
+            f"components are dead, of n_components={n_components}: {named}. Their divergence from "
+            "the posterior is more than ten times that of the image's best component, by a few "
+            "draws of some validation images: do not use the mean of the mixture. Longer training, "
+            "fewer components or a smaller learning rate may help.",
+            UserWarning,
+            stacklevel=3,
+        )
