@@ -27,6 +27,7 @@ __all__ = [
     "plain",
     "run_tasks",
     "split",
+    "traced",
 ]
 
 T = TypeVar("T")
@@ -101,9 +102,13 @@ def plain(*tensors: torch.Tensor) -> bool:
             and tensor.device.type == "cpu"
             for tensor in tensors
         )
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not traced()
     )
+
+
+def traced() -> bool:
+    """Whether ``torch.compile`` or a transform of ``torch.func`` is looking at what is computed."""
+    return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def array(tensor: torch.Tensor) -> Any:

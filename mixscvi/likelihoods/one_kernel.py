@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mixscvi import compiled
+
 __all__ = ["in_one_kernel"]
 
 Terms = Callable[..., tuple[Tensor, ...]]
@@ -54,8 +56,7 @@ def in_one_kernel(function: Terms, *args: Tensor | bool | None, size: Tensor) ->
         type(size) is Tensor
         and size.device.type in _DEVICES
         and size.numel() >= _LEAST_ELEMENTS
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not compiled.traced()
     )
     if not pays or _failed:
         return function(*args)
@@ -79,5 +80,5 @@ def in_one_kernel(function: Terms, *args: Tensor | bool | None, size: Tensor) ->
 
 @lru_cache
 def _compile(function: Terms) -> Terms:
-    compiled: Terms = torch.compile(function, dynamic=True, backend=_BACKEND)
-    return compiled
+    fused: Terms = torch.compile(function, dynamic=True, backend=_BACKEND)
+    return fused

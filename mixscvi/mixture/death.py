@@ -8,10 +8,11 @@ from torch import Tensor
 from mixscvi.mixture.diagnostics import ImportanceDraws, component_elbo
 from mixscvi.mixture.objectives import siwae
 
-__all__ = ["dead_components"]
+__all__ = ["dead_components", "name_dead", "often_dead"]
 
 _FACTOR = 10.0
 _LEAST_DIVERGENCE = 2.0  # nats
+_SHARE_TO_WARN_OF = 0.1
 
 
 def dead_components(draws: ImportanceDraws) -> Tensor:
@@ -60,3 +61,47 @@ def dead_components(draws: ImportanceDraws) -> Tensor:
     half_variance = 0.5 * (draws.log_joint - draws.log_own).var(0).gather(-1, which)
     divergence_of_best = torch.maximum(log_px - best, half_variance).clamp_min(_LEAST_DIVERGENCE)
     return best - elbo > (_FACTOR - 1) * divergence_of_best
+
+
+def often_dead(dead: Tensor) -> dict[int, float]:
+    """Components that are dead in more than a tenth of cells or images, and in which share of them.
+
+    Parameters
+    ----------
+    dead
+        From :func:`dead_components`, `(B, A)`.
+
+    Examples
+    --------
+    >>> often_dead(torch.tensor([[False, True], [False, False]]))
+    {1: 0.5}
+    """
+    shares = dead.double().mean(0).tolist()
+    return {a: share for a, share in enumerate(shares) if share > _SHARE_TO_WARN_OF}
+
+
+def name_dead(shares: dict[int, float], n_components: int, one: str, seen: str) -> str:
+    """What a warning says of components that are dead.
+
+    Parameters
+    ----------
+    shares
+        From :func:`often_dead`.
+    n_components
+        How many components there are, `A`.
+    one
+        What they were looked at in: "cell" or "image".
+    seen
+        Of which ones.
+
+    Examples
+    --------
+    >>> name_dead({1: 0.5}, 2, "cell", "training cells")[:63]
+    'components are dead, of n_components=2: 1 (in 50% of the cells)'
+    """
+    named = ", ".join(f"{a} (in {share:.0%} of the {one}s)" for a, share in shares.items())
+    return (
+        f"components are dead, of n_components={n_components}: {named}. Their divergence from the "
+        f"posterior is more than ten times that of the {one}'s best component, by a few draws of "
+        f"some {seen}"
+    )

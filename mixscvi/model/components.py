@@ -12,7 +12,7 @@ import scvi
 import torch
 from torch import Tensor
 
-from mixscvi.mixture import dead_components
+from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.training_arguments import check_training
 from mixscvi.module.signatures import signed_as
@@ -26,7 +26,6 @@ _N_CELLS = (32, 64)  # least and most
 _N_DRAWS = 5  # of each component
 _N_DRAWS_OF_MANY = 2
 _N_DRAWS_OF_ALL = 5_000
-_SHARE_TO_WARN_OF = 0.1
 
 
 class ComponentsMixin:
@@ -126,15 +125,9 @@ class ComponentsMixin:
         check_training(given, n_obs=n_obs, plans=plans, splitter=splitter)
 
     def _name_dead_components(self) -> str:
-        named = ", ".join(
-            f"{component} (in {share:.0%} of the cells)"
-            for component, share in (self.dead_components_ or {}).items()
-        )
-        return (
-            f"components are dead, of n_components={self.module.n_components}: {named}. Their "
-            "divergence from the posterior is more than ten times that of the cell's best "
-            "component, by a few draws of some training cells, and they spoil the latent mean."
-        )
+        shares = self.dead_components_ or {}
+        named = name_dead(shares, self.module.n_components, "cell", "training cells")
+        return f"{named}, and they spoil the latent mean."
 
     def _warn_of_dead_components(self, *, stacklevel: int) -> None:
         """Warn whoever uses the latents, once."""
@@ -164,8 +157,7 @@ class ComponentsMixin:
                 found += len(dead[-1])
                 if found >= n_cells:
                     break
-        shares = torch.cat(dead).double().mean(0).tolist()
-        return {a: share for a, share in enumerate(shares) if share > _SHARE_TO_WARN_OF}
+        return often_dead(torch.cat(dead))
 
     def _some_training_cells(
         self, datamodule: LightningDataModule | None, n_cells: int

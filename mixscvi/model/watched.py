@@ -84,7 +84,7 @@ def _logs_these_alone(trainer: Trainer, plan: Any) -> bool:
     return all(type(part).__module__.partition(".")[0] in _KNOWN_PACKAGES for part in parts)
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Raise if there is no checkpoint to go on from.
 
     Parameters
@@ -105,9 +105,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
     ...
     FileNotFoundError: ckpt_path='no_such.ckpt' must be a checkpoint: there is no such file
     """
-    if path is None or str(path) in _FOUND_BY_LIGHTNING:
-        return
-    if not Path(path).is_file():
+    if str(path) not in _FOUND_BY_LIGHTNING and not Path(path).is_file():
         raise FileNotFoundError(
             f"ckpt_path={str(path)!r} must be a checkpoint: there is no such file"
         )

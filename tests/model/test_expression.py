@@ -191,8 +191,6 @@ OPTIONS = {
 def test_types_are_those_of_other_weights(kwargs, plain):
     """The arguments of scvi-tools, and the shapes and types that come of them."""
     kwargs = {"indices": np.array(CELLS), **kwargs}
-    if kwargs["indices"] is None:
-        del kwargs["indices"]
     expected = seeded(plain.get_normalized_expression, weights="uniform", **kwargs)
     got = seeded(plain.get_normalized_expression, weights="adapted", **QUICK, **kwargs)
     assert type(got) is type(expected)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from mixscvi.images.networks.vae import ImageVAE
-from mixscvi.mixture import dead_components
+from mixscvi.mixture.death import dead_components, name_dead, often_dead
 
 __all__ = ["warn_of_dead_components"]
 
 _N_DRAWS = 5  # of each component
 _N_DECODED = 2_000  # of all images and components, about
 _N_IMAGES = (10, 100)
-_SHARE = 0.1  # of the images
 
 
 def warn_of_dead_components(model: ImageVAE, images: Tensor, seed: int) -> None:
@@ -45,15 +44,12 @@ def warn_of_dead_components(model: ImageVAE, images: Tensor, seed: int) -> None:
     generator = torch.Generator(images.device).manual_seed(seed)
     with torch.inference_mode():
         draws = model.importance_draws(images[:n_images], _N_DRAWS, generator=generator)
-    shares = dead_components(draws).double().mean(0).tolist()
-    dead = {component: share for component, share in enumerate(shares) if share > _SHARE}
+    dead = often_dead(dead_components(draws))
     if dead:
-        named = ", ".join(f"{one} (in {share:.0%} of the images)" for one, share in dead.items())
+        named = name_dead(dead, n_components, "image", "validation images")
         warnings.warn(
-            f"components are dead, of n_components={n_components}: {named}. Their divergence from "
-            "the posterior is more than ten times that of the image's best component, by a few "
-            "draws of some validation images: do not use the mean of the mixture. Longer training, "
-            "fewer components or a smaller learning rate may help.",
+            f"{named}: do not use the mean of the mixture. Longer training, fewer components or a "
+            "smaller learning rate may help.",
             UserWarning,
             stacklevel=3,
         )

@@ -373,5 +373,5 @@ def train(
     }
     write_beside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     trained = load_run(folder)[1]
-    warn_of_dead_components(trained, next(iter(ImageBatches(data.validation, 100))), config.seed)
+    warn_of_dead_components(trained, data.validation, config.seed)
     return trained
