@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import traceback
@@ -32,6 +33,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+_logger = logging.getLogger(__name__)
 _failed = False
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -63,7 +65,33 @@ def _import(name: str) -> ModuleType:
 
     if vars(numba.config)["DISABLE_JIT"]:
         raise ImportError("numba compiles nothing, as NUMBA_DISABLE_JIT is set")
+    _announce()
     return import_module(name)
+
+
+@lru_cache
+def _announce() -> None:
+    """See to it that the first compilation of this process is said."""
+    from numba.core import event
+
+    class Announcement(event.Listener):
+        done = False
+
+        def on_start(self, event: event.Event) -> None:
+            function = event.data["dispatcher"]
+            if self.done or not function.py_func.__module__.startswith("mixscvi."):
+                return
+            self.done = True
+            folder = function.stats.cache_path
+            where = f"once, and keeps them in {folder}" if folder else "in each process"
+            _logger.info(
+                "numba compiles fast likelihoods and matrix products %s: some ten seconds", where
+            )
+
+        def on_end(self, event: event.Event) -> None:
+            """Nothing is said of the end: there are many functions."""
+
+    event.register("numba:compile", Announcement())
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
