@@ -12,7 +12,8 @@ For each cell or image the target is p(x, z), known up to log p(x). Four stages:
 4. **Mixture population Monte Carlo with a memory.** Each generation of draws is weighted against
    the mixture of all past proposals (Cornuet et al. 2012; Owen & Zhou 2000), and one step of
    expectation-maximization under these weights lowers KL(posterior || proposal) (Cappé et al.
-   2008). A cell leaves once the tail index of a generation's weights is low.
+   2008). The scores' draws are in that memory from the beginning. A cell leaves once the tail
+   index of a generation's weights is low and enough of the memory's draws count.
 
 The proposal is then frozen and drawn from afresh. Nothing before depends on these last draws, so
 the estimate of p(x) is unbiased; log p(x) is consistent. A mode that neither the start's draws nor
@@ -55,8 +56,12 @@ _COST_OF_SCORE = 3  # evaluations that a value with its gradient counts as
 _FIT_INFLATION = 1.1  # of the fitted Gaussian's variances
 _ASCENT_INFLATION = 2.5  # of the same about the modes that the starting components found
 _GROWTH = 1.25  # of the draws from one generation to the next
-_MARGIN_OF_K = 0.2  # k-hat of few draws is uncertain by about this much
+_MARGIN_OF_K = 0.1  # k-hat of few draws is uncertain
 _MARGIN_AT_FIRST = 0.4  # before any generation has confirmed the fit
+# Of all draws, in effect, at which a cell may leave: it foretells k-hat of fresh draws as well as
+# k-hat of other fresh draws does. With many latents, no proposal comes as close.
+_LEAST_SHARE, _LEAST_SHARE_TIMES_D = 0.2, 2.0
+_FALL = 0.95  # of that share with each generation: what draws do not mend, more will not
 _MOST_FINAL = 8  # times n_final, for a cell whose standard error asks for more draws
 _ROUNDS = 4  # in which as many as n_final come
 
@@ -166,7 +171,8 @@ def adapt(
     match"; Cappé, Douc, Guillin, Marin & Robert (Statistics and Computing 2008), mixture population
     Monte Carlo; Cornuet, Marin, Mira & Robert (Scandinavian Journal of Statistics 2012), its
     memory; Owen & Zhou (JASA 2000), deterministic mixture weights; Koblents & Míguez (Statistics
-    and Computing 2015), flattened weights.
+    and Computing 2015), flattened weights. Draws are even: see
+    :meth:`StudentMixture.sample_stratified`.
 
     How many draws a cell gets for its `standard_error` is settled before the first of them is made,
     so that the estimate of p(x) stays unbiased.
@@ -231,7 +237,7 @@ def adapt(
     center, covariance = weighted_moments(draws.to(scale), memory.flattened_weights(_N_START / 3))
     # Some thirty draws do not make a covariance: half of what they say of correlations is kept.
     covariance = 0.5 * (covariance + torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1)))
-    center, covariance = _fit_scores(target, center, covariance, generator)
+    center, covariance = _fit_scores(target, memory, center, covariance, generator)
 
     modes = first.loc
     if n_start_components < _LEAST_ASCENTS:
@@ -249,12 +255,14 @@ def adapt(
         cholesky(inflation[..., None, None] * covariance.unsqueeze(1)),
         dof,
     )
+    least_ess = max(40, 3 * n_latent)
+    least_share = min(_LEAST_SHARE, _LEAST_SHARE_TIMES_D / n_latent)
+    proposal = maximization_step(proposal, memory.draws, memory.flattened_weights(least_ess))
     weights, loc, scale_tril = (
         tensor.clone() for tensor in (proposal.weights, proposal.loc, proposal.scale_tril)
     )
     n_evaluations = torch.full_like(everyone, target.n_evaluations)
     n_needed = torch.zeros_like(weights[:, 0])  # fresh draws, for the standard error
-    least_ess = max(40, 3 * n_latent)
     active = everyone
     for generation in range(max_generations):
         n = int(n_draws * _GROWTH**generation)
@@ -269,8 +277,9 @@ def adapt(
         if standard_error is not None:
             n_needed[active] = memory.newest_relative_variance() / standard_error**2
         margin = _MARGIN_AT_FIRST if generation == 0 else _MARGIN_OF_K
+        enough = memory.effective_share() > least_share * _FALL**generation
         # The negation keeps a cell whose k-hat is NaN.
-        (going_on,) = torch.where(~(k < k_threshold - margin))
+        (going_on,) = torch.where(~((k < k_threshold - margin) & enough))
         if len(going_on) == 0:
             break
         if len(going_on) < len(active):
@@ -364,9 +373,16 @@ class _Target:
 
 
 def _fit_scores(
-    target: _Target, loc: Tensor, covariance: Tensor, generator: torch.Generator | None
+    target: _Target,
+    memory: Memory,
+    loc: Tensor,
+    covariance: Tensor,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fit a Gaussian to the target's scores, from a mean `(B, D)` and covariance `(B, D, D)`."""
+    """Fit a Gaussian to the target's scores, from a mean `(B, D)` and covariance `(B, D, D)`.
+
+    Every step's draws are added to the memory.
+    """
     everyone = torch.arange(len(loc), device=loc.device)
     n_draws = max(2 * loc.shape[-1], 8)
     for step, rate in enumerate(_SCORE_RATES):
@@ -377,7 +393,8 @@ def _fit_scores(
             None,
         )
         draws = target.draw(gaussian, n_draws, generator)
-        _, scores = target.scores(draws, everyone)
+        log_joint, scores = target.scores(draws, everyone)
+        memory.add(gaussian, draws, log_joint)
         counting: float | Tensor = rate
         if step == 0:  # it is to reach what is far away
             counting = squared_distance(scores).nan_to_num().clamp(rate, _MOST_RATE)

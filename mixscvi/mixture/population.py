@@ -98,6 +98,11 @@ class Memory:
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return (low.unsqueeze(-1) * log_weights).softmax(-1).mT
 
+    def effective_share(self) -> Tensor:
+        """Effective sample size of all draws over their number, `(n,)`."""
+        log_weights = (self.log_joint - self.log_counts).mT
+        return effective_sample_size(log_weights) / log_weights.shape[-1]
+
     def newest_relative_variance(self) -> Tensor:
         """Variance of the newest generation's own weights over their squared mean, `(n,)`."""
         n = self.proposals[-1][0]

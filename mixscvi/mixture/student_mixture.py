@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -14,6 +16,12 @@ from mixscvi.mixture.distances import squared_distances
 __all__ = ["StudentMixture"]
 
 _ELEMENTS_AT_ONCE = 2**21
+
+
+@lru_cache(16)
+def _sobol(n_points: int, n_latent: int) -> Tensor:
+    """The first points of Sobol's sequence, `(N, D)`: they fill the unit cube evenly."""
+    return torch.quasirandom.SobolEngine(n_latent).draw(n_points, dtype=torch.float64)
 
 
 class StudentMixture(Distribution):
@@ -224,14 +232,22 @@ class StudentMixture(Distribution):
         Draws of shape `(*sample_shape, B, D)`.
         """
         shape = torch.Size(sample_shape)
-        uniform = self._uniform(shape.numel(), generator)
-        return self._sample(uniform, generator).view(*shape, *self.loc[:, 0].shape)
+        uniform = self._rand(shape.numel(), len(self.loc), generator=generator)
+
+        def noise(first: int, last: int) -> Tensor:
+            return self._randn(len(self.loc), last - first, self.loc.shape[-1], generator=generator)
+
+        return self._sample(uniform, noise, generator).view(*shape, *self.loc[:, 0].shape)
 
     def sample_stratified(self, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws whose numbers per component follow the weights as closely as integers can.
+        """Draws that fill each mixture more evenly than independent ones would.
 
-        The average of a function over them is unbiased for its mean under the mixture and varies
-        less than over independent draws. They come ordered by component (systematic sampling).
+        Their numbers per component follow the weights as closely as integers can (systematic
+        sampling), and they come ordered by component. Within a component, directions are of Sobol's
+        sequence, shifted at random for each mixture (Cranley & Patterson, SIAM Journal on Numerical
+        Analysis 1976), and only lengths are independent. Each draw alone follows the mixture, so
+        the average of a function over them is unbiased for its mean; it varies less than over
+        independent draws.
 
         Parameters
         ----------
@@ -245,34 +261,50 @@ class StudentMixture(Distribution):
         Draws, `(N, B, D)`, without gradient.
         """
         steps = torch.arange(n_samples, dtype=self.loc.dtype, device=self.loc.device)
-        uniform = (steps.unsqueeze(-1) + self._uniform(1, generator)) / n_samples
-        return self._sample(uniform, generator)
+        offset = self._rand(1, len(self.loc), generator=generator)
+        uniform = (steps.unsqueeze(-1) + offset) / n_samples
+        n_cells, _, n_latent = self.loc.shape
+        points = _sobol(n_samples, n_latent).to(self.loc)
+        shift = self._rand(n_cells, 1, n_latent, generator=generator)
+        least = torch.finfo(self.loc.dtype).eps
 
-    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
-        shape = (n, len(self.loc))
+        def noise(first: int, last: int) -> Tensor:
+            quantile = (points[first:last] + shift).frac().clamp(least, 1 - least)
+            return math.sqrt(2) * torch.erfinv(2 * quantile - 1)
+
+        return self._sample(uniform, noise, generator)
+
+    def _rand(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         return torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
 
+    def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
+        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+
     @torch.no_grad()
-    def _sample(self, uniform: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draws `(N, B, D)` of the components at quantiles `uniform`, `(N, B)`."""
+    def _sample(
+        self,
+        uniform: Tensor,
+        noise: Callable[[int, int], Tensor],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draws `(N, B, D)` of the components at quantiles `uniform`, `(N, B)`.
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(
-                shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator
-            )
-
+        Called with the numbers of the first draw and the one after the last, `noise` gives standard
+        normal variables `(B, n, D)`.
+        """
         n_cells, n_components, n_latent = self.loc.shape
         edges = self.weights.detach().cumsum(-1)[:, :-1].contiguous()
         component = torch.searchsorted(edges, uniform.mT.contiguous(), right=True)  # (B, N)
         columns = self.scale_tril.flatten(1, 2).mT
-        passes = []
+        passes, done = [], 0
         for chosen in component.split(max(1, _ELEMENTS_AT_ONCE // self.loc.numel()), dim=1):
             n = chosen.shape[1]
-            noise = normal(n_cells, n, n_latent)
+            steps = noise(done, done + n)
+            done += n
             if self.dof is not None:
-                chi_square = normal(n_cells, n, self.dof).square().sum(-1, keepdim=True)
-                noise = noise * (self.dof / chi_square).sqrt()
-            candidates = (noise @ columns).unflatten(-1, (n_components, n_latent))
+                normal = self._randn(n_cells, n, self.dof, generator=generator)
+                steps = steps * (self.dof / normal.square().sum(-1, keepdim=True)).sqrt()
+            candidates = (steps @ columns).unflatten(-1, (n_components, n_latent))
             index = chosen[..., None, None].expand(-1, -1, 1, n_latent)
             deviation = candidates.gather(2, index).squeeze(2)
             passes.append(deviation + self.loc.gather(1, index.squeeze(2)))

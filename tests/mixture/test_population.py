@@ -79,6 +79,12 @@ def test_the_relative_variance_is_of_the_newest_weights(three_generations):
     torch.testing.assert_close(memory.newest_relative_variance(), expected)
 
 
+def test_the_effective_share_is_of_all_weights(three_generations):
+    _, memory = three_generations
+    weights = memory.flattened_weights(1.0)  # as they are
+    torch.testing.assert_close(memory.effective_share(), 1 / weights.square().sum(0) / 120)
+
+
 @pytest.mark.parametrize("spread", [0.1, 10.0, 1e9])
 def test_weights_are_flattened_until_enough_draws_count(make_proposal, normal, spread):
     q = make_proposal()

@@ -84,6 +84,38 @@ def test_stratified_draws_share_out_the_components(generator):
         assert ((n_left - 40 * weights[:, 0]).abs() <= 1).all()
 
 
+@pytest.mark.parametrize("dof", [6, None])
+def test_stratified_draws_are_even_and_unbiased(make_mixture, dof):
+    """Many copies of one mixture are many repetitions of a few draws each."""
+    n_copies, n_draws = 4000, 64
+    q = make_mixture(1, 3, 4, dof).select(torch.zeros(n_copies, dtype=torch.long))
+    even = q.sample_stratified(n_draws, torch.Generator().manual_seed(0))
+    independent = q.sample((n_draws,), torch.Generator().manual_seed(0))
+    assert not even[:, 0].equal(even[:, 1])
+    expected = {"mean": q.mean[0], "square": q.variance[0] + q.mean[0].square()}
+    for name, power in (("mean", 1), ("square", 2)):
+        averages = even.pow(power).mean(0)
+        spread = averages.std(0)
+        error = averages.mean(0) - expected[name]
+        assert (error.abs() < 4.5 * spread / n_copies**0.5).all(), name
+        assert (spread < 0.9 * independent.pow(power).mean(0).std(0)).all(), name
+        # Copies share the sequence and not its shift: their averages do not move together.
+        halves = averages.view(2, -1, 4)
+        together = ((halves[0] - halves[0].mean(0)) * (halves[1] - halves[1].mean(0))).mean(0)
+        assert (together.abs() < 4.5 * spread.square() / (n_copies / 2) ** 0.5).all(), name
+
+
+def test_stratified_draws_come_from_the_generator_alone(make_mixture):
+    q = make_mixture(2, 3, 4, 5)
+    before = torch.get_rng_state()
+    draws = [q.sample_stratified(9, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.get_rng_state().equal(before)
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+    single = StudentMixture(q.weights.float(), q.loc.float(), q.scale_tril.float(), 5)
+    assert single.sample_stratified(5000).isfinite().all()
+
+
 def test_samples_of_any_shape_come_from_the_generator(make_mixture):
     q = make_mixture(2, 3, 4, 5)
     draws = [q.sample((3, 5), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
