@@ -97,11 +97,13 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
     TypeError, ValueError
         If an argument is not as above, or the counts are negative, NaN, infinite, or all zero in
         a cell.
+    MemoryError
+        If the model is too large for this machine, naming what to choose.
 
     Notes
     -----
-    The VampPrior's pseudo-cells start as cells drawn from `adata`, and beyond their number as
-    averages of two; with a registry alone, at random.
+    The VampPrior's pseudo-cells start as cells drawn from `adata`, those that :meth:`train` holds
+    out among them, and beyond their number as averages of two; with a registry alone, at random.
 
     Examples
     --------
