@@ -61,11 +61,19 @@ class ComponentsMixin:
         Raises
         ------
         TypeError
-            If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number; or if
-            there is no argument of a name that is given, here or in `plan_kwargs`.
+            If an argument, here or in `plan_kwargs` or `datasplitter_kwargs`, is of the wrong type,
+            or there is none of its name.
         ValueError
-            If one of them is out of range; if the checkpoint is of other data, options or seed,
-            naming what differs, or its file is truncated, damaged or holds Python objects.
+            If one is out of range, or names a metric that is not logged or a choice that there is
+            not; if ``external_indexing`` has a cell twice or not at all; or if the checkpoint is of
+            other data, options or seed, naming what differs, or its file is truncated, damaged or
+            holds Python objects.
+        IndexError
+            If ``external_indexing`` has positions that no cell has.
+        FileNotFoundError
+            If `ckpt_path` is no file.
+        MemoryError
+            If a step takes more memory than the machine has, naming what to choose.
         AttributeError
             If the model holds no data, and no `datamodule` is given, as in ``SCVI.train``.
 

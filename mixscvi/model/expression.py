@@ -156,7 +156,8 @@ class ExpressionMixin:
         Raises
         ------
         RuntimeError
-            If the model is not trained.
+            With ``weights="adapted"``, if the model is not trained; otherwise that is a warning, as
+            in scvi-tools.
         TypeError
             If `n_samples`, `n_samples_overall` or `library_size` is no number.
         ValueError

@@ -86,6 +86,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
     TypeError, ValueError
         If an argument is not as above, the counts are negative, NaN, infinite, or all zero in a
         cell, or dispersions are to be those of labels that some cells do not have.
+    MemoryError
+        If the model is too large for this machine, naming what to choose.
 
     Notes
     -----
@@ -365,6 +367,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
 
         Raises
         ------
+        TypeError, IndexError, AttributeError, FileNotFoundError, MemoryError
+            As in :meth:`mixscvi.MixSCVI.train`.
         ValueError
             As in :meth:`mixscvi.MixSCVI.train`; or if a model without an AnnData is not told
             `max_epochs`.
