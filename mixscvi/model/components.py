@@ -49,8 +49,28 @@ class ComponentsMixin:
 
         Parameters
         ----------
+        max_epochs
+            Most passes over the training cells; by default 400, and fewer for more than 20,000
+            cells.
+        accelerator, devices
+            Where to train, as Lightning names it.
+        train_size, validation_size
+            Shares of the cells: 0.9 and the rest by default. Others are held out of both.
+        batch_size
+            Cells of a step, `B`.
+        early_stopping
+            Whether to stop when the bound of the validation cells has ceased to improve.
+        plan_kwargs
+            Of the optimization: ``{"lr": ..., "n_epochs_kl_warmup": ...}`` and more of
+            ``scvi.train.TrainingPlan``.
+        datasplitter_kwargs
+            Of the split: ``{"external_indexing": [...]}`` has positions of the cells to train on,
+            and of those to hold out.
+        datamodule
+            Minibatches of the user's own, for a model without an AnnData.
         *args, **kwargs
-            As in ``SCVI.train``, and two more:
+            These and others as in ``SCVI.train``, those of Lightning's trainer among them; and two
+            more:
         checkpoint_dir
             Folder of a checkpoint. The same call with the same folder, in this process or another,
             goes on from it, and ends with the weights of a training that was not interrupted; a

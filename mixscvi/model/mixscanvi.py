@@ -71,9 +71,11 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
     registry, datamodule
         Registry of a data module and the module, instead of `adata`.
     n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
-        As in :class:`scvi.model.SCANVI`.
-    use_observed_lib_size, linear_classifier
-        As in :class:`scvi.model.SCANVI`.
+        As in :class:`mixscvi.MixSCVI`.
+    use_observed_lib_size
+        As in :class:`mixscvi.MixSCVI`.
+    linear_classifier
+        Whether the classifier of the latents is linear, or a network with hidden layers.
     n_components, n_sampled_components, estimator, component_encoder, n_flow_steps
         As in :class:`mixscvi.MixSCVI`.
     n_samples, objective, likelihood
