@@ -47,6 +47,14 @@ def _returns_as_prose(self: NumpyDocstring, section: str) -> list[str]:
     return [*self._format_block(":returns: ", lines), ""]
 
 
+_lines = NumpyDocstring.lines
+
+
+def _line_by_line(self: NumpyDocstring) -> list[str]:
+    """Split what napoleon keeps as one line: the type returned is put at the number of a line."""
+    return [line for lines in _lines(self) for line in lines.split("\n")]
+
+
 def _attribute_in_words(self: NumpyDocstring) -> list[str]:
     """Take what is said of an attribute as it is: a colon in it does not set off a type."""
     return self._consume_to_end()
@@ -138,6 +146,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register."""
     NumpyDocstring._parse_returns_section = _returns_as_prose
     NumpyDocstring._parse_attribute_docstring = _attribute_in_words
+    NumpyDocstring.lines = _line_by_line
     # after sphinx-autodoc-typehints
     app.connect("autodoc-process-docstring", _set_fields_apart, priority=900)
     app.connect("autodoc-skip-member", _skip_inherited)

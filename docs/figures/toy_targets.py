@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,60 +106,77 @@ def score(
     return kl, q.jensen_shannon_divergence(n_draws, generator).item()
 
 
-def main() -> None:
-    """Fit all, and write the table and the figure."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
+class Shown(NamedTuple):
+    """A fitted mixture, and how good it is."""
+
+    kl: float
+    divergence: float
+    q: MixturePosterior
+
+
+def draw(shown: Mapping[tuple[str, bool, int], Shown], path: Path) -> None:
+    """Draw mixtures by target, whether they were trained together, and number of components."""
+    from matplotlib.figure import Figure
     from matplotlib.patches import Ellipse
+
+    rows = [(name, joint) for name in TARGETS for joint in (True, False)]
+    figure = Figure(figsize=(2 * len(COMPONENTS), 2.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(COMPONENTS))
+    for row, (name, joint) in zip(axes, rows, strict=True):
+        density = TARGETS[name](grid()).exp().reshape(GRID, GRID).T
+        row[0].set_ylabel(f"{name}, trained {'together' if joint else 'apart'}")
+        for ax, n_components in zip(row, COMPONENTS, strict=True):
+            one = shown[name, joint, n_components]
+            ax.imshow(density, origin="lower", extent=[-SPAN, SPAN, -SPAN, SPAN], cmap="Greys")
+            for a in range(n_components):
+                width, height = (4 * one.q.component_scale[0, a]).tolist()
+                ax.add_patch(
+                    Ellipse(
+                        one.q.component_loc[0, a].tolist(),
+                        width,
+                        height,
+                        facecolor="none",
+                        edgecolor=f"C{a}",
+                        linewidth=1.6,
+                    )
+                )
+            ax.set_title(
+                f"A = {n_components}\nKL {one.kl:.2f}, JSD {one.divergence:.2f}", fontsize=10
+            )
+            ax.set_xticks([])
+            ax.set_yticks([])
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Fit all, and write the table and the figure of the median fits."""
+    import pandas as pd
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     n_seeds = parser.parse_args().seeds
     here = Path(__file__).parent
-    rows = []
-    n_columns = 2 * len(COMPONENTS)
-    fig, axes = plt.subplots(2, n_columns, figsize=(2 * n_columns, 4.8), layout="constrained")
-    for row, (name, target) in zip(axes, TARGETS.items(), strict=True):
-        density = target(grid()).exp().reshape(GRID, GRID).T
-        column = iter(row)
+    rows, shown = [], {}
+    for name, target in TARGETS.items():
         for joint in (True, False):
             for n_components in COMPONENTS:
-                scores = []
+                fits = []
                 for seed in range(n_seeds):
                     q = fit(target, n_components, joint=joint, seed=seed)
-                    scores.append((*score(q, target), seed, q))
+                    fits.append(Shown(*score(q, target), q))
                     rows.append(
                         {
                             "target": name,
                             "training": "joint" if joint else "independent",
                             "n_components": n_components,
                             "seed": seed,
-                            "kl_to_target": scores[-1][0],
-                            "jensen_shannon_divergence": scores[-1][1],
+                            "kl_to_target": fits[-1].kl,
+                            "jensen_shannon_divergence": fits[-1].divergence,
                         }
                     )
-                kl, divergence, _, q = sorted(scores, key=lambda s: s[0])[n_seeds // 2]
-                ax = next(column)
-                ax.imshow(density, origin="lower", extent=[-SPAN, SPAN, -SPAN, SPAN], cmap="Greys")
-                for a in range(n_components):
-                    width, height = (4 * q.component_scale[0, a]).tolist()
-                    ax.add_patch(
-                        Ellipse(
-                            q.component_loc[0, a].tolist(),
-                            width,
-                            height,
-                            facecolor="none",
-                            edgecolor=f"C{a}",
-                            linewidth=1.6,
-                        )
-                    )
-                way = "joint" if joint else "apart"
-                ax.set_title(
-                    f"A = {n_components}, {way}\nKL {kl:.2f}, JSD {divergence:.2f}", fontsize=9
-                )
-                ax.set_xticks([])
-                ax.set_yticks([])
-    fig.savefig(here / "toy_targets.png", dpi=110)
+                median = sorted(fits, key=lambda one: one.kl)[n_seeds // 2]
+                shown[name, joint, n_components] = median
+    draw(shown, here / "toy_targets.png")
     table = pd.DataFrame(rows)
     table.to_csv(here / "toy_targets.csv", index=False, float_format="%.5g")
     means = table.groupby(["target", "n_components", "training"])[

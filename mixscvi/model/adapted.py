@@ -188,6 +188,12 @@ class AdaptedMixin:
             If an argument is out of range, the data are bad, or their counts were replaced by
             minification.
 
+        Warns
+        -----
+        UserWarning
+            If ``gene_likelihood="normal"``. Cells whose ``pareto_k`` is above 0.7 are returned
+            without one.
+
         Examples
         --------
         >>> import mixscvi

@@ -49,8 +49,28 @@ class ComponentsMixin:
 
         Parameters
         ----------
+        max_epochs
+            Most passes over the training cells; by default 400, and fewer for more than 20,000
+            cells.
+        accelerator, devices
+            Where to train, as Lightning names it.
+        train_size, validation_size
+            Shares of the cells: 0.9 and the rest by default. Others are held out of both.
+        batch_size
+            Cells of a step, `B`.
+        early_stopping
+            Whether to stop when the bound of the validation cells has ceased to improve.
+        plan_kwargs
+            Of the optimization: ``{"lr": ..., "n_epochs_kl_warmup": ...}`` and more of
+            ``scvi.train.TrainingPlan``.
+        datasplitter_kwargs
+            Of the split: ``{"external_indexing": [...]}`` has positions of the cells to train on,
+            and of those to hold out.
+        datamodule
+            Minibatches of the user's own, for a model without an AnnData.
         *args, **kwargs
-            As in ``SCVI.train``, and two more:
+            These and others as in ``SCVI.train``, those of Lightning's trainer among them; and two
+            more:
         checkpoint_dir
             Folder of a checkpoint. The same call with the same folder, in this process or another,
             goes on from it, and ends with the weights of a training that was not interrupted; a
@@ -61,11 +81,19 @@ class ComponentsMixin:
         Raises
         ------
         TypeError
-            If `max_epochs`, `batch_size`, `train_size` or `validation_size` is no number; or if
-            there is no argument of a name that is given, here or in `plan_kwargs`.
+            If an argument, here or in `plan_kwargs` or `datasplitter_kwargs`, is of the wrong type,
+            or there is none of its name.
         ValueError
-            If one of them is out of range; if the checkpoint is of other data, options or seed,
-            naming what differs, or its file is truncated, damaged or holds Python objects.
+            If one is out of range, or names a metric that is not logged or a choice that there is
+            not; if ``external_indexing`` has a cell twice or not at all; or if the checkpoint is of
+            other data, options or seed, naming what differs, or its file is truncated, damaged or
+            holds Python objects.
+        IndexError
+            If ``external_indexing`` has positions that no cell has.
+        FileNotFoundError
+            If `ckpt_path` is no file.
+        MemoryError
+            If a step takes more memory than the machine has, naming what to choose.
         AttributeError
             If the model holds no data, and no `datamodule` is given, as in ``SCVI.train``.
 

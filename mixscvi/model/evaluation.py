@@ -250,7 +250,8 @@ class EvaluationMixin:
         Warns
         -----
         UserWarning
-            If more than a tenth of the cells have a k-hat above 0.7.
+            If more than a tenth of the cells have a k-hat above 0.7, or if the proposal is adapted
+            under ``gene_likelihood="normal"``.
 
         Examples
         --------
@@ -347,6 +348,14 @@ class EvaluationMixin:
         Named arrays ``elbo`` and ``specialization``, each `(n, A)`, in nats. The mean of their
         sum over components is MISELBO.
 
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        TypeError, ValueError
+            If a number of draws is not a positive integer, the genes are not those trained on, or
+            the counts are bad or were replaced by minification.
+
         Examples
         --------
         >>> import mixscvi
@@ -389,6 +398,14 @@ class EvaluationMixin:
         Returns
         -------
         Booleans, `(D,)`.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        TypeError, ValueError
+            If `threshold` is not a number of at least zero, the genes are not those trained on, or
+            the counts are bad.
 
         Examples
         --------

@@ -156,7 +156,8 @@ class ExpressionMixin:
         Raises
         ------
         RuntimeError
-            If the model is not trained.
+            With ``weights="adapted"``, if the model is not trained; otherwise that is a warning, as
+            in scvi-tools.
         TypeError
             If `n_samples`, `n_samples_overall` or `library_size` is no number.
         ValueError
@@ -237,16 +238,36 @@ class ExpressionMixin:
 
         Parameters
         ----------
-        *args, **kwargs
-            As in scvi-tools, in both modes, and ``weights="adapted"``: expression is drawn from the
-            exact posterior of each cell, as in :meth:`get_normalized_expression`, whose options
+        groupby
+            Column of ``obs`` whose groups are compared: each of `group1`, all by default, with
+            `group2`, by default all other cells.
+        group1, group2
+            Values of that column.
+        idx1, idx2
+            Instead of them, the cells: positions, a mask, or a query of ``obs``.
+        mode
+            ``"vanilla"``: which of two cells, one of each group, expresses a gene more.
+            ``"change"``: whether the log2 fold change between them exceeds `delta`.
+        batch_correction
+            Whether both cells are decoded as if they were of one batch.
+        fdr_target
+            Expected share of false ones among the genes that ``is_de_fdr_...`` calls.
+        weights
+            ``"adapted"``, beside those of scvi-tools: expression is drawn from the exact posterior
+            of each cell, as in :meth:`get_normalized_expression`, whose options
             `importance_weighting_kwargs` holds. A cell's draws are kept, so however many
             comparisons and batches it takes part in, it is adapted anew only where one asks for
             more than 100 draws of it.
+        *args, **kwargs
+            These and others as in scvi-tools.
 
         Returns
         -------
-        Table by comparison and gene.
+        Table by comparison and gene. With ``mode="change"`` it has, among others, ``lfc_mean`` and
+        ``lfc_std``, the log2 fold change; ``proba_de``, how probable a change is; and
+        ``is_de_fdr_0.05``, whether the gene is called. In both modes ``raw_mean1`` and
+        ``raw_mean2`` are means of the counts, and ``non_zeros_proportion1`` and
+        ``non_zeros_proportion2`` the shares of cells with any.
 
         Raises
         ------

@@ -271,6 +271,14 @@ class LatentsMixin:
         -------
         Distribution with event shape `(D,)`.
 
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        TypeError, ValueError
+            If `dof` is not a number above zero, the genes are not those trained on, or the counts
+            are bad.
+
         Examples
         --------
         >>> import mixscvi

@@ -71,9 +71,11 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
     registry, datamodule
         Registry of a data module and the module, instead of `adata`.
     n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
-        As in :class:`scvi.model.SCANVI`.
-    use_observed_lib_size, linear_classifier
-        As in :class:`scvi.model.SCANVI`.
+        As in :class:`mixscvi.MixSCVI`.
+    use_observed_lib_size
+        As in :class:`mixscvi.MixSCVI`.
+    linear_classifier
+        Whether the classifier of the latents is linear, or a network with hidden layers.
     n_components, n_sampled_components, estimator, component_encoder, n_flow_steps
         As in :class:`mixscvi.MixSCVI`.
     n_samples, objective, likelihood
@@ -86,6 +88,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
     TypeError, ValueError
         If an argument is not as above, the counts are negative, NaN, infinite, or all zero in a
         cell, or dispersions are to be those of labels that some cells do not have.
+    MemoryError
+        If the model is too large for this machine, naming what to choose.
 
     Notes
     -----
@@ -365,6 +369,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
 
         Raises
         ------
+        TypeError, IndexError, AttributeError, FileNotFoundError, MemoryError
+            As in :meth:`mixscvi.MixSCVI.train`.
         ValueError
             As in :meth:`mixscvi.MixSCVI.train`; or if a model without an AnnData is not told
             `max_epochs`.

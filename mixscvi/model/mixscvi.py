@@ -49,10 +49,24 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
     registry
         Registry of a data module, instead of `adata`. Without either, the model is made when it is
         trained: ``train(datamodule=...)``.
-    n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood
-        As in :class:`scvi.model.SCVI`.
-    use_observed_lib_size, latent_distribution
-        As in :class:`scvi.model.SCVI`.
+    n_hidden
+        Units of a hidden layer.
+    n_latent
+        Latent dimensions, `D`.
+    n_layers
+        Hidden layers of the encoders, and of the decoder.
+    dropout_rate
+        Share of hidden units that training leaves out of the encoders at random.
+    dispersion
+        What the inverse dispersion of a gene depends on beside the gene: ``"gene"``, nothing;
+        ``"gene-batch"``, the batch; ``"gene-label"``, the label; ``"gene-cell"``, the latents.
+    gene_likelihood
+        Distribution of the counts: zero-inflated negative binomial, negative binomial, Poisson, or
+        normal, which raw counts are not.
+    use_observed_lib_size
+        Whether a cell's library size is the sum of its counts, or inferred as a latent.
+    latent_distribution
+        ``"normal"``, or ``"ln"``, the logistic normal: draws are mapped to the simplex.
     n_components
         Number of components, `A`. 4 is a good start; more tighten the bound at more cost.
     n_sampled_components
@@ -97,11 +111,13 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
     TypeError, ValueError
         If an argument is not as above, or the counts are negative, NaN, infinite, or all zero in
         a cell.
+    MemoryError
+        If the model is too large for this machine, naming what to choose.
 
     Notes
     -----
-    The VampPrior's pseudo-cells start as cells drawn from `adata`, and beyond their number as
-    averages of two; with a registry alone, at random.
+    The VampPrior's pseudo-cells start as cells drawn from `adata`, those that :meth:`train` holds
+    out among them, and beyond their number as averages of two; with a registry alone, at random.
 
     Examples
     --------

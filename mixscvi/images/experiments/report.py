@@ -26,6 +26,8 @@ __all__ = [
     "with_ending",
 ]
 
+_COLUMNS = 3  # of panels: a row of six cannot be read on a page
+
 
 def with_ending(path: Path, ending: str) -> Path:
     """Append an ending to a path, whatever dots the path has.
@@ -149,7 +151,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw NLL against the number of components, a panel per preset, every seed a dot.
 
-    Beside each mean stands the share of images whose k-hat is below 0.7.
+    Below each mean stands the share of images whose k-hat is below 0.7.
 
     Raises
     ------
@@ -160,27 +162,32 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
     frame = _frame(rows)
     panels = list(frame.groupby("preset", observed=True))
-    figure = Figure(figsize=(2.4 * len(panels), 2.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (preset, group) in zip(axes, panels, strict=True):
+    n_columns = min(len(panels), _COLUMNS)
+    n_rows = -(-len(panels) // n_columns)
+    size = (max(2.7 * n_columns, 4.4), 2.5 * n_rows + 0.3)  # wide enough for what is below
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (preset, group) in zip(axes.flat, panels, strict=False):
         means = group.groupby("components")[["nll", "trusted"]].mean()
         axis.plot(group["components"], group["nll"], "o", color="0.6", markersize=4)
         axis.plot(means["nll"], "o-", color="C0")
         for n_components, mean in means.iterrows():
             axis.annotate(
                 percent(mean["trusted"]),
-                (n_components, mean["nll"]),
-                xytext=(0, 6),
-                textcoords="offset points",
+                (n_components, 0.03),
+                xycoords=("data", "axes fraction"),
                 ha="center",
-                fontsize=7,
+                fontsize=8,
             )
         axis.set(title=preset, xlabel="components A", xticks=means.index)
-        axis.margins(0.25)
-    axes[0].set_ylabel("test NLL (nats)")
+        axis.margins(x=0.25, y=0.3)  # the percentages are below
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test NLL (nats)")
     figure.supxlabel(
         f"{frame['proposal'].iloc[0]} proposal; in percent: test images with k-hat < 0.7",
-        fontsize=8,
+        fontsize=9,
     )
     _write_figure(figure, Path(path))
 
