@@ -191,8 +191,8 @@ class AdaptedMixin:
         Warns
         -----
         UserWarning
-            If ``gene_likelihood="normal"``. Cells whose ``pareto_k`` is above 0.7 are returned
-            without one.
+            If more than a tenth of the cells have a ``pareto_k`` above 0.7, or if
+            ``gene_likelihood="normal"``.
 
         Examples
         --------
@@ -235,9 +235,11 @@ class AdaptedMixin:
             if n_draws is not None:
                 draws.append(self.module.adapted_latents(resample(adapted, n_draws)).cpu().numpy())
         weights, loc, scale_tril, *rest = map(np.concatenate, zip(*parts, strict=True))
-        return AdaptedPosterior(
+        posterior = AdaptedPosterior(
             weights, loc, scale_tril, dof, *rest, np.concatenate(draws, 1) if draws else None
         )
+        warn_of_adapted_tails([torch.from_numpy(posterior.pareto_k)], stacklevel=3)
+        return posterior
 
 
 def check_enough_for_k(n_mc_samples: int) -> None:

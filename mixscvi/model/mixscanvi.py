@@ -383,7 +383,17 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
 
         Examples
         --------
-        See :class:`mixscvi.MixSCANVI`.
+        >>> import mixscvi, scvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> labels = adata.obs["cell_type"].astype(str)
+        >>> adata.obs["label"] = labels.where([i % 2 == 0 for i in range(700)], "Unknown")
+        >>> mixscvi.MixSCANVI.setup_anndata(adata, "label", unlabeled_category="Unknown")
+        >>> model = mixscvi.MixSCANVI(adata, n_components=2, n_hidden=16)
+        >>> scvi.settings.verbosity = 30  # warnings, and not that it trains
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> scvi.settings.verbosity = 20
+        >>> len(model.history["elbo_train"])
+        1
         """
         given = inspect.signature(SCANVI.train).bind(self, *args, **kwargs).arguments
         if self.adata is None and given.get("max_epochs") is None and "datamodule" in given:

@@ -70,7 +70,19 @@ class PredictionMixin:
 
         Examples
         --------
-        See :class:`mixscvi.MixSCANVI`.
+        >>> import mixscvi, scvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> labels = adata.obs["cell_type"].astype(str)
+        >>> adata.obs["label"] = labels.where([i % 2 == 0 for i in range(700)], "Unknown")
+        >>> mixscvi.MixSCANVI.setup_anndata(adata, "label", unlabeled_category="Unknown")
+        >>> model = mixscvi.MixSCANVI(adata, n_components=2, n_hidden=16)
+        >>> scvi.settings.verbosity = 30  # warnings, and not that it trains
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> scvi.settings.verbosity = 20
+        >>> model.predict(indices=[0, 1, 2]).shape
+        (3,)
+        >>> model.predict(soft=True).shape  # a column for each label but the unlabeled category
+        (700, 10)
         """
         flags = {
             "soft": soft,

@@ -84,7 +84,16 @@ class PretrainedMixin:
 
         Examples
         --------
-        See :class:`mixscvi.MixSCANVI`.
+        >>> import mixscvi, scvi
+        >>> adata = mixscvi.datasets.pbmc68k()
+        >>> labels = adata.obs["cell_type"].astype(str)
+        >>> adata.obs["label"] = labels.where([i % 2 == 0 for i in range(700)], "Unknown")
+        >>> mixscvi.MixSCVI.setup_anndata(adata, labels_key="label")
+        >>> pretrained = mixscvi.MixSCVI(adata, n_components=2, n_hidden=16)
+        >>> pretrained.train(max_epochs=1, enable_progress_bar=False)
+        >>> model = mixscvi.MixSCANVI.from_scvi_model(pretrained, unlabeled_category="Unknown")
+        >>> model.module.n_components
+        2
         """
         check_convertible(
             scvi_model,

@@ -31,7 +31,7 @@ def training(
         ``model.history`` by the name of the model.
     metric
         ``"elbo"``, ``"reconstruction_loss"`` or ``"kl_local"``; lower is better, as scvi-tools
-        records it.
+        records them: what it calls `elbo` is the negative one.
     axes
         Where to draw; new axes by default.
     show
@@ -74,6 +74,7 @@ def training(
                 linestyle="-" if validation else "--",
                 label=f"{name}, {'validation' if validation else 'training'}",
             )
-    axes.set(xlabel="epoch", ylabel=f"{metric} (nats per cell, lower is better)", title="training")
+    what = "negative ELBO" if metric == "elbo" else metric
+    axes.set(xlabel="epoch", ylabel=f"{what} (nats per cell, lower is better)", title="training")
     axes.legend(frameon=False, handlelength=1.8)
     return finish(axes, show=show, save=save)

@@ -120,6 +120,20 @@ def test_more_cells_can_be_trusted(make_adata):
     ]
 
 
+def test_cells_that_are_not_to_be_trusted_are_warned_of(make_adata, monkeypatch):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    monkeypatch.setattr(adapted_module, "_LARGEST_K", -10.0)  # which no cell is below
+    few = {"indices": [0, 1], "n_mc_samples": 25, "progress": False}
+    for method, arguments in (
+        (model.get_adapted_posterior, few),
+        (model.get_marginal_ll, few | {"proposal": "adapted"}),
+        (model.get_posterior_diagnostics, few | {"proposal": "adapted"}),
+    ):
+        with pytest.warns(UserWarning, match="for 100% of the cells the adapted") as caught:
+            method(**arguments)
+        assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_adapted_results_repeat_with_the_seed(make_adata):
     model = fit(MixSCVI, make_adata(), n_components=2)
     one, other = (

@@ -111,7 +111,6 @@ def quadrature(model, cell):
     return (log_joint.logsumexp(0) + log_volume).item()
 
 
-@pytest.mark.filterwarnings("ignore:for .* the adapted proposal is no good one")
 @pytest.mark.slow
 @pytest.mark.parametrize("kwargs", QUADRATURES.values(), ids=QUADRATURES)
 def test_marginal_ll_is_the_integral(kwargs, make_adata):
@@ -249,7 +248,6 @@ def test_marginal_ll_has_the_types_of_scvi_tools(proposal, make_adata):
     assert error == pytest.approx(errors.norm().item() / 3)
 
 
-@pytest.mark.filterwarnings("ignore:for .* the adapted proposal is no good one")
 def test_exponential_of_the_adapted_estimate_is_unbiased(make_adata):
     """Few draws from a coarse proposal: the logarithm is biased, its exponential is not."""
     model = fit(MixSCVI, make_adata(), n_components=2, n_latent=2, train_kwargs=LEARN)
