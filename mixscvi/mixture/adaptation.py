@@ -9,11 +9,11 @@ For each cell or image the target is p(x, z), known up to log p(x). Four stages:
    weights need thousands for, and what lies far from the start is reached in a few steps.
 3. **Ascents.** The starting means, and draws if these are few, climb to modes of their own. The
    first proposal has a Student's t at the Gaussian and a wider one at each of these modes.
-4. **Mixture population Monte Carlo with a memory.** Each generation of draws is weighted against
-   the mixture of all past proposals (Cornuet et al. 2012; Owen & Zhou 2000), and one step of
+4. **Mixture population Monte Carlo with a memory.** The draws of all proposals so far are weighted
+   against their mixture (Cornuet et al. 2012; Owen & Zhou 2000), and one step of
    expectation-maximization under these weights lowers KL(posterior || proposal) (Cappé et al.
-   2008). The scores' draws are in that memory from the beginning. A cell leaves once the tail
-   index of a generation's weights is low and enough of the memory's draws count.
+   2008): once with the draws of the start and of the scores, then after each generation. A cell
+   leaves once the tail index of a generation's weights is low and enough of all draws count.
 
 The proposal is then frozen and drawn from afresh. Nothing before depends on these last draws, so
 the estimate of p(x) is unbiased; log p(x) is consistent. A mode that neither the start's draws nor
@@ -97,7 +97,8 @@ class Adapted(NamedTuple):
     log_likelihood: Tensor
     """log p(x) in nats, `(B,)`; its exponential is unbiased."""
     standard_error: Tensor
-    """Monte-Carlo standard error of ``log_likelihood`` in nats, `(B,)`."""
+    """Monte-Carlo standard error of ``log_likelihood`` in nats, `(B,)`, as of independent draws:
+    too large, as a rule, with few latents, where even draws do better."""
     converged: Tensor
     """Whether ``pareto_k`` is below the threshold, `(B,)`."""
     n_evaluations: Tensor
@@ -135,7 +136,8 @@ def adapt(
         has about half as many parameters as `D` squared. Later generations, which only the cells
         that need them see, are each a quarter larger.
     max_generations
-        Most generations of a cell; it leaves after the first whose draws have a low tail index.
+        Most generations of a cell; it leaves after the first whose draws have a low tail index,
+        once enough of all its draws count.
     n_final
         Fresh draws per cell from the adapted proposal.
     standard_error

@@ -104,10 +104,14 @@ class Memory:
         return effective_sample_size(log_weights) / log_weights.shape[-1]
 
     def newest_relative_variance(self) -> Tensor:
-        """Variance of the newest generation's own weights over their squared mean, `(n,)`."""
+        """Variance of the newest generation's own weights over their squared mean, `(n,)`.
+
+        Infinite where all weights are zero.
+        """
         n = self.proposals[-1][0]
         log_weights = self.log_joint[-n:] - self.by_newest[-n:]
-        return n / effective_sample_size(log_weights.mT) - 1
+        variance = n / effective_sample_size(log_weights.mT) - 1
+        return variance.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def newest_tail_index(self) -> Tensor:
         """k-hat of the newest generation, alone and together with the start's draws, `(n,)`.

@@ -21,7 +21,8 @@ _ELEMENTS_AT_ONCE = 2**21
 @lru_cache(16)
 def _sobol(n_points: int, n_latent: int) -> Tensor:
     """The first points of Sobol's sequence, `(N, D)`: they fill the unit cube evenly."""
-    return torch.quasirandom.SobolEngine(n_latent).draw(n_points, dtype=torch.float64)
+    engine = torch.quasirandom.SobolEngine(n_latent)
+    return engine.draw(max(n_points, 1), dtype=torch.float64)[:n_points]  # it cannot draw none
 
 
 class StudentMixture(Distribution):
@@ -243,11 +244,13 @@ class StudentMixture(Distribution):
         """Draws that fill each mixture more evenly than independent ones would.
 
         Their numbers per component follow the weights as closely as integers can (systematic
-        sampling), and they come ordered by component. Within a component, directions are of Sobol's
-        sequence, shifted at random for each mixture (Cranley & Patterson, SIAM Journal on Numerical
-        Analysis 1976), and only lengths are independent. Each draw alone follows the mixture, so
-        the average of a function over them is unbiased for its mean; it varies less than over
-        independent draws.
+        sampling), and they come ordered by component: only all of them together stand for the
+        mixture. The normal variables that make them are quantiles at the points of Sobol's sequence
+        (USSR Computational Mathematics and Mathematical Physics 1967), shifted at random for each
+        mixture (Cranley & Patterson, SIAM Journal on Numerical Analysis 1976); what a Student's t
+        divides them by is independent. Each draw follows its component, so the average of a
+        function over all draws is unbiased for its mean. As a rule it varies less than over
+        independent draws, the more so the fewer the dimensions: with thirty, about as much.
 
         Parameters
         ----------

@@ -135,7 +135,7 @@ class ExpressionMixin:
             weights, which favor draws that explain many cells. ``"adapted"``: draws from the exact
             posterior p(z | x) of each cell, by adaptive importance sampling, resampled in
             proportion to their importance weights; it needs the cells' counts, and
-            some two to three thousand decoder evaluations a cell.
+            some two to three thousand decoder evaluations a cell, more with many latents.
         return_mean
             Whether to average over the draws of each cell.
         return_numpy

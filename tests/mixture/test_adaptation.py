@@ -125,7 +125,7 @@ def test_the_estimate_is_unbiased():
     error = ratio.std().item() / math.sqrt(n)
     assert error < 0.04
     assert abs(ratio.mean().item() - 1) < 4 * error
-    # So are the averages of the weights over parts of the draws, as no draw was selected.
+    # So, nearly, are averages over every other draw, as none was selected.
     first = adapted.log_weights[::2].exp().mean(0)
     assert abs(first.mean().item() - 1) < 4 * first.std().item() / math.sqrt(n)
 
@@ -245,8 +245,36 @@ def test_a_cell_stays_until_enough_of_its_draws_count(monkeypatch):
     assert (never == never[0]).all()
     assert (as_it_is <= never).all()
     assert as_it_is.sum() < never.sum()
+    monkeypatch.setattr(adaptation, "_FALL", 0.0)  # to nothing, after the first
+    assert (generations() < never).any()
     monkeypatch.setattr(adaptation, "_LEAST_SHARE", 0.0)
     assert (generations() <= as_it_is).all()
+
+
+def test_with_many_latents_fewer_draws_need_to_count(normal, monkeypatch):
+    model = LinearGaussian(normal, 4, 20)
+    start = model.start(1, width=0.5, distance=1.0)
+
+    def evaluations():
+        return adapt(
+            model.log_joint, start, generator=seeded(), n_draws=200, max_generations=2
+        ).n_evaluations
+
+    monkeypatch.setattr(adaptation, "_LEAST_SHARE", 1.0)
+    as_it_is = evaluations()
+    monkeypatch.setattr(adaptation, "_LEAST_SHARE_TIMES_D", 20.0)
+    assert (as_it_is == evaluations() - 250).all()
+
+
+def test_the_first_generation_has_the_strictest_margin(monkeypatch):
+    bend = torch.zeros(6, dtype=torch.float64)
+
+    def evaluations():
+        return adapt(banana(bend), far_start(6), generator=seeded(), n_draws=200).n_evaluations
+
+    as_it_is = evaluations()
+    monkeypatch.setattr(adaptation, "_MARGIN_AT_FIRST", math.inf)
+    assert (evaluations() == as_it_is.min() + 250).all()
 
 
 def test_the_draws_of_scores_count_in_the_first_proposal(monkeypatch):
@@ -257,11 +285,26 @@ def test_the_draws_of_scores_count_in_the_first_proposal(monkeypatch):
         in_memory.append(len(self.draws))
         return flattened(self, least_ess)
 
+    stepped, drawn_from = [], []
+    step, add = adaptation.maximization_step, Memory.add
+
+    def stepping(*arguments):
+        stepped.append(step(*arguments))
+        return stepped[-1]
+
+    def adding(self, proposal, draws, log_joint):
+        drawn_from.append(proposal)
+        add(self, proposal, draws, log_joint)
+
+    monkeypatch.setattr(adaptation, "maximization_step", stepping)
+    monkeypatch.setattr(Memory, "add", adding)
     monkeypatch.setattr(Memory, "flattened_weights", remembering)
     start = far_start(2, n_latent=5)
     adapt(banana(torch.zeros(2)), start, generator=seeded(), n_draws=60, max_generations=1)
     # The start, five times 2 D draws with scores, and one generation.
     assert in_memory == [100, 150, 210]
+    assert len(drawn_from) == 6
+    assert drawn_from[-1] is stepped[0]
 
 
 def test_cells_that_cannot_be_covered_are_flagged():

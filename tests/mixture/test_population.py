@@ -79,6 +79,18 @@ def test_the_relative_variance_is_of_the_newest_weights(three_generations):
     torch.testing.assert_close(memory.newest_relative_variance(), expected)
 
 
+def test_the_relative_variance_of_no_weights_is_infinite(make_proposal, generator):
+    q = make_proposal()
+    z = q.sample((40,), generator)
+    memory = Memory(q, z, q.log_prob(z))
+    nowhere = torch.full((40, 2), -torch.inf, dtype=torch.float64)
+    nowhere[:, 0] = 0.0
+    memory.add(q, z, nowhere)
+    variance = memory.newest_relative_variance()
+    assert variance[0].isfinite()
+    assert variance[1] == torch.inf
+
+
 def test_the_effective_share_is_of_all_weights(three_generations):
     _, memory = three_generations
     weights = memory.flattened_weights(1.0)  # as they are

@@ -112,8 +112,21 @@ def test_stratified_draws_come_from_the_generator_alone(make_mixture):
     assert torch.get_rng_state().equal(before)
     assert draws[0].equal(draws[1])
     assert not draws[0].equal(draws[2])
-    single = StudentMixture(q.weights.float(), q.loc.float(), q.scale_tril.float(), 5)
-    assert single.sample_stratified(5000).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", ["none", "almost one"])
+def test_stratified_draws_are_finite_at_the_faces_of_the_cube(make_mixture, dtype, shift):
+    q = make_mixture(2, 3, 4, 5)
+    q = StudentMixture(q.weights.to(dtype), q.loc.to(dtype), q.scale_tril.to(dtype), 5)
+    value = {"none": 0.0, "almost one": 1 - torch.finfo(dtype).eps / 2}[shift]
+    q._rand = lambda *shape, generator: torch.full(shape, value, dtype=dtype)
+    assert q.sample_stratified(64).isfinite().all()
+
+
+@pytest.mark.parametrize("n_draws", [0, 1, 2])
+def test_few_stratified_draws(make_mixture, n_draws):
+    assert make_mixture(2, 3, 4, 5).sample_stratified(n_draws).shape == (n_draws, 2, 4)
 
 
 def test_samples_of_any_shape_come_from_the_generator(make_mixture):
@@ -150,6 +163,8 @@ def test_memory_is_bounded_and_passes_change_nothing(kernel, make_mixture, norma
     q = make_mixture(3, 4, 8, 5)
     z = normal(500, 3, 8)
     whole = q.log_prob(z)
+    gaussian = StudentMixture(q.weights, q.loc, q.scale_tril, None)
+    draws = gaussian.sample_stratified(500, torch.Generator().manual_seed(0))
     monkeypatch.setattr(student_mixture, "_ELEMENTS_AT_ONCE", 1000)
     for name in ("_ELEMENTS_AT_ONCE", "_ELEMENTS_IN_CACHE"):
         monkeypatch.setattr(distances, name, 1000)
@@ -158,7 +173,9 @@ def test_memory_is_bounded_and_passes_change_nothing(kernel, make_mixture, norma
     with Largest() as largest:
         passes = q.log_prob(z)
         q.sample((500,), torch.Generator().manual_seed(0))
+        again = gaussian.sample_stratified(500, torch.Generator().manual_seed(0))
     assert_close(passes, whole)
+    assert_close(again, draws)
     # The draws have 12,000 elements; under all components they would have 48,000.
     assert largest.n_elements <= z.numel()
 
