@@ -77,13 +77,17 @@ class Memory:
         self.by_first, self.by_newest = self.by_first[:, rows], self.by_newest[:, rows]
         self.proposals = [(n, proposal.select(rows)) for n, proposal in self.proposals]
 
+    def _log_weights(self) -> Tensor:
+        """Log-weights of all draws against the mixture that they came from, `(n, N)`."""
+        return (self.log_joint - self.log_counts).mT
+
     def flattened_weights(self, least_ess: float) -> Tensor:
         """Weights to the largest power <= 1 that makes enough draws count, normalized, `(N, n)`.
 
         Enough is an effective sample size of `least_ess`, or of half the draws with a density
         above zero where that is less.
         """
-        log_weights = (self.log_joint - self.log_counts).mT
+        log_weights = self._log_weights()
         n_possible = (~log_weights.isneginf()).sum(-1)
         least = (0.5 * n_possible).clamp_max(least_ess)
 
@@ -100,8 +104,7 @@ class Memory:
 
     def effective_share(self) -> Tensor:
         """Effective sample size of all draws over their number, `(n,)`."""
-        log_weights = (self.log_joint - self.log_counts).mT
-        return effective_sample_size(log_weights) / log_weights.shape[-1]
+        return effective_sample_size(self._log_weights()) / len(self.draws)
 
     def newest_relative_variance(self) -> Tensor:
         """Variance of the newest generation's own weights over their squared mean, `(n,)`.
