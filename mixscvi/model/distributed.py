@@ -14,6 +14,7 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.random_states import get_random_states, set_random_states
 
 if TYPE_CHECKING:
@@ -157,9 +158,7 @@ def _unreached(
     """Parameters to be trained that get no gradient from a minibatch."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
-        tensors = next(iter(datamodule.train_dataloader()))
-        tensors = datamodule.on_before_batch_transfer(tensors, 0)
-        tensors = datamodule.on_after_batch_transfer(tensors, 0)
+        tensors = next(training_minibatches(datamodule))
         if not isinstance(tensors, Mapping):  # all cells, and those with labels
             tensors, labeled = tensors
             loss_kwargs = {**loss_kwargs, "labelled_tensors": labeled}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning import LightningDataModule
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnTorchDataset
@@ -20,7 +22,7 @@ from mixscvi.mixture.mostly_zero import MostlyZero, SparseRows
 from mixscvi.mixture.nonzeros import MOST_NONZERO
 from mixscvi.model.rows import RowsOnDisk, is_on_disk
 
-__all__ = ["LeanDataLoader", "Minibatches", "TrainingLoader"]
+__all__ = ["LeanDataLoader", "Minibatches", "TrainingLoader", "training_minibatches"]
 
 
 class Minibatches(Dataset):
@@ -158,3 +160,16 @@ class TrainingLoader(LeanDataLoader):
     """A loader for training, of scvi-tools' very minibatches: sorted where they are on disk."""
 
     _sorts = True
+
+
+def training_minibatches(datamodule: LightningDataModule) -> Iterator[Any]:
+    """Minibatches that a training will see, before it has begun, as its steps are given them.
+
+    Parameters
+    ----------
+    datamodule
+        scvi-tools' splitter or the user's own, set up.
+    """
+    for tensors in datamodule.train_dataloader():
+        tensors = datamodule.on_before_batch_transfer(tensors, 0)
+        yield datamodule.on_after_batch_transfer(tensors, 0)

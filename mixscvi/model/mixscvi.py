@@ -116,8 +116,8 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
 
     Notes
     -----
-    The VampPrior's pseudo-cells start as cells drawn from `adata`, those that :meth:`train` holds
-    out among them, and beyond their number as averages of two; with a registry alone, at random.
+    The VampPrior's pseudo-cells are random until :meth:`train` starts them as cells that it trains
+    on, the first of its shuffled minibatches, and beyond their number as averages of two.
 
     Examples
     --------
@@ -214,8 +214,6 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             self.var_names_ = [str(gene) for gene in self.get_var_names()]
         if adata is not None and self._has_counts(self.adata_manager):
             check_data(self.adata_manager, self.module)
-            if prior == "vamp":
-                self._initialize_pseudo_cells(adata, n_prior_components)
         self.init_params_ = self._get_init_params(locals())
 
     @classmethod
@@ -327,8 +325,3 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             isinstance(part, torch.nn.BatchNorm1d) for part in self.module.modules()
         )
         return WithoutSingleCells if normalized else LeanDataSplitter
-
-    def _initialize_pseudo_cells(self, adata: AnnData, n_pseudo: int) -> None:
-        chosen = torch.randperm(adata.n_obs)[:n_pseudo]
-        loader = self._make_data_loader(adata=adata, indices=chosen.tolist(), batch_size=n_pseudo)
-        self.module.initialize_pseudo_cells(next(iter(loader)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from scvi import settings
@@ -17,11 +19,22 @@ from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
+from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
+from mixscvi.module import MixVAE
 from mixscvi.system import naming_what_takes_memory
 
 __all__ = ["Runner", "WithoutData"]
+
+
+class PseudoCellsStart(Callback):
+    """Starts a VampPrior's pseudo-cells as cells that are trained on, none that is held out."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start them, when the cells are split and no checkpoint is restored yet."""
+        module = cast(MixVAE, pl_module.module)
+        module.initialize_pseudo_cells(training_minibatches(trainer.datamodule))
 
 
 class Runner(TrainRunner):
@@ -68,6 +81,9 @@ class Runner(TrainRunner):
             check_step(self.model, self._batch_size)
         if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
+        module = self.model.module
+        if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
+            self.trainer.callbacks.insert(0, PseudoCellsStart())
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
         self._checkpoints = checkpoints
         if checkpoints is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class PseudoCells(nn.Module):
 
     Expression lives on the encoder's scale and stays non-negative if the data are; each categorical
     covariate is a softmax over its categories, but for those that :meth:`hide_categories` takes
-    out.
+    out. They are random until they start from real cells, by :meth:`initialize`, which the buffer
+    `started` notes.
 
     Parameters
     ----------
@@ -39,6 +40,8 @@ class PseudoCells(nn.Module):
     [torch.Size([5, 21]), torch.Size([5, 3])]
     """
 
+    started: Tensor
+
     _SHARPNESS = 10.0
     _LEAST = 5e-3
     _LOGIT = 3.0
@@ -55,6 +58,7 @@ class PseudoCells(nn.Module):
         super().__init__()
         self.n_genes = n_genes
         self.non_negative = non_negative
+        self.register_buffer("started", torch.tensor(False))
         self.dense = nn.Parameter(torch.randn(n_pseudo, n_dense))
         # One category is nothing to learn, but keeps its place: a query brings more.
         self.n_cat_list = [max(n_cat, 1) for n_cat in n_cat_list]
@@ -80,6 +84,8 @@ class PseudoCells(nn.Module):
             self.get_buffer(self._mask_name(i))[n:] = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # It was not stored once, when cells of all data were where they started.
+        state_dict.setdefault(f"{prefix}started", torch.tensor(True))
         self._add_single_categories(state_dict, f"{prefix}cat_logits.")
         # Before there were masks, infinite logits hid a category.
         for i in range(len(self.cat_logits)):
@@ -107,17 +113,39 @@ class PseudoCells(nn.Module):
                 state_dict[f"{prefix}{i}"] = self.cat_logits[i].detach().clone()
 
     @torch.no_grad()
-    def initialize(self, dense: Tensor, *categories: Tensor) -> None:
-        """Start from the encoder inputs of real cells.
+    def initialize(self, inputs: Iterable[Sequence[Tensor]]) -> None:
+        """Start from the encoder inputs of the first `K` real cells.
+
+        If there are fewer, the others start as averages of two of them, in random proportions.
 
         Parameters
         ----------
-        dense
-            Dense columns of `K` cells, `(K, n_dense)`.
-        *categories
-            Category of each cell, `(K, 1)`, for each covariate.
+        inputs
+            Of some cells at a time: dense columns, `(n, n_dense)`, and the category of each cell,
+            `(n, 1)`, for each covariate.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells.
         """
-        start = dense.clone()
+        parts: list[list[Tensor]] = []
+        missing = len(self.dense)
+        for of_cells in inputs:
+            parts.append([part[:missing] for part in of_cells])
+            missing -= len(parts[-1][0])
+            if not missing:
+                break
+        if missing == len(self.dense):
+            raise ValueError("pseudo-cells start from real cells, got none")
+        start, *categories = (torch.cat(part) for part in zip(*parts, strict=True))
+        if missing:
+            one, other = torch.randint(len(start), (2, missing), device=start.device)
+            if len(start) > 1:
+                other = torch.where(one == other, (one + 1) % len(start), other)
+            share = 0.25 + 0.5 * torch.rand(missing, 1, device=start.device)
+            start = torch.cat((start, torch.lerp(start[one], start[other], share)))
+            categories = [torch.cat((category, category[one])) for category in categories]
         if self.non_negative:
             sharp = self._SHARPNESS * start[:, : self.n_genes].clamp_min(self._LEAST)
             start[:, : self.n_genes] = (sharp + (-(-sharp).expm1()).log()) / self._SHARPNESS
@@ -125,6 +153,7 @@ class PseudoCells(nn.Module):
         for logits, category in zip(self.cat_logits, categories, strict=False):  # or none encoded
             one_hot = F.one_hot(category.squeeze(-1).long(), logits.shape[-1])
             logits.copy_(self._LOGIT * one_hot)
+        self.started.fill_(True)
 
     def forward(self) -> tuple[Tensor, ...]:
         """Make encoder inputs of the parameters.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -140,28 +141,26 @@ class MixVAE(ImportanceSampling, VAE):
             )
         )
 
-    @torch.no_grad()
-    def initialize_pseudo_cells(self, tensors: dict[str, Tensor]) -> None:
-        """Start the VampPrior's pseudo-cells from a minibatch of real cells.
+    @property
+    def has_random_pseudo_cells(self) -> bool:
+        """Whether the prior has pseudo-cells that have not started from real cells."""
+        return self.mixture.prior == "vamp" and not self._pseudo_cells.started
 
-        Pseudo-cells beyond their number start as averages of two of them, in random proportions.
+    @property
+    def _pseudo_cells(self) -> PseudoCells:
+        return cast(PseudoCells, cast(VampPrior, self.prior).pseudo_inputs)
+
+    @torch.no_grad()
+    def initialize_pseudo_cells(self, minibatches: Iterable[dict[str, Tensor]]) -> None:
+        """Start the VampPrior's `K` pseudo-cells from the first `K` real cells.
 
         Parameters
         ----------
-        tensors
-            The minibatch.
+        minibatches
+            Of the cells; none is taken beyond the `K`-th cell.
         """
-        dense, categories = encoder_input(self, **self._get_inference_input(tensors))
-        pseudo_cells = cast(PseudoCells, self.prior.pseudo_inputs)
-        surplus = len(pseudo_cells.dense) - len(dense)
-        if surplus > 0:
-            one, other = torch.randint(len(dense), (2, surplus), device=dense.device)
-            if len(dense) > 1:
-                other = torch.where(one == other, (one + 1) % len(dense), other)
-            share = 0.25 + 0.5 * torch.rand(surplus, 1, device=dense.device)
-            dense = torch.cat((dense, torch.lerp(dense[one], dense[other], share)))
-            categories = tuple(torch.cat((category, category[one])) for category in categories)
-        pseudo_cells.initialize(dense, *categories)
+        inputs = (encoder_input(self, **self._get_inference_input(cells)) for cells in minibatches)
+        self._pseudo_cells.initialize((dense, *categories) for dense, categories in inputs)
 
     def _encode_components(
         self, dense: Tensor, categories: tuple[Tensor, ...], components: Tensor | None

@@ -7,7 +7,16 @@ import scvi
 import torch
 from scipy.sparse import issparse
 
-from fitting import COVARIATES, EARLY, SMALL, assert_same_history, assert_same_state, fit, seeded
+from fitting import (
+    COVARIATES,
+    EARLY,
+    SMALL,
+    assert_same_history,
+    assert_same_state,
+    fit,
+    seeded,
+    train,
+)
 from mixscvi import MixSCVI
 from mixscvi.mixture import GaussianMixture
 
@@ -74,23 +83,53 @@ def test_options_train_repeat_and_reload(options, make_adata, tmp_path):
     assert loaded.init_params_["non_kwargs"][name] == options[name]
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_pseudo_cells_start_as_distinct_real_cells(sparse, make_adata):
-    adata = make_adata(sparse=sparse)
-    MixSCVI.setup_anndata(adata, **COVARIATES)
-    scvi.settings.seed = 0
-    model = MixSCVI(adata, prior="vamp", n_prior_components=9, encode_covariates=True)
+def nearest_cells(model):
+    """The cell that each pseudo-cell is, and the codes of its covariates."""
+    adata = model.adata
     with torch.no_grad():
         dense, batch, donor = model.module.prior.pseudo_inputs()
     counts = adata.X.toarray() if issparse(adata.X) else adata.X
     real = np.concatenate([np.log1p(counts), adata.obs[["age", "depth"]].to_numpy()], axis=1)
     distance = abs(dense.numpy()[:, None] - real[None]).max(-1)
-    nearest = distance.argmin(1)
     assert distance.min(1).max() < 0.01
-    assert len(set(nearest)) == 9
-    for weights, name in ((batch, "batch"), (donor, "donor")):
-        codes = pd.Categorical(adata.obs[name]).codes
-        np.testing.assert_array_equal(weights.argmax(1), codes[nearest])
+    return distance.argmin(1), batch.argmax(1), donor.argmax(1)
+
+
+def vamp_of(adata, **kwargs):
+    MixSCVI.setup_anndata(adata, **COVARIATES)
+    scvi.settings.seed = 0
+    return MixSCVI(adata, prior="vamp", encode_covariates=True, **SMALL, **kwargs)
+
+
+NOTHING_LEARNED = {"max_epochs": 1, "plan_kwargs": {"lr": 0.0}}
+
+
+@pytest.mark.parametrize("n_pseudo", [9, 40], ids=["of one minibatch", "of two"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_pseudo_cells_start_as_distinct_training_cells(sparse, n_pseudo, make_adata):
+    adata = make_adata(sparse=sparse)
+    model = train(vamp_of(adata, n_prior_components=n_pseudo), **NOTHING_LEARNED)
+    nearest, batch, donor = nearest_cells(model)
+    assert len(set(nearest)) == n_pseudo <= len(model.train_indices)
+    assert set(nearest) <= set(model.train_indices)
+    for codes, name in ((batch, "batch"), (donor, "donor")):
+        np.testing.assert_array_equal(codes, pd.Categorical(adata.obs[name]).codes[nearest])
+
+
+def test_pseudo_cells_start_in_the_first_training_alone(make_adata, tmp_path):
+    adata = make_adata()
+    untrained = vamp_of(adata, n_prior_components=9)
+    untrained.save(tmp_path / "untrained")
+    model = train(MixSCVI.load(tmp_path / "untrained", adata=adata), **NOTHING_LEARNED)
+    start, *_ = nearest_cells(model)
+    assert set(start) <= set(model.train_indices)
+    model.save(tmp_path / "model")
+    for again in (model, MixSCVI.load(tmp_path / "model", adata=adata)):
+        train(again, **NOTHING_LEARNED)
+        np.testing.assert_array_equal(nearest_cells(again)[0], start)
+    query = MixSCVI.load_query_data(adata.copy(), tmp_path / "model")
+    train(query, **NOTHING_LEARNED)
+    np.testing.assert_array_equal(nearest_cells(query)[0], start)
 
 
 def test_a_vamp_model_meets_fewer_cells_than_pseudo_cells(make_adata, tmp_path):
@@ -102,8 +141,8 @@ def test_a_vamp_model_meets_fewer_cells_than_pseudo_cells(make_adata, tmp_path):
     np.testing.assert_array_equal(
         loaded.get_latent_representation(), model.get_latent_representation(few)
     )
-    MixSCVI.setup_anndata(few)
-    fresh = MixSCVI(few, n_components=2, prior="vamp", n_prior_components=40)
+    fresh = vamp_of(few, n_prior_components=40)
+    train(fresh, **NOTHING_LEARNED)
     start = fresh.module.prior.pseudo_inputs()[0]
     assert torch.cdist(start, start).fill_diagonal_(1).min() > 1e-3
 

@@ -14,7 +14,7 @@ def test_pseudo_cells_start_as_real_cells(likelihood):
     tensors = make_tensors(module, 4)
     if likelihood == "normal":
         tensors[REGISTRY_KEYS.X_KEY][:, 1] = -0.5
-    module.initialize_pseudo_cells(tensors)
+    module.initialize_pseudo_cells([tensors])
     dense, batch, *covariates = module.prior.pseudo_inputs()
     expected = torch.cat(
         [tensors[REGISTRY_KEYS.X_KEY].log1p(), tensors[REGISTRY_KEYS.CONT_COVS_KEY]], dim=1
@@ -67,3 +67,17 @@ def test_infinite_logits_of_earlier_files_become_a_mask():
     pseudo.load_state_dict(state)
     assert all(parameter.isfinite().all() for parameter in pseudo.parameters())
     assert (pseudo()[1][:, 3] == 0).all()
+
+
+def test_pseudo_cells_of_earlier_files_have_started():
+    pseudo = PseudoCells(5, 3, 3, [4], non_negative=True)
+    assert not pseudo.started
+    pseudo.load_state_dict(pseudo.state_dict())
+    assert not pseudo.started
+    pseudo.load_state_dict({k: v for k, v in pseudo.state_dict().items() if k != "started"})
+    assert pseudo.started
+
+
+def test_pseudo_cells_need_a_cell():
+    with pytest.raises(ValueError, match="start from real cells, got none"):
+        PseudoCells(5, 3, 3, [4], non_negative=True).initialize([])

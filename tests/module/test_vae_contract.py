@@ -42,7 +42,7 @@ def test_contract_training(combination):
     module = make_module(**combination).train()
     tensors = make_tensors(module, 8)
     if combination["prior"] == "vamp":
-        module.initialize_pseudo_cells(take(tensors, slice(4)))
+        module.initialize_pseudo_cells([take(tensors, slice(4))])
     losses, reached = train_steps(module, tensors, 12)
     assert np.isfinite(losses).all()
     expected = {
@@ -53,7 +53,7 @@ def test_contract_training(combination):
 
     again = make_module(**combination).train()
     if combination["prior"] == "vamp":
-        again.initialize_pseudo_cells(take(tensors, slice(4)))
+        again.initialize_pseudo_cells([take(tensors, slice(4))])
     assert train_steps(again, tensors, 12)[0] == losses
     for name, value in again.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
