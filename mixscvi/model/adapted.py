@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mixscvi.checks import check_mapping, check_positive_int
 from mixscvi.mixture import Adapted, adapt
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
+from mixscvi.model.gathering import gather_columns
 from mixscvi.model.inputs import check_keywords
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = [
 
 _LARGEST_K = 0.7
 _SHARE_TO_WARN_OF = 0.1
+_OF_PROPOSAL = ("weights", "loc", "scale_tril")
+_OF_CELLS = ("pareto_k", "log_likelihood", "standard_error", "n_evaluations")
 _FIXED = ("generator", "n_final", "rows_per_call")  # what other arguments say
 
 _ABOUT_NORMAL = (
@@ -98,7 +101,10 @@ class AdaptedMixin:
         dataloader: Iterator[dict[str, Tensor]] | None = None,
         data_loader_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[tuple[dict[str, Tensor], Adapted]]:
-        """Each minibatch in turn, with the adapted proposals of its cells."""
+        """Each minibatch in turn, with the adapted proposals of its cells.
+
+        What is wrong with the arguments is said at once.
+        """
         check_enough_for_k(n_mc_samples)
         if n_mc_samples_per_pass is not None:
             check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
@@ -112,23 +118,27 @@ class AdaptedMixin:
                     "draws, n_mc_samples_per_pass bounds the memory, scvi.settings.seed seeds"
                 )
         if self.module.gene_likelihood == "normal":
-            warnings.warn(_ABOUT_NORMAL, UserWarning, stacklevel=3)
+            warnings.warn(_ABOUT_NORMAL, UserWarning, stacklevel=4)
         minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
         n_cells = None
         if dataloader is None:
             n_cells = len(self._names_of(adata, indices))
         if progress is None:
             progress = settings.verbosity <= logging.INFO
-        with tqdm(
-            total=n_cells, desc="Adapting posteriors", unit="cell", disable=not progress
-        ) as bar:
+        options = {
+            "draws_per_pass": n_mc_samples_per_pass,
+            "n_final": n_mc_samples,
+            **(adapt_kwargs or {}),
+        }
+        bar = tqdm(total=n_cells, desc="Adapting posteriors", unit="cell", disable=not progress)
+        return self._adaptations_of(minibatches, options, bar)
+
+    def _adaptations_of(
+        self, minibatches: Iterator[dict[str, Tensor]], options: Mapping[str, Any], bar: tqdm
+    ) -> Iterator[tuple[dict[str, Tensor], Adapted]]:
+        with bar:
             for tensors in minibatches:
-                adapted = self.module.adapt(
-                    tensors,
-                    draws_per_pass=n_mc_samples_per_pass,
-                    n_final=n_mc_samples,
-                    **(adapt_kwargs or {}),
-                )
+                adapted = self.module.adapt(tensors, **options)
                 yield tensors, adapted
                 bar.update(len(adapted.pareto_k))
 
@@ -209,8 +219,7 @@ class AdaptedMixin:
         """
         if n_draws is not None:
             check_positive_int("n_draws", n_draws)
-        parts, draws, dof = [], [], 0
-        for _, adapted in self._adaptations(
+        adaptations = self._adaptations(
             n_mc_samples,
             n_mc_samples_per_pass,
             adapt_kwargs,
@@ -219,27 +228,28 @@ class AdaptedMixin:
             indices,
             batch_size,
             dataloader,
-        ):
-            proposal = adapted.proposal
-            dof = cast(int, proposal.dof)  # its tails are never Gaussian
-            of_minibatch = (
-                proposal.weights,
-                proposal.loc,
-                proposal.scale_tril,
-                adapted.pareto_k,
-                adapted.log_likelihood,
-                adapted.standard_error,
-                adapted.n_evaluations,
-            )
-            parts.append([part.cpu().numpy() for part in of_minibatch])
-            if n_draws is not None:
-                draws.append(self.module.adapted_latents(resample(adapted, n_draws)).cpu().numpy())
-        weights, loc, scale_tril, *rest = map(np.concatenate, zip(*parts, strict=True))
-        posterior = AdaptedPosterior(
-            weights, loc, scale_tril, dof, *rest, np.concatenate(draws, 1) if draws else None
         )
-        warn_of_adapted_tails([torch.from_numpy(posterior.pareto_k)], stacklevel=3)
+        columns: dict[str, Any] = gather_columns(
+            self._columns_of(adapted, n_draws) for _, adapted in adaptations
+        )
+        draws = columns.pop("draws", None)
+        if draws is not None:
+            draws = np.ascontiguousarray(draws.swapaxes(0, 1))
+        dof = int(columns.pop("dof")[0])
+        posterior = AdaptedPosterior(**columns, dof=dof, draws=draws)
+        warn_of_adapted_tails(posterior.pareto_k, stacklevel=3)
         return posterior
+
+    def _columns_of(self, adapted: Adapted, n_draws: int | None) -> dict[str, Tensor]:
+        """Results of a minibatch, cells first."""
+        columns = {name: getattr(adapted.proposal, name) for name in _OF_PROPOSAL}
+        columns |= {name: getattr(adapted, name) for name in _OF_CELLS}
+        # The tails are never Gaussian, and those of all cells are alike.
+        columns["dof"] = torch.full_like(adapted.n_evaluations, cast(int, adapted.proposal.dof))
+        if n_draws is not None:
+            draws = self.module.adapted_latents(resample(adapted, n_draws))
+            columns["draws"] = draws.transpose(0, 1)
+        return columns
 
 
 def check_enough_for_k(n_mc_samples: int) -> None:
@@ -250,7 +260,7 @@ def check_enough_for_k(n_mc_samples: int) -> None:
         )
 
 
-def warn_of_encoder_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> None:
+def warn_of_encoder_tails(pareto_k: np.ndarray, *, stacklevel: int) -> None:
     """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
     share = _share_untrusted(pareto_k)
     if share > _SHARE_TO_WARN_OF:
@@ -263,7 +273,7 @@ def warn_of_encoder_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> N
         )
 
 
-def warn_of_adapted_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> None:
+def warn_of_adapted_tails(pareto_k: np.ndarray, *, stacklevel: int) -> None:
     """Warn if the adapted proposals cannot be trusted in more than a tenth of the cells."""
     share = _share_untrusted(pareto_k)
     if share > _SHARE_TO_WARN_OF:
@@ -277,11 +287,9 @@ def warn_of_adapted_tails(pareto_k: Collection[Tensor], *, stacklevel: int) -> N
         )
 
 
-def _share_untrusted(pareto_k: Collection[Tensor]) -> float:
-    """Share of cells whose k-hat, where there is one, is above 0.7 or NaN."""
-    if not pareto_k:
-        return 0.0
-    return (~(torch.cat(list(pareto_k)) <= _LARGEST_K)).double().mean().item()
+def _share_untrusted(pareto_k: np.ndarray) -> float:
+    """Share of cells whose k-hat is above 0.7 or NaN."""
+    return (~(pareto_k <= _LARGEST_K)).mean().item()
 
 
 def resample(adapted: Adapted, n_draws: int) -> Tensor:

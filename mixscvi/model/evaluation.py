@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixscvi.checks import check_choice, check_number, check_positive_int
 from mixscvi.mixture import (
+    Adapted,
     ImportanceDraws,
     active_units,
     component_elbo,
@@ -29,7 +30,7 @@ from mixscvi.model.adapted import (
     warn_of_adapted_tails,
     warn_of_encoder_tails,
 )
-from mixscvi.model.gathering import gather
+from mixscvi.model.gathering import gather, gather_columns
 from mixscvi.module import FORMS
 
 if TYPE_CHECKING:
@@ -69,13 +70,21 @@ class EvaluationMixin:
         n_mc_samples_per_pass: int | None,
         *minibatch_arguments: Any,
     ) -> Iterator[ImportanceDraws]:
-        """Draws of each minibatch in turn; `n_mc_samples` in all per cell, rounded up."""
+        """Draws of each minibatch in turn; `n_mc_samples` in all per cell, rounded up.
+
+        What is wrong with the arguments is said at once.
+        """
         check_positive_int("n_mc_samples", n_mc_samples)
         if n_mc_samples_per_pass is not None:
             check_positive_int("n_mc_samples_per_pass", n_mc_samples_per_pass)
-        n_samples = -(-n_mc_samples // self.module.n_components)
-        for tensors in self._minibatches(*minibatch_arguments):
-            yield self.module.importance_draws(tensors, n_samples, n_mc_samples_per_pass)
+        n_samples = self._n_per_component(n_mc_samples)
+        return (
+            self.module.importance_draws(tensors, n_samples, n_mc_samples_per_pass)
+            for tensors in self._minibatches(*minibatch_arguments)
+        )
+
+    def _n_per_component(self, n_mc_samples: int) -> int:
+        return -(-n_mc_samples // self.module.n_components)
 
     @unsupported_if_adata_minified
     def get_marginal_ll(
@@ -166,31 +175,39 @@ class EvaluationMixin:
         if return_std_error and form != "siwae":
             raise ValueError(f"a standard error is available with form='siwae', got form={form!r}")
         minibatches = (adata, indices, batch_size, dataloader, data_loader_kwargs)
-        values, errors, tail_indices = [], [], []
         if proposal == "adapted":
             if form != "siwae":
                 raise ValueError(f"form={form!r} is the encoder's: got proposal='adapted'")
-            for _, adapted in self._adaptations(
+            adaptations = self._adaptations(
                 n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
-            ):
-                values.append(adapted.log_likelihood.to(adapted.draws.dtype).cpu())
-                errors.append(adapted.standard_error.to(adapted.draws.dtype).cpu())
-                tail_indices.append(adapted.pareto_k.cpu())
-            warn_of_adapted_tails(tail_indices, stacklevel=3)
+            )
+            columns = gather_columns(
+                {
+                    "log_likelihood": adapted.log_likelihood.to(adapted.draws.dtype),
+                    "standard_error": adapted.standard_error.to(adapted.draws.dtype),
+                    "pareto_k": adapted.pareto_k,
+                }
+                for _, adapted in adaptations
+            )
+            warn_of_adapted_tails(columns["pareto_k"], stacklevel=3)
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
-            for draws in self._importance_draws(n_mc_samples, n_mc_samples_per_pass, *minibatches):
-                log_weights = draws.log_weights
-                values.append(FORMS[form](log_weights).cpu())
-                if return_std_error:
-                    errors.append(siwae_standard_error(log_weights).cpu())
-                if len(log_weights) * log_weights.shape[-1] >= LEAST_FOR_K:
-                    tail_indices.append(pareto_k(_by_cell(log_weights)).cpu())
-            warn_of_encoder_tails(tail_indices, stacklevel=3)
-        log_likelihood = torch.cat(values)
+            measures = {"log_likelihood": FORMS[form]}
+            if return_std_error:
+                measures["standard_error"] = siwae_standard_error
+            all_draws = self._importance_draws(n_mc_samples, n_mc_samples_per_pass, *minibatches)
+            if self._n_per_component(n_mc_samples) * self.module.n_components >= LEAST_FOR_K:
+                measures["pareto_k"] = lambda log_weights: pareto_k(_by_cell(log_weights))
+            columns = gather_columns(
+                {name: measure(draws.log_weights) for name, measure in measures.items()}
+                for draws in all_draws
+            )
+            if "pareto_k" in columns:
+                warn_of_encoder_tails(columns["pareto_k"], stacklevel=3)
+        log_likelihood = torch.from_numpy(columns["log_likelihood"])
         if not return_std_error:
             return _mean(log_likelihood) if return_mean else log_likelihood
-        error = torch.cat(errors)
+        error = torch.from_numpy(columns["standard_error"])
         if not return_mean:
             return log_likelihood, error
         return _mean(log_likelihood), np.sqrt(_mean(error.square()) / len(error))
@@ -271,51 +288,42 @@ class EvaluationMixin:
         check_choice("proposal", proposal, _PROPOSALS)
         check_enough_for_k(n_mc_samples)
         minibatches = (adata, indices, batch_size, dataloader)
-        tables: list[dict[str, Tensor]] = []
         if proposal == "adapted":
-            for tensors, adapted in self._adaptations(
+            adaptations = self._adaptations(
                 n_mc_samples, n_mc_samples_per_pass, adapt_kwargs, progress, *minibatches
-            ):
-                with torch.no_grad():
-                    divergence = self.module.posterior(tensors).jensen_shannon_divergence(
-                        -(-n_mc_samples // self.module.n_components)
-                    )
-                columns = {
-                    "jensen_shannon_divergence": divergence,
-                    "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
-                    "pareto_k": adapted.pareto_k,
-                    "log_likelihood": adapted.log_likelihood,
-                    "standard_error": adapted.standard_error,
-                    "n_evaluations": adapted.n_evaluations,
-                }
-                tables.append(columns)
+            )
+            n_per_component = self._n_per_component(n_mc_samples)
+            columns = gather_columns(
+                self._of_adapted(tensors, adapted, n_per_component)
+                for tensors, adapted in adaptations
+            )
+            warn_of_adapted_tails(columns["pareto_k"], stacklevel=3)
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
-            for draws in self._importance_draws(
+            all_draws = self._importance_draws(
                 n_mc_samples, n_mc_samples_per_pass, *minibatches, None
-            ):
-                per_cell = _by_cell(draws.log_weights)
-                columns = {
-                    "jensen_shannon_divergence": specialization(
-                        draws.log_own, draws.log_mixture
-                    ).mean(-1),
-                    "effective_sample_size": effective_sample_size(per_cell),
-                    "pareto_k": pareto_k(per_cell),
-                    "log_likelihood": siwae(draws.log_weights),
-                    "miselbo": miselbo(draws.log_weights),
-                }
-                tables.append(columns)
-        warn = warn_of_adapted_tails if proposal == "adapted" else warn_of_encoder_tails
-        warn([columns["pareto_k"].cpu() for columns in tables], stacklevel=3)
-        table = pd.DataFrame(
-            {
-                name: torch.cat([columns[name].cpu() for columns in tables]).numpy()
-                for name in tables[0]
-            }
-        )
+            )
+            columns = gather_columns(map(_of_encoder, all_draws))
+            warn_of_encoder_tails(columns["pareto_k"], stacklevel=3)
+        table = pd.DataFrame(columns)
         if dataloader is None:
             table.index = self._names_of(adata, indices)
         return table
+
+    @torch.no_grad()
+    def _of_adapted(
+        self, tensors: dict[str, Tensor], adapted: Adapted, n_per_component: int
+    ) -> dict[str, Tensor]:
+        """Diagnostics of a minibatch and its adapted proposals."""
+        posterior = self.module.posterior(tensors)
+        return {
+            "jensen_shannon_divergence": posterior.jensen_shannon_divergence(n_per_component),
+            "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
+            "pareto_k": adapted.pareto_k,
+            "log_likelihood": adapted.log_likelihood,
+            "standard_error": adapted.standard_error,
+            "n_evaluations": adapted.n_evaluations,
+        }
 
     @staticmethod
     def _check_unused(**arguments: Any) -> None:
@@ -420,6 +428,18 @@ class EvaluationMixin:
         check_number("threshold", threshold, least=0)
         means = self.get_latent_representation(adata, indices, batch_size=batch_size)
         return active_units(torch.from_numpy(means), threshold).numpy()
+
+
+def _of_encoder(draws: ImportanceDraws) -> dict[str, Tensor]:
+    """Diagnostics of a minibatch and draws of its encoder's posteriors."""
+    per_cell = _by_cell(draws.log_weights)
+    return {
+        "jensen_shannon_divergence": specialization(draws.log_own, draws.log_mixture).mean(-1),
+        "effective_sample_size": effective_sample_size(per_cell),
+        "pareto_k": pareto_k(per_cell),
+        "log_likelihood": siwae(draws.log_weights),
+        "miselbo": miselbo(draws.log_weights),
+    }
 
 
 def _by_cell(log_weights: Tensor) -> Tensor:

@@ -49,12 +49,12 @@ class _DrawsOfCells(dict[int, Tensor]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pareto_k: dict[int, Tensor] = {}
+        self.pareto_k: dict[int, float] = {}
 
     def add(self, cells: Sequence[int], draws: Tensor, pareto_k: Tensor) -> None:
         """Keep draws `(n_draws, B, D)` of these cells."""
         self.update(zip(cells, draws.cpu().unbind(1), strict=True))
-        self.pareto_k.update(zip(cells, pareto_k.cpu().split(1), strict=True))
+        self.pareto_k.update(zip(cells, pareto_k.tolist(), strict=True))
 
     def one_of(self, cell: int) -> Tensor:
         """One of a cell's draws at random, `(D,)`."""
@@ -314,7 +314,7 @@ class ExpressionMixin:
         }
         table = super().differential_expression(*given.args, **given.kwargs)
         if draws:
-            warn_of_adapted_tails(draws.pareto_k.values(), stacklevel=2)
+            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())), stacklevel=2)
         return table
 
     def _check_comparison(self, arguments: Mapping[str, Any]) -> None:
@@ -414,8 +414,8 @@ class ExpressionMixin:
             minibatches.append(
                 decoding.mean(tensors, draws) if return_mean else decoding(tensors, draws)
             )
-            pareto_k.append(adapted.pareto_k.cpu())
-        warn_of_adapted_tails(pareto_k, stacklevel=3)
+            pareto_k.append(adapted.pareto_k.numpy(force=True))
+        warn_of_adapted_tails(np.concatenate(pareto_k), stacklevel=3)
         expression = np.concatenate(minibatches, axis=-2)
         if n_samples == 1 and not return_mean:
             expression = expression[0]
@@ -456,7 +456,7 @@ class ExpressionMixin:
                 draws.add(missing[start:stop], resample(adapted, n_kept), adapted.pareto_k)
                 start = stop
         if known_draws is None:
-            warn_of_adapted_tails(draws.pareto_k.values(), stacklevel=4)
+            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())), stacklevel=4)
         chosen = torch.stack([draws.one_of(cell) for cell in cells])
         minibatches, start = [], 0
         for tensors in self._minibatches(adata, cells, *loading):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["gather"]
+__all__ = ["gather", "gather_columns"]
 
 
 def gather(minibatches: Iterable[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
@@ -52,6 +52,26 @@ def gather(minibatches: Iterable[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
     if not rows:
         raise ValueError("dataloader must give minibatches, got none")
     return tuple(array[:n_rows].copy() for array in rows)
+
+
+def gather_columns(minibatches: Iterable[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+    """As :func:`gather`, of tensors with names, the same ones in each minibatch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> columns = gather_columns({"loc": torch.ones(2, 3)} for _ in range(5))
+    >>> columns["loc"].shape
+    (10, 3)
+    """
+    names: list[str] = []
+
+    def unnamed(columns: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        names[:] = columns
+        return tuple(columns.values())
+
+    arrays = gather(map(unnamed, minibatches))
+    return dict(zip(names, arrays, strict=True))
 
 
 def _longer(array: np.ndarray, n_rows: int) -> np.ndarray:

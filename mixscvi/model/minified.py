@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnTorchDataset
 
+from mixscvi.model.gathering import gather
 from mixscvi.model.rows import is_on_disk
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ class MinifiedMixin:
                 "minify_adata() needs an AnnData, but the model's data are a collection: keep what "
                 "get_latent_mixture() returns"
             )
-        library = [
-            tensors[REGISTRY_KEYS.X_KEY].sum(1) for tensors in self._make_data_loader(on_disk)
-        ]
+        (library,) = gather(
+            (tensors[REGISTRY_KEYS.X_KEY].sum(1),) for tensors in self._make_data_loader(on_disk)
+        )
         loc, scale = self.get_latent_mixture()
         empty = sparse.csr_matrix(on_disk.shape, dtype=np.float32)
         annotation = AnnData(
@@ -143,7 +143,7 @@ class MinifiedMixin:
             },
             layers=dict.fromkeys(on_disk.layers, empty),
         )
-        annotation.obs[self._OBSERVED_LIB_SIZE_KEY] = torch.cat(library).numpy()
+        annotation.obs[self._OBSERVED_LIB_SIZE_KEY] = library
         self._register_manager_for_instance(manager.transfer_fields(annotation))
         self._adata = annotation
         self._adata_manager = self.get_anndata_manager(annotation, required=True)
