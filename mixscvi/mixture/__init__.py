@@ -16,6 +16,10 @@
 | flows | the inverse autoregressive flow that all components share |
 | student_mixture | a weighted mixture of Student's t distributions |
 | adaptation | from a starting mixture to the exact posterior |
+| targets | a density that is known up to a factor, called in bounded memory and counted |
+| warm_start | the first proposal: from the start's draws, scores and ascents |
+| score_matching | a Gaussian fitted to scores |
+| population | the memory of all draws, and the maximization step |
 | diagnostics | divergence, effective sample size, Pareto k-hat, active units |
 | death | components that are of no use |
 """

@@ -23,7 +23,6 @@ the ascents come near is missed, and no diagnostic of the weights can tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,30 +30,13 @@ from torch import Tensor
 
 from mixscvi.mixture.population import Memory, maximization_step, tail_index
 from mixscvi.mixture.posterior import MixturePosterior
-from mixscvi.mixture.score_matching import (
-    cholesky,
-    match_scores,
-    squared_distance,
-    weighted_moments,
-)
 from mixscvi.mixture.student_mixture import StudentMixture
+from mixscvi.mixture.targets import LogJoint, Target
+from mixscvi.mixture.warm_start import warm_start
 
 __all__ = ["Adapted", "LogJoint", "adapt"]
 
-LogJoint = Callable[[Tensor, Tensor], Tensor]
-"""Maps draws `(N, n, D)` and the indices `(n,)` of their cells to log p(x, z), `(N, n)`."""
-
 # Chosen by measurement on trained models of gene counts, D = 10 and 30.
-_N_START = 100
-_START_INFLATION = 1.2  # of the starting components' standard deviations
-_ASCENT_WEIGHT = 0.2  # of the modes found by ascents together, beside the fitted Gaussian
-_LEAST_ASCENTS = 4  # one finds a second mode much less often
-_SCORE_RATES = (1000.0, 100.0, 30.0, 10.0, 4.0)  # one per step; the lower, the longer the memory
-_MOST_RATE = 1e5  # of the first step, which is as large as the target's squared distance in widths
-_N_ASCENT_STEPS = 4
-_COST_OF_SCORE = 3  # evaluations that a value with its gradient counts as
-_FIT_INFLATION = 1.1  # of the fitted Gaussian's variances
-_ASCENT_INFLATION = 2.5  # of the same about the modes that the starting components found
 _GROWTH = 1.25  # of the draws from one generation to the next
 _MARGIN_OF_K = 0.1  # k-hat of few draws is uncertain
 _MARGIN_AT_FIRST = 0.4  # before any generation has confirmed the fit
@@ -203,7 +185,7 @@ def adapt(
             "start must have component parameters of shape (B, A, D), got "
             f"{tuple(start.component_loc.shape)}"
         )
-    n_cells, n_start_components, n_latent = start.component_loc.shape
+    n_latent = start.component_loc.shape[-1]
     n_draws = 250 + n_latent**2 if n_draws is None else n_draws
     for name, value, least in (
         ("n_draws", n_draws, 25),
@@ -218,57 +200,55 @@ def adapt(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("adapt needs gradients: call it outside torch.inference_mode")
     dof = 4 + n_latent // 4 if dof is None else dof
-    target = _Target(log_joint, start.component_loc, rows_per_call)
-
-    everyone = torch.arange(n_cells, device=start.component_loc.device)
-    start_loc, scale = _working(start.component_loc), _working(start.component_scale)
-    first = StudentMixture(
-        torch.full_like(scale[..., 0], 1 / n_start_components),
-        start_loc,
-        torch.diag_embed(_START_INFLATION * scale),
-        dof,
+    target = Target(log_joint, start.component_loc, rows_per_call, generator)
+    proposal, memory = warm_start(target, start, dof)
+    proposal, n_evaluations, n_needed = _population(
+        target, proposal, memory, n_draws, max_generations, standard_error, k_threshold
     )
-    draws = target.draw(first, _N_START, generator)
-    memory = Memory(first, draws, target.values(draws, everyone))
-    hopeless = memory.log_joint.isneginf().all(0)
-    if hopeless.any():
-        raise ValueError(
-            f"log_joint is minus infinity at all {_N_START} draws from start for the cells "
-            f"{hopeless.nonzero().flatten()[:5].tolist()}"
-        )
-    center, covariance = weighted_moments(draws.to(scale), memory.flattened_weights(_N_START / 3))
-    # Some thirty draws do not make a covariance: half of what they say of correlations is kept.
-    covariance = 0.5 * (covariance + torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1)))
-    center, covariance = _fit_scores(target, memory, center, covariance, generator)
-
-    modes = first.loc
-    if n_start_components < _LEAST_ASCENTS:
-        more = first.sample((_LEAST_ASCENTS - n_start_components,), generator)
-        modes = torch.cat((modes, more.transpose(0, 1)), 1)
-    modes = _ascend(target, modes, covariance)
-    n_modes = modes.shape[1]
-    inflation = torch.full_like(modes[:, :, 0], _ASCENT_INFLATION)
-    inflation = torch.cat((torch.full_like(inflation[:, :1], _FIT_INFLATION), inflation), 1)
-    shares = torch.full_like(inflation, _ASCENT_WEIGHT / n_modes)
-    shares[:, 0] = 1 - _ASCENT_WEIGHT
-    proposal = StudentMixture(
-        shares,
-        torch.cat((center.unsqueeze(1), modes), 1),
-        cholesky(inflation[..., None, None] * covariance.unsqueeze(1)),
-        dof,
+    draws = target.draw(proposal, n_final)
+    everyone = torch.arange(len(n_evaluations), device=draws.device)
+    log_weights = target.values(draws, everyone) - proposal.log_prob(draws)
+    estimate, error, n_drawn = _estimate(target, proposal, log_weights, n_needed)
+    k = tail_index(log_weights)
+    return Adapted(
+        proposal=proposal,
+        draws=draws,
+        log_weights=log_weights,
+        pareto_k=k,
+        log_likelihood=estimate,
+        standard_error=error,
+        converged=k < k_threshold,
+        n_evaluations=n_evaluations + n_drawn,
     )
+
+
+def _population(
+    target: Target,
+    proposal: StudentMixture,
+    memory: Memory,
+    n_draws: int,
+    max_generations: int,
+    standard_error: float | None,
+    k_threshold: float,
+) -> tuple[StudentMixture, Tensor, Tensor]:
+    """Generations until each cell may leave.
+
+    Returns the proposals, evaluations so far, and how many fresh draws the standard error needs
+    (zero if none is asked for), each by cell.
+    """
+    n_latent = memory.draws.shape[-1]
     least_ess = max(40, 3 * n_latent)
     least_share = min(_LEAST_SHARE, _LEAST_SHARE_TIMES_D / n_latent)
     proposal = maximization_step(proposal, memory.draws, memory.flattened_weights(least_ess))
     weights, loc, scale_tril = (
         tensor.clone() for tensor in (proposal.weights, proposal.loc, proposal.scale_tril)
     )
-    n_evaluations = torch.full_like(everyone, target.n_evaluations)
-    n_needed = torch.zeros_like(weights[:, 0])  # fresh draws, for the standard error
-    active = everyone
+    active = torch.arange(len(loc), device=loc.device)
+    n_evaluations = torch.full_like(active, target.n_evaluations)
+    n_needed = torch.zeros_like(weights[:, 0])
     for generation in range(max_generations):
         n = int(n_draws * _GROWTH**generation)
-        draws = target.draw(proposal, n, generator)
+        draws = target.draw(proposal, n)
         memory.add(proposal, draws, target.values(draws, active))
         n_evaluations[active] += n
         k = memory.newest_tail_index()
@@ -287,150 +267,11 @@ def adapt(
         if len(going_on) < len(active):
             active, proposal = active[going_on], proposal.select(going_on)
             memory.keep(going_on)
-
-    proposal = StudentMixture(weights, loc, scale_tril, dof)
-    draws = target.draw(proposal, n_final, generator)
-    log_weights = target.values(draws, everyone) - proposal.log_prob(draws)
-    estimate, error, n_drawn = _estimate(target, proposal, log_weights, n_needed, generator)
-    k = tail_index(log_weights)
-    return Adapted(
-        proposal=proposal,
-        draws=draws,
-        log_weights=log_weights,
-        pareto_k=k,
-        log_likelihood=estimate,
-        standard_error=error,
-        converged=k < k_threshold,
-        n_evaluations=n_evaluations + n_drawn,
-    )
-
-
-def _working(tensor: Tensor) -> Tensor:
-    """In double precision where the device has it."""
-    return tensor if tensor.device.type == "mps" else tensor.double()
-
-
-class _Target:
-    """The log-joint with its results checked, its calls bounded and counted.
-
-    Parameters
-    ----------
-    log_joint
-        What the caller gave.
-    like
-        Draws are handed over in its type.
-    rows_per_call
-        Most draws of all cells at once.
-    """
-
-    def __init__(self, log_joint: LogJoint, like: Tensor, rows_per_call: int) -> None:
-        self.log_joint, self.like, self.rows_per_call = log_joint, like, rows_per_call
-        self.n_evaluations = 0  # of a cell that was in every call
-
-    def draw(
-        self, proposal: StudentMixture, n_draws: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Stratified draws `(N, B, D)`, rounded as the log-joint will see them."""
-        return proposal.sample_stratified(n_draws, generator).to(self.like)
-
-    def _passes(self, draws: Tensor) -> tuple[Tensor, ...]:
-        return draws.split(max(1, self.rows_per_call // draws.shape[1]))
-
-    def _checked(self, values: Tensor, draws: Tensor, cells: Tensor) -> Tensor:
-        if values.shape != draws.shape[:2]:
-            raise ValueError(
-                f"log_joint must return the shape {tuple(draws.shape[:2])} for draws of shape "
-                f"{tuple(draws.shape)}, got {tuple(values.shape)}"
-            )
-        wrong = (values.isnan() | values.isposinf()).any(0)
-        if wrong.any():
-            raise ValueError(
-                "log_joint must be finite or minus infinity, got NaN or infinity for the cells "
-                f"{cells[wrong][:5].tolist()}"
-            )
-        return _working(values)
-
-    def values(self, draws: Tensor, cells: Tensor) -> Tensor:
-        """log p(x, z) of draws, `(N, n)`."""
-        self.n_evaluations += len(draws)
-        passes = [
-            self._checked(self.log_joint(some, cells), some, cells) for some in self._passes(draws)
-        ]
-        return torch.cat(passes)
-
-    def scores(self, draws: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x, z), `(N, n)`, and its gradient with respect to z, `(N, n, D)`."""
-        self.n_evaluations += _COST_OF_SCORE * len(draws)
-        passes = []
-        for some in self._passes(draws):
-            with torch.enable_grad():
-                leaf = some.detach().requires_grad_()
-                values = self.log_joint(leaf, cells)
-                if not values.requires_grad:
-                    raise ValueError("log_joint must be differentiable in the draws")
-                (score,) = torch.autograd.grad(values.sum(), leaf)
-            passes.append((self._checked(values.detach(), some, cells), _working(score)))
-        log_joint, scores = zip(*passes, strict=True)
-        return torch.cat(log_joint), torch.cat(scores)
-
-
-def _fit_scores(
-    target: _Target,
-    memory: Memory,
-    loc: Tensor,
-    covariance: Tensor,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Fit a Gaussian to the target's scores, from a mean `(B, D)` and covariance `(B, D, D)`.
-
-    Every step's draws are added to the memory.
-    """
-    everyone = torch.arange(len(loc), device=loc.device)
-    n_draws = max(2 * loc.shape[-1], 8)
-    for step, rate in enumerate(_SCORE_RATES):
-        gaussian = StudentMixture(
-            torch.ones_like(loc[:, :1]),
-            loc.unsqueeze(1),
-            cholesky(covariance).unsqueeze(1),
-            None,
-        )
-        draws = target.draw(gaussian, n_draws, generator)
-        log_joint, scores = target.scores(draws, everyone)
-        memory.add(gaussian, draws, log_joint)
-        counting: float | Tensor = rate
-        if step == 0:  # it is to reach what is far away
-            counting = squared_distance(scores).nan_to_num().clamp(rate, _MOST_RATE)
-        loc, covariance = match_scores(loc, covariance, draws.to(loc), scores, counting)
-    return loc, covariance
-
-
-def _ascend(target: _Target, points: Tensor, covariance: Tensor) -> Tensor:
-    """Move points `(B, M, D)` uphill, each to a mode of its own.
-
-    The fitted covariance `(B, D, D)` turns a score into a step: it leads to the mode of a
-    Gaussian of that covariance at once. A step that does not climb is taken back and halved.
-    """
-    everyone = torch.arange(len(points), device=points.device)
-    best = points.transpose(0, 1)  # (M, B, D)
-    highest = torch.full_like(best[..., 0], -torch.inf)
-    proposed, step = best, torch.zeros_like(best)
-    for _ in range(_N_ASCENT_STEPS):
-        values, scores = target.scores(proposed.to(target.like), everyone)
-        climbs = (values > highest).unsqueeze(-1)
-        highest = torch.maximum(values, highest)
-        best = torch.where(climbs, proposed, best)
-        newton = torch.einsum("bde,mbe->mbd", covariance, scores).nan_to_num(0.0, 0.0, 0.0)
-        step = torch.where(climbs, newton, 0.5 * step)
-        proposed = best + step
-    return best.transpose(0, 1)
+    return StudentMixture(weights, loc, scale_tril, proposal.dof), n_evaluations, n_needed
 
 
 def _estimate(
-    target: _Target,
-    proposal: StudentMixture,
-    log_weights: Tensor,
-    n_needed: Tensor,
-    generator: torch.Generator | None,
+    target: Target, proposal: StudentMixture, log_weights: Tensor, n_needed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x), its standard error, and the draws that both are from, each `(B,)`.
 
@@ -446,7 +287,7 @@ def _estimate(
         if len(cells) == 0:
             break
         some = proposal.select(cells)
-        draws = target.draw(some, per_round, generator)
+        draws = target.draw(some, per_round)
         more = target.values(draws, cells) - some.log_prob(draws)
         first[cells] = torch.logaddexp(first[cells], more.logsumexp(0))
         second[cells] = torch.logaddexp(second[cells], (2 * more).logsumexp(0))
