@@ -111,6 +111,27 @@ def test_a_data_module_with_a_registry(make_adata, n_components, tmp_path):
     np.testing.assert_array_equal(again, latents)
 
 
+@marked
+def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    module = Blocks(adata, of_data_module(MixSCVI(adata, **SMALL).registry))
+    model = MixSCVI(registry=module.registry, prior="vamp", n_prior_components=30, **SMALL)
+    model.train(
+        max_epochs=1,
+        datamodule=module,
+        plan_kwargs={"lr": 0.0},
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    with torch.no_grad():
+        start, *_ = model.module.prior.pseudo_inputs()
+    distance = (start[:, None] - torch.as_tensor(adata.X).log1p()).abs().amax(-1)
+    assert distance.amin(1).max() < 0.01
+    assert len(distance.argmin(1).unique()) == 30
+
+
 @pytest.fixture
 def labeled(make_adata):
     """Cells of which some have labels, their registry, and a data module."""
