@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
+from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.training_arguments import check_training
 from mixscvi.module.signatures import signed_as
 
@@ -36,7 +37,7 @@ class ComponentsMixin:
 
     dead_components_: dict[int, float] | None = None
     """Components found dead after training, and in which share of the cells; ``None`` if nobody
-    has looked."""
+    has looked, as after a stream that could be read once alone."""
     _told_of_dead_components = False
 
     @signed_as(CheckpointsMixin.train)
@@ -167,8 +168,13 @@ class ComponentsMixin:
                 stacklevel=stacklevel + 1,
             )
 
-    def _find_dead_components(self, datamodule: LightningDataModule | None) -> dict[int, float]:
-        """Components that are dead in more than a tenth of some training cells, with the share."""
+    def _find_dead_components(
+        self, datamodule: LightningDataModule | None
+    ) -> dict[int, float] | None:
+        """Components that are dead in more than a tenth of some training cells, with the share.
+
+        ``None`` if no cell is left to look at.
+        """
         n_components = self.module.n_components
         if n_components == 1:
             return {}
@@ -185,7 +191,8 @@ class ComponentsMixin:
                 found += len(dead[-1])
                 if found >= n_cells:
                     break
-        return often_dead(torch.cat(dead))
+        # Nothing is left of a stream that is read once.
+        return often_dead(torch.cat(dead)) if dead else None
 
     def _some_training_cells(
         self, datamodule: LightningDataModule | None, n_cells: int
@@ -196,6 +203,4 @@ class ComponentsMixin:
             cells = cells[np.linspace(0, len(cells) - 1, min(n_cells, len(cells)), dtype=int)]
             yield from self._minibatches(None, np.sort(cells), None, None, None)
             return
-        for tensors in datamodule.train_dataloader():
-            tensors = datamodule.on_before_batch_transfer(tensors, 0)
-            yield datamodule.on_after_batch_transfer(tensors, 0)
+        yield from training_minibatches(datamodule, self.device)

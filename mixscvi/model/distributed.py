@@ -158,7 +158,7 @@ def _unreached(
     """Parameters to be trained that get no gradient from a minibatch."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
-        tensors = next(training_minibatches(datamodule))
+        tensors = next(training_minibatches(datamodule, module.device))
         if not isinstance(tensors, Mapping):  # all cells, and those with labels
             tensors, labeled = tensors
             loss_kwargs = {**loss_kwargs, "labelled_tensors": labeled}

@@ -162,14 +162,17 @@ class TrainingLoader(LeanDataLoader):
     _sorts = True
 
 
-def training_minibatches(datamodule: LightningDataModule) -> Iterator[Any]:
-    """Minibatches that a training will see, before it has begun, as its steps are given them.
+def training_minibatches(datamodule: LightningDataModule, device: torch.device) -> Iterator[Any]:
+    """Minibatches of the training cells, as the steps of a training are given them.
 
     Parameters
     ----------
     datamodule
-        scvi-tools' splitter or the user's own, set up.
+        scvi-tools' splitter or the user's own, set up. Streams that are read once lose them.
+    device
+        Where they are to be.
     """
     for tensors in datamodule.train_dataloader():
         tensors = datamodule.on_before_batch_transfer(tensors, 0)
+        tensors = datamodule.transfer_batch_to_device(tensors, device, 0)
         yield datamodule.on_after_batch_transfer(tensors, 0)

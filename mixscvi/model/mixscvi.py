@@ -117,7 +117,8 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
     Notes
     -----
     The VampPrior's pseudo-cells are random until :meth:`train` starts them as cells that it trains
-    on, the first of its shuffled minibatches, and beyond their number as averages of two.
+    on, the first of its shuffled minibatches (with a data module, those of the first one), and
+    beyond their number as averages of two.
 
     Examples
     --------

@@ -6,7 +6,8 @@ import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
@@ -29,12 +30,34 @@ __all__ = ["Runner", "WithoutData"]
 
 
 class PseudoCellsStart(Callback):
-    """Starts a VampPrior's pseudo-cells as cells that are trained on, none that is held out."""
+    """Starts a VampPrior's pseudo-cells as cells that are trained on, none that is held out.
+
+    Parameters
+    ----------
+    module
+        The module.
+    """
+
+    def __init__(self, module: MixVAE) -> None:
+        self.module = module
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start them, when the cells are split and no checkpoint is restored yet."""
-        module = cast(MixVAE, pl_module.module)
-        module.initialize_pseudo_cells(training_minibatches(trainer.datamodule))
+        """Start them when the cells are split, and no checkpoint is restored yet."""
+        if isinstance(trainer.datamodule, SplitAlike):
+            splitter = cast(LightningDataModule, trainer.datamodule)
+            cells = training_minibatches(splitter, self.module.device)
+            self.module.initialize_pseudo_cells(cells)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start them from the first step's cells: the user's data may be read once alone."""
+        if batch_idx > 0 or not self.module.has_random_pseudo_cells:
+            return
+        self.module.initialize_pseudo_cells([batch])
+        if trainer.world_size > 1:
+            for values in self.module.prior.state_dict().values():
+                torch.distributed.broadcast(values, src=0)
 
 
 class Runner(TrainRunner):
@@ -83,7 +106,7 @@ class Runner(TrainRunner):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         module = self.model.module
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
-            self.trainer.callbacks.insert(0, PseudoCellsStart())
+            self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
         self._checkpoints = checkpoints
         if checkpoints is not None:

@@ -143,8 +143,11 @@ class MixVAE(ImportanceSampling, VAE):
 
     @property
     def has_random_pseudo_cells(self) -> bool:
-        """Whether the prior has pseudo-cells that have not started from real cells."""
-        return self.mixture.prior == "vamp" and not self._pseudo_cells.started
+        """Whether the prior has pseudo-cells to be trained that are none of real cells yet."""
+        if self.mixture.prior != "vamp":
+            return False
+        cells = self._pseudo_cells
+        return cells.dense.requires_grad and not cells.started
 
     @property
     def _pseudo_cells(self) -> PseudoCells:

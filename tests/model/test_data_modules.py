@@ -111,13 +111,27 @@ def test_a_data_module_with_a_registry(make_adata, n_components, tmp_path):
     np.testing.assert_array_equal(again, latents)
 
 
+class ReadOnce(Blocks):
+    """As a stream: each minibatch comes once, and becomes a dictionary on its way to the device."""
+
+    def train_dataloader(self):
+        yield from [list(part.items()) for part in self.parts]
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return super().transfer_batch_to_device(dict(batch), device, dataloader_idx)
+
+
 @marked
-def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata):
+@pytest.mark.parametrize("kind", [Blocks, ReadOnce])
+def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata, kind):
     adata = make_adata()
     adata.obs["batch"] = adata.obs["batch"].astype("category")
     MixSCVI.setup_anndata(adata, batch_key="batch")
-    module = Blocks(adata, of_data_module(MixSCVI(adata, **SMALL).registry))
-    model = MixSCVI(registry=module.registry, prior="vamp", n_prior_components=30, **SMALL)
+    module = kind(adata, of_data_module(MixSCVI(adata, **SMALL).registry))
+    if kind is ReadOnce:
+        loader = iter(module.train_dataloader())
+        module.train_dataloader = lambda: loader
+    model = MixSCVI(registry=module.registry, prior="vamp", n_prior_components=15, **SMALL)
     model.train(
         max_epochs=1,
         datamodule=module,
@@ -125,11 +139,13 @@ def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata):
         accelerator="cpu",
         enable_progress_bar=False,
     )
+    assert len(model.history["elbo_train"]) == 1
+    assert (model.dead_components_ is None) == (kind is ReadOnce)
     with torch.no_grad():
         start, *_ = model.module.prior.pseudo_inputs()
     distance = (start[:, None] - torch.as_tensor(adata.X).log1p()).abs().amax(-1)
     assert distance.amin(1).max() < 0.01
-    assert len(distance.argmin(1).unique()) == 30
+    assert len(distance.argmin(1).unique()) == 15
 
 
 @pytest.fixture

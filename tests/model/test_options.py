@@ -132,6 +132,16 @@ def test_pseudo_cells_start_in_the_first_training_alone(make_adata, tmp_path):
     np.testing.assert_array_equal(nearest_cells(query)[0], start)
 
 
+def test_frozen_pseudo_cells_stay_as_they_are(make_adata, tmp_path):
+    adata = make_adata()
+    vamp_of(adata, n_prior_components=9).save(tmp_path / "untrained")
+    query = MixSCVI.load_query_data(adata.copy(), tmp_path / "untrained")
+    before = query.module.prior.pseudo_inputs.dense.clone()
+    assert not query.module.prior.pseudo_inputs.dense.requires_grad
+    train(query, **NOTHING_LEARNED)
+    assert torch.equal(query.module.prior.pseudo_inputs.dense, before)
+
+
 def test_a_vamp_model_meets_fewer_cells_than_pseudo_cells(make_adata, tmp_path):
     adata = make_adata()
     model = fit(MixSCVI, adata, n_components=2, prior="vamp", n_prior_components=40)
