@@ -24,6 +24,7 @@ __all__ = ["MinifiedMixin", "counts_are_gone"]
 _STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
 # Where scvi-tools looks for the posteriors of data that come without counts.
 _LATENT_KEYS = ("_scvi_latent_qzm", "_scvi_latent_qzv")
+_WITHOUT_COUNTS = "latent_posterior_parameters"
 # Where it notes which data they are.
 _SCVI_UUID_KEY = "_scvi_uuid"
 
@@ -33,7 +34,7 @@ class MinifiedMixin:
 
     def minify_adata(
         self,
-        minified_data_type: str = "latent_posterior_parameters",
+        minified_data_type: str = _WITHOUT_COUNTS,
         use_latent_qzm_key: str = "X_latent_qzm",
         use_latent_qzv_key: str = "X_latent_qzv",
     ) -> None:
@@ -44,6 +45,8 @@ class MinifiedMixin:
         one component, and of data whose counts are gone already. Those hold all components,
         `(n, A * D)` each, or the mean and variance of each cell, `(n, D)`: then its posterior is
         taken to be one Gaussian.
+
+        Data that are minified already stay as they are, library sizes included.
 
         The minified data are in memory. Counts on disk stay in their file, which the model no
         longer reads.
@@ -58,8 +61,8 @@ class MinifiedMixin:
         Raises
         ------
         ValueError
-            If the model holds no data, or counts on disk are to be kept with the data, or are a
-            collection's.
+            If the model holds no data; or if counts are to be kept with the data that are on disk,
+            or gone, or if they are a collection's.
 
         Warns
         -----
@@ -89,17 +92,33 @@ class MinifiedMixin:
             with self._annotation_in_memory(minified_data_type):
                 self.minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
             return
+        minified = self.minified_data_type == _WITHOUT_COUNTS
+        if minified and minified_data_type != _WITHOUT_COUNTS:
+            raise ValueError(
+                f"minified_data_type={minified_data_type!r} keeps the counts, which minification "
+                f"has taken away already: choose {_WITHOUT_COUNTS!r}, which changes nothing"
+            )
         gone = counts_are_gone(self.adata_manager)
         library = self.adata.obs.get(self._OBSERVED_LIB_SIZE_KEY)
+        self._minify(minified_data_type, use_latent_qzm_key, use_latent_qzv_key, gone=gone)
+        if (gone or minified) and library is not None:  # scvi-tools sums counts that are zero
+            self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library
+
+    def _minify(
+        self,
+        minified_data_type: str,
+        use_latent_qzm_key: str,
+        use_latent_qzv_key: str,
+        *,
+        gone: bool,
+    ) -> None:
         stored = use_latent_qzm_key in self.adata.obsm and use_latent_qzv_key in self.adata.obsm
         if gone and not stored:
             use_latent_qzm_key, use_latent_qzv_key = _LATENT_KEYS
         if gone or (stored and self.module.mixture.is_scvi):
             if gone:
-                self._warn_of_what_is_gone(use_latent_qzm_key, library is not None)
+                self._warn_of_what_is_gone(use_latent_qzm_key)
             super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
-            if gone and library is not None:
-                self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library
             return
         loc, scale = self.get_latent_mixture()
         original = self.adata
@@ -116,10 +135,10 @@ class MinifiedMixin:
     def _annotation_in_memory(self, minified_data_type: str) -> Iterator[None]:
         """Have data on disk replaced by their annotation and latents, for them to be minified."""
         on_disk, manager = self.adata, self.adata_manager
-        if minified_data_type != "latent_posterior_parameters":
+        if minified_data_type != _WITHOUT_COUNTS:
             raise ValueError(
                 f"minified_data_type={minified_data_type!r} copies the counts, which are on disk: "
-                "choose 'latent_posterior_parameters'"
+                f"choose {_WITHOUT_COUNTS!r}"
             )
         if not hasattr(on_disk, "X"):
             raise ValueError(
@@ -155,7 +174,7 @@ class MinifiedMixin:
         for key in _LATENT_KEYS:
             del self.adata.obsm[key]
 
-    def _warn_of_what_is_gone(self, latent_key: str, has_library: bool) -> None:
+    def _warn_of_what_is_gone(self, latent_key: str) -> None:
         """Say what data without counts lack."""
         width, n_latent = self.adata.obsm[latent_key].shape[1], self.module.n_latent
         n_components = self.module.n_components
@@ -169,14 +188,14 @@ class MinifiedMixin:
                 f"adata has no counts, and adata.obsm[{latent_key!r}] has one mean a cell: its "
                 f"posterior is taken to be one Gaussian, not {n_components}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        if not has_library:
+        if self._OBSERVED_LIB_SIZE_KEY not in self.adata.obs:
             warnings.warn(
                 f"adata has no counts, and no library sizes in obs"
                 f"[{self._OBSERVED_LIB_SIZE_KEY!r}]: expression at the scale of counts is zero",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -47,6 +47,13 @@ def test_minify(kind, kwargs, make_adata, tmp_path):
     loaded = MixSCVI.load(tmp_path / "model", accelerator="cpu")
     np.testing.assert_allclose(loaded.get_latent_representation(), before[0], atol=1e-5)
 
+    model.minify_adata(minified_data_type=kind)  # as when a cell of a notebook runs again
+    for one, other in zip(after, observe(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    if kind == MINIFIED[0]:
+        with pytest.raises(ValueError, match="which minification has taken away already"):
+            model.minify_adata(minified_data_type=MINIFIED[1])
+
 
 def test_minify_takes_the_usual_recipe(make_adata):
     """scvi-tools' tutorial stores mean and variance first; a mixture is more than those."""
