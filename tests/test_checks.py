@@ -166,5 +166,5 @@ def test_values_that_log1p_cannot_take():
 
 def test_covariates_that_are_not_numbers():
     table = pd.DataFrame({"age": [1.0, np.nan, np.inf]}, index=["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"adata.obs\['age'\] is NaN or infinite in 2 of 3.*'b'"):
+    with pytest.raises(ValueError, match=r"adata.obs\['age'\] is NaN or infinite in single precision in 2 of 3.*'b'"):
         check_finite(table, source="adata.obs")

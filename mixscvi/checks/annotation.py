@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _NAMES_SHOWN = 5
+LARGEST = float(np.finfo(np.float32).max)
+"""What models can compute with: they do in single precision."""
 
 
 def name_cells(obs_names: pd.Index, offending: np.ndarray) -> str:
@@ -72,7 +74,8 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
     ...
     ValueError: batch_key: adata.obs['batch'] is missing (NaN) in 1 of 2 cells, first: 'AAG'
     """
-    if not isinstance(key, Hashable):
+    # scvi-tools takes what is false for none.
+    if not isinstance(key, Hashable) or not key:
         raise TypeError(f"{argument} must be the name of a column of adata.obs, got {key!r}")
     if key not in obs:
         raise KeyError(f"{argument}={key!r} is no column of adata.obs, which has {[*obs.columns]}")
@@ -96,7 +99,9 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
                 f"in {name_cells(obs.index, other)}: convert it, as with .astype(str)"
             ) from error
         return
-    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+    if column.dtype.kind != "c" and (
+        pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
+    ):
         return
     wrong = np.flatnonzero([not isinstance(value, numbers.Real) for value in column])
     cells = name_cells(obs.index, wrong) if len(wrong) else f"all {len(obs)} cells"
@@ -144,10 +149,12 @@ def check_finite(table: pd.DataFrame, *, source: str) -> None:
     >>> check_finite(pd.DataFrame({"age": [1.0, 2.0]}), source="adata.obs")
     """
     for column in table:
-        offending = np.flatnonzero(~np.isfinite(table[column].to_numpy(dtype=float)))
+        values = table[column].to_numpy(dtype=float)
+        offending = np.flatnonzero(~(np.abs(values) <= LARGEST))
         if len(offending):
             raise ValueError(
-                f"{source}[{column!r}] is NaN or infinite in {name_cells(table.index, offending)}"
+                f"{source}[{column!r}] is NaN or infinite in single precision in "
+                f"{name_cells(table.index, offending)}"
             )
 
 
@@ -165,7 +172,8 @@ def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> N
     >>> check_positive(np.array([1.0, 0.5]), pd.Index(["AAC", "AAG"]), source="obs['size']")
     """
     values = np.asarray(values, dtype=float).ravel()
-    offending = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    tiny = float(np.finfo(np.float32).tiny)
+    offending = np.flatnonzero(~((values >= tiny) & (values <= LARGEST)))
     if len(offending):
         raise ValueError(
             f"{source} must be positive and finite, but is not in "

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixscvi.checks.annotation import name_cells
+from mixscvi.checks.annotation import LARGEST, name_cells
 
 __all__ = ["check_counts", "check_numbers"]
 
@@ -86,7 +86,8 @@ def check_counts(
     Raises
     ------
     ValueError
-        If there are NaN, infinite or negative values, or cells with no counts.
+        If there are negative values, ones that are NaN or infinite in single precision, or cells
+        with no counts.
 
     Examples
     --------
@@ -101,7 +102,7 @@ def check_counts(
     negative = np.zeros(n_cells, dtype=bool)
     total = np.zeros(n_cells)
     for cell, value in _entries(x, n_cells):
-        finite = np.isfinite(value)
+        finite = np.abs(value) <= LARGEST  # models compute in single precision
         if not finite.all():
             not_finite[cell[~finite]] = True
             cell, value = cell[finite], value[finite]
@@ -110,16 +111,17 @@ def check_counts(
             first = cell.min()
             of_cell = np.bincount(cell - first, value)
             total[first : first + len(of_cell)] += of_cell
+    not_finite |= ~(np.abs(total) <= LARGEST)
     empty = total <= 0
     for offending, what, expected in (
-        (not_finite, "NaN or infinite values", "finite counts"),
+        (not_finite, "NaN or infinite values", f"counts that are finite in single precision, below {LARGEST:.1g}"),
         (
             negative,
             "negative values" if above is None else f"values of {above:g} or less",
             "raw counts" if above is None else f"values above {above:g}",
         ),
         (
-            empty & (not allow_empty),
+            empty & ~not_finite & (not allow_empty),
             "no counts at all" if above is None else "a sum of zero or less",
             "at least one count in each cell, for its library size; remove such cells with "
             "scanpy.pp.filter_cells(adata, min_counts=1)",

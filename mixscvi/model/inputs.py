@@ -172,7 +172,12 @@ def _check_columns(
             continue
         if isinstance(keys, str) or not isinstance(keys, Iterable):
             raise TypeError(f"{argument} must be a list of columns, got {keys!r}")
+        keys = [*keys]
         for key in keys:
+            if not isinstance(key, str):
+                raise TypeError(f"{argument} must hold names of columns, got {key!r}")
+            if keys.count(key) > 1:
+                raise ValueError(f"{argument} names {key!r} {keys.count(key)} times")
             check_column(obs, key, argument=argument, numeric=numeric)
 
 
