@@ -114,7 +114,7 @@ def check_counts(
     not_finite |= ~(np.abs(total) <= LARGEST)
     empty = total <= 0
     for offending, what, expected in (
-        (not_finite, "NaN or infinite values", f"counts that are finite in single precision, below {LARGEST:.1g}"),
+        (not_finite, "NaN or infinite values", f"finite counts, below {LARGEST:.1g}"),
         (
             negative,
             "negative values" if above is None else f"values of {above:g} or less",
