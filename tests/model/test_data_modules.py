@@ -131,7 +131,8 @@ def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata, kind):
     if kind is ReadOnce:
         loader = iter(module.train_dataloader())
         module.train_dataloader = lambda: loader
-    model = MixSCVI(registry=module.registry, prior="vamp", n_prior_components=15, **SMALL)
+    # No more than the smallest minibatch has, which may be the first.
+    model = MixSCVI(registry=module.registry, prior="vamp", n_prior_components=10, **SMALL)
     model.train(
         max_epochs=1,
         datamodule=module,
@@ -145,7 +146,7 @@ def test_pseudo_cells_start_as_cells_of_a_data_module(make_adata, kind):
         start, *_ = model.module.prior.pseudo_inputs()
     distance = (start[:, None] - torch.as_tensor(adata.X).log1p()).abs().amax(-1)
     assert distance.amin(1).max() < 0.01
-    assert len(distance.argmin(1).unique()) == 15
+    assert len(distance.argmin(1).unique()) == 10
 
 
 @pytest.fixture
