@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Any
 
-from timed_models import make, read, train
+from timed_models import in_turns, make, read, train
 
 _PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"),
@@ -36,12 +36,9 @@ def _part_of_a_step(event: str) -> str:
 
 def _milliseconds_of_a_step(model: Any, steps_per_epoch: float) -> float:
     """Of a training's steps alone, without what begins and ends it, and without a profiler."""
-    seconds = {}
-    for epochs in (_FEW, _MANY):
-        start = time.perf_counter()
-        train(model, epochs)
-        seconds[epochs] = time.perf_counter() - start
-    return 1000 * (seconds[_MANY] - seconds[_FEW]) / (_MANY - _FEW) / steps_per_epoch
+    calls = {"few": partial(train, model, _FEW), "many": partial(train, model, _MANY)}
+    seconds = in_turns(calls, rounds=1)
+    return 1000 * (seconds["many"][0] - seconds["few"][0]) / (_MANY - _FEW) / steps_per_epoch
 
 
 def profile_training(data: str) -> list[dict]:

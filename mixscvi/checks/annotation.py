@@ -19,13 +19,25 @@ __all__ = [
     "check_genes",
     "check_positive",
     "check_unique",
+    "is_finite",
     "name_cells",
     "warn_of_repeated",
 ]
 
 _NAMES_SHOWN = 5
-LARGEST = float(np.finfo(np.float32).max)
-"""What models can compute with: they do in single precision."""
+_SINGLE = np.finfo(np.float32)
+FINITE = f"below {_SINGLE.max:.1g}"  # as messages say it
+
+
+def is_finite(values: np.ndarray) -> np.ndarray:
+    """Which values are finite in single precision, in which models compute.
+
+    Examples
+    --------
+    >>> is_finite(np.array([1.0, 1e300, np.nan]))
+    array([ True, False, False])
+    """
+    return np.abs(values) <= _SINGLE.max
 
 
 def name_cells(obs_names: pd.Index, offending: np.ndarray) -> str:
@@ -136,7 +148,7 @@ def check_categories(column: pd.Series, known: Sequence[Any], *, source: str) ->
 
 
 def check_finite(table: pd.DataFrame, *, source: str) -> None:
-    """Raise if covariates are NaN or infinite.
+    """Raise if covariates are NaN, or infinite in single precision.
 
     Raises
     ------
@@ -149,17 +161,16 @@ def check_finite(table: pd.DataFrame, *, source: str) -> None:
     >>> check_finite(pd.DataFrame({"age": [1.0, 2.0]}), source="adata.obs")
     """
     for column in table:
-        values = table[column].to_numpy(dtype=float)
-        offending = np.flatnonzero(~(np.abs(values) <= LARGEST))
+        offending = np.flatnonzero(~is_finite(table[column].to_numpy(dtype=float)))
         if len(offending):
             raise ValueError(
-                f"{source}[{column!r}] is NaN or infinite in single precision in "
-                f"{name_cells(table.index, offending)}"
+                f"{source}[{column!r}] is NaN or infinite in {name_cells(table.index, offending)}: "
+                f"expected finite numbers, {FINITE}"
             )
 
 
 def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> None:
-    """Raise if per-cell factors are not positive and finite.
+    """Raise if per-cell factors are not positive and finite in single precision.
 
     Raises
     ------
@@ -172,8 +183,7 @@ def check_positive(values: np.ndarray, obs_names: pd.Index, *, source: str) -> N
     >>> check_positive(np.array([1.0, 0.5]), pd.Index(["AAC", "AAG"]), source="obs['size']")
     """
     values = np.asarray(values, dtype=float).ravel()
-    tiny = float(np.finfo(np.float32).tiny)
-    offending = np.flatnonzero(~((values >= tiny) & (values <= LARGEST)))
+    offending = np.flatnonzero(~(is_finite(values) & (values >= _SINGLE.tiny)))
     if len(offending):
         raise ValueError(
             f"{source} must be positive and finite, but is not in "

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixscvi.checks.annotation import LARGEST, name_cells
+from mixscvi.checks.annotation import FINITE, is_finite, name_cells
 
 __all__ = ["check_counts", "check_numbers"]
 
@@ -102,7 +102,7 @@ def check_counts(
     negative = np.zeros(n_cells, dtype=bool)
     total = np.zeros(n_cells)
     for cell, value in _entries(x, n_cells):
-        finite = np.abs(value) <= LARGEST  # models compute in single precision
+        finite = is_finite(value)
         if not finite.all():
             not_finite[cell[~finite]] = True
             cell, value = cell[finite], value[finite]
@@ -111,17 +111,17 @@ def check_counts(
             first = cell.min()
             of_cell = np.bincount(cell - first, value)
             total[first : first + len(of_cell)] += of_cell
-    not_finite |= ~(np.abs(total) <= LARGEST)
+    not_finite |= ~is_finite(total)
     empty = total <= 0
     for offending, what, expected in (
-        (not_finite, "NaN or infinite values", f"finite counts, below {LARGEST:.1g}"),
+        (not_finite, "NaN or infinite values", f"finite counts, {FINITE}"),
         (
             negative,
             "negative values" if above is None else f"values of {above:g} or less",
             "raw counts" if above is None else f"values above {above:g}",
         ),
         (
-            empty & ~not_finite & (not allow_empty),
+            empty & (not allow_empty),
             "no counts at all" if above is None else "a sum of zero or less",
             "at least one count in each cell, for its library size; remove such cells with "
             "scanpy.pp.filter_cells(adata, min_counts=1)",

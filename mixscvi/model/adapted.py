@@ -27,6 +27,7 @@ __all__ = [
     "AdaptedMixin",
     "AdaptedPosterior",
     "check_enough_for_k",
+    "columns_of_cells",
     "resample",
     "warn_of_adapted_tails",
     "warn_of_encoder_tails",
@@ -243,13 +244,18 @@ class AdaptedMixin:
     def _columns_of(self, adapted: Adapted, n_draws: int | None) -> dict[str, Tensor]:
         """Results of a minibatch, cells first."""
         columns = {name: getattr(adapted.proposal, name) for name in _OF_PROPOSAL}
-        columns |= {name: getattr(adapted, name) for name in _OF_CELLS}
+        columns |= columns_of_cells(adapted)
         # The tails are never Gaussian, and those of all cells are alike.
         columns["dof"] = torch.full_like(adapted.n_evaluations, cast(int, adapted.proposal.dof))
         if n_draws is not None:
             draws = self.module.adapted_latents(resample(adapted, n_draws))
             columns["draws"] = draws.transpose(0, 1)
         return columns
+
+
+def columns_of_cells(adapted: Adapted) -> dict[str, Tensor]:
+    """What is one number for each of `B` cells, `(B,)`, in the order of tables."""
+    return {name: getattr(adapted, name) for name in _OF_CELLS}
 
 
 def check_enough_for_k(n_mc_samples: int) -> None:

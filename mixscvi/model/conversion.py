@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from scvi.model import SCVI
 from scvi.module import VAE
 
+from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.module import ImportanceSampling
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def check_convertible(
     adata: AnnData | None = model.adata
     if adata is None:
         raise ValueError(f"{argument} holds no AnnData: load it with adata")
-    if model.minified_data_type == "latent_posterior_parameters":
+    if model.minified_data_type == WITHOUT_COUNTS:
         raise ValueError(
             f"{argument}'s data are minified without counts, which are needed: load it "
             "with the original data, or minify with 'latent_posterior_parameters_with_counts'"

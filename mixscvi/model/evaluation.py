@@ -27,6 +27,7 @@ from mixscvi.mixture import (
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
 from mixscvi.model.adapted import (
     check_enough_for_k,
+    columns_of_cells,
     warn_of_adapted_tails,
     warn_of_encoder_tails,
 )
@@ -319,10 +320,7 @@ class EvaluationMixin:
         return {
             "jensen_shannon_divergence": posterior.jensen_shannon_divergence(n_per_component),
             "effective_sample_size": effective_sample_size(adapted.log_weights.mT),
-            "pareto_k": adapted.pareto_k,
-            "log_likelihood": adapted.log_likelihood,
-            "standard_error": adapted.standard_error,
-            "n_evaluations": adapted.n_evaluations,
+            **columns_of_cells(adapted),
         }
 
     @staticmethod

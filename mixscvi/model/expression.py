@@ -25,6 +25,7 @@ from mixscvi.checks import (
 )
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
+from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.model.raw_counts import with_raw_counts
 from mixscvi.model.rows import is_on_disk
 from mixscvi.module.signatures import signed_as
@@ -470,7 +471,7 @@ class ExpressionMixin:
         kinds = [self.minified_data_type]
         if adata is not None:
             kinds.append(adata.uns.get(MINIFY_UNS_KEY))
-        if "latent_posterior_parameters" in kinds:
+        if WITHOUT_COUNTS in kinds:
             raise ValueError(
                 "weights='adapted' needs the cells' counts, which minification has replaced: "
                 "choose weights='uniform', or minify with "

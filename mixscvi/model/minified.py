@@ -19,12 +19,12 @@ from mixscvi.model.rows import is_on_disk
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
-__all__ = ["MinifiedMixin", "counts_are_gone"]
+__all__ = ["WITHOUT_COUNTS", "MinifiedMixin", "counts_are_gone"]
 
 _STORED_LOC, _STORED_VAR = "_mixscvi_component_loc", "_mixscvi_component_var"
 # Where scvi-tools looks for the posteriors of data that come without counts.
 _LATENT_KEYS = ("_scvi_latent_qzm", "_scvi_latent_qzv")
-_WITHOUT_COUNTS = "latent_posterior_parameters"
+WITHOUT_COUNTS = "latent_posterior_parameters"
 # Where it notes which data they are.
 _SCVI_UUID_KEY = "_scvi_uuid"
 
@@ -34,7 +34,7 @@ class MinifiedMixin:
 
     def minify_adata(
         self,
-        minified_data_type: str = _WITHOUT_COUNTS,
+        minified_data_type: str = WITHOUT_COUNTS,
         use_latent_qzm_key: str = "X_latent_qzm",
         use_latent_qzv_key: str = "X_latent_qzv",
     ) -> None:
@@ -92,11 +92,11 @@ class MinifiedMixin:
             with self._annotation_in_memory(minified_data_type):
                 self.minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
             return
-        minified = self.minified_data_type == _WITHOUT_COUNTS
-        if minified and minified_data_type != _WITHOUT_COUNTS:
+        minified = self.minified_data_type == WITHOUT_COUNTS
+        if minified and minified_data_type != WITHOUT_COUNTS:
             raise ValueError(
                 f"minified_data_type={minified_data_type!r} keeps the counts, which minification "
-                f"has taken away already: choose {_WITHOUT_COUNTS!r}, which changes nothing"
+                f"has taken away already: choose {WITHOUT_COUNTS!r}, which changes nothing"
             )
         gone = counts_are_gone(self.adata_manager)
         library = self.adata.obs.get(self._OBSERVED_LIB_SIZE_KEY)
@@ -135,10 +135,10 @@ class MinifiedMixin:
     def _annotation_in_memory(self, minified_data_type: str) -> Iterator[None]:
         """Have data on disk replaced by their annotation and latents, for them to be minified."""
         on_disk, manager = self.adata, self.adata_manager
-        if minified_data_type != _WITHOUT_COUNTS:
+        if minified_data_type != WITHOUT_COUNTS:
             raise ValueError(
                 f"minified_data_type={minified_data_type!r} copies the counts, which are on disk: "
-                f"choose {_WITHOUT_COUNTS!r}"
+                f"choose {WITHOUT_COUNTS!r}"
             )
         if not hasattr(on_disk, "X"):
             raise ValueError(

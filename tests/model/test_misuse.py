@@ -226,7 +226,7 @@ def test_bad_covariates_and_scaled_values_are_refused(make_adata):
     adata.obs["age"] = np.linspace(0, 1, adata.n_obs)
     adata.obs.loc[adata.obs_names[3], "age"] = np.nan
     MixSCVI.setup_anndata(adata, continuous_covariate_keys=["age"])
-    with pytest.raises(ValueError, match=r"'age'\] is NaN or infinite .* 1 of .*'cell3'"):
+    with pytest.raises(ValueError, match=r"'age'\] is NaN or infinite in 1 of .*'cell3'"):
         MixSCVI(adata, n_components=2)
     scaled = make_adata()
     scaled.X = np.asarray(scaled.X.todense() if hasattr(scaled.X, "todense") else scaled.X) - 2.0
