@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,6 +16,8 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+
+from mixscvi.warning import warn_user
 
 __all__ = [
     "array",
@@ -113,11 +114,10 @@ def _give_up(error: BaseException) -> None:
     text = _COLORS.sub("", str(error))  # where colorama is installed
     lines = [line for line in text.splitlines() if line.strip()]
     cause = next((line for line in lines if not line.startswith("Failed in ")), "")
-    warnings.warn(
+    warn_user(
         "numba cannot provide fast likelihoods and matrix products, so slower ones are used "
         f"({type(error).__name__}: {cause})",
         RuntimeWarning,
-        stacklevel=3,
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from mixscvi.system import keep_freed_memory
+from mixscvi.warning import warn_user
 
 __all__ = ["Engine", "RayEngine", "sequential"]
 
@@ -160,10 +160,9 @@ class RayEngine:
         if not any(
             node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= gpus for node in nodes
         ):
-            warnings.warn(
+            warn_user(
                 f"no machine of the cluster has {self.cpus:g} CPUs and {gpus:g} GPUs: the runs "
-                "wait until one has joined",
-                stacklevel=4,
+                "wait until one has joined"
             )
         return gpus
 

@@ -25,7 +25,7 @@ from mixscvi.checks.arguments import (
     check_text,
 )
 from mixscvi.checks.comparisons import check_comparison
-from mixscvi.checks.counts import check_counts, check_numbers
+from mixscvi.checks.counts import check_counts, check_numbers, has_fractions
 
 __all__ = [
     "check_anndata",
@@ -50,5 +50,6 @@ __all__ = [
     "check_positive_int",
     "check_text",
     "check_unique",
+    "has_fractions",
     "warn_of_repeated",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from mixscvi.warning import warn_user
 
 __all__ = [
     "check_categories",
@@ -229,12 +230,10 @@ def warn_of_repeated(names: pd.Index, *, source: str) -> None:
     repeated = names[names.duplicated()].unique()
     if len(repeated):
         shown = ", ".join(repr(str(name)) for name in repeated[:_NAMES_SHOWN])
-        warnings.warn(
+        warn_user(
             f"{len(repeated)} of {source} occur more than once, first: {shown}. Models train, but "
             f"nothing can be chosen by these names: call adata.{source.rpartition('.')[2]}"
-            "_make_unique()",
-            UserWarning,
-            stacklevel=4,
+            "_make_unique()"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixscvi import compiled
+from mixscvi.warning import warn_user
 
 __all__ = ["in_one_kernel"]
 
@@ -69,11 +69,10 @@ def in_one_kernel(function: Terms, *args: Tensor | bool | None, size: Tensor) ->
         _failed = True
         cause = getattr(error, "inner_exception", error)
         first_line = str(cause).strip().partition("\n")[0]
-        warnings.warn(
+        warn_user(
             "torch cannot compile the likelihoods for this accelerator, so their operations run "
             f"one by one ({type(cause).__name__}: {first_line})",
             RuntimeWarning,
-            stacklevel=2,
         )
         return terms
 

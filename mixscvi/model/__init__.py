@@ -9,7 +9,7 @@
 | prediction | its labels of the cells |
 | labels | the labels of the data, checked, its minibatches and training plan |
 | data, inputs | checks of the data and of arguments, splits of the cells |
-| loaders, rows | minibatches of data in memory, and on disk |
+| loaders, rows, given | minibatches of data in memory, on disk, and of the user's own |
 | gathering | what they give, put together |
 | training | the training plan |
 | latents | latent representations and mixtures |

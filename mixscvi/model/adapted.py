@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from mixscvi.mixture import Adapted, adapt
 from mixscvi.mixture.diagnostics import LEAST_FOR_K
 from mixscvi.model.gathering import gather_columns
 from mixscvi.model.inputs import check_keywords
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -119,7 +119,7 @@ class AdaptedMixin:
                     "draws, n_mc_samples_per_pass bounds the memory, scvi.settings.seed seeds"
                 )
         if self.module.gene_likelihood == "normal":
-            warnings.warn(_ABOUT_NORMAL, UserWarning, stacklevel=4)
+            warn_user(_ABOUT_NORMAL)
         minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
         n_cells = None
         if dataloader is None:
@@ -238,7 +238,7 @@ class AdaptedMixin:
             draws = np.ascontiguousarray(draws.swapaxes(0, 1))
         dof = int(columns.pop("dof")[0])
         posterior = AdaptedPosterior(**columns, dof=dof, draws=draws)
-        warn_of_adapted_tails(posterior.pareto_k, stacklevel=3)
+        warn_of_adapted_tails(posterior.pareto_k)
         return posterior
 
     def _columns_of(self, adapted: Adapted, n_draws: int | None) -> dict[str, Tensor]:
@@ -266,30 +266,26 @@ def check_enough_for_k(n_mc_samples: int) -> None:
         )
 
 
-def warn_of_encoder_tails(pareto_k: np.ndarray, *, stacklevel: int) -> None:
+def warn_of_encoder_tails(pareto_k: np.ndarray) -> None:
     """Warn if the encoder's proposal cannot be trusted in more than a tenth of the cells."""
     share = _share_untrusted(pareto_k)
     if share > _SHARE_TO_WARN_OF:
-        warnings.warn(
+        warn_user(
             f"the encoder's posterior is no good proposal for {share:.0%} of the cells (k-hat "
             f"above {_LARGEST_K}): their log-likelihood is in effect a lower bound, by how much "
-            'depends on the model. Call this with proposal="adapted" to compare models.',
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            'depends on the model. Call this with proposal="adapted" to compare models.'
         )
 
 
-def warn_of_adapted_tails(pareto_k: np.ndarray, *, stacklevel: int) -> None:
+def warn_of_adapted_tails(pareto_k: np.ndarray) -> None:
     """Warn if the adapted proposals cannot be trusted in more than a tenth of the cells."""
     share = _share_untrusted(pareto_k)
     if share > _SHARE_TO_WARN_OF:
-        warnings.warn(
+        warn_user(
             f"for {share:.0%} of the cells the adapted proposal is no good one either (k-hat above "
             f"{_LARGEST_K}): what is made of them is approximate. Larger `n_draws` and "
             "`max_generations` in adapt_kwargs may help; "
-            'get_posterior_diagnostics(proposal="adapted") names the cells.',
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            'get_posterior_diagnostics(proposal="adapted") names the cells.'
         )
 
 

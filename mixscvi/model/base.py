@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +30,26 @@ from mixscvi.checks import (
 )
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
-from mixscvi.model.data import MINIFY_UNS_KEY, check_data
+from mixscvi.model.data import (
+    MINIFY_UNS_KEY,
+    check_data,
+    counts_have_fractions,
+    name_counts,
+)
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
+from mixscvi.model.given import GivenMinibatches
 from mixscvi.model.inputs import check_known_categories, take_sparse_array
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.minified import MinifiedMixin, counts_are_gone
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin
+from mixscvi.model.rows import is_on_disk
 from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
 from mixscvi.system import naming_what_takes_memory, physical_memory
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -56,11 +64,13 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def checked(self: MixtureMixin, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(method).bind(self, *args, **kwargs)
         # Numbers of a model that is not trained mean nothing; of library sizes scvi-tools says so.
         self._check_if_trained(warn=method is not SCVI.get_latent_library_size)
-        self._check_arguments(given)
-        return method(self, *args, **kwargs)
+        self._check_arguments(given.arguments)
+        if given.arguments.get("dataloader") is not None:
+            given.arguments["dataloader"] = self._given(given.arguments["dataloader"])
+        return method(*given.args, **given.kwargs)
 
     return checked
 
@@ -134,6 +144,7 @@ class MixtureMixin(
     _mixture: MixtureOptions
     var_names_: list[str] | None = None
     """Names of the genes trained on."""
+    _had_fractions: bool | None = None
     _train_runner_cls = Runner
     _data_loader_cls = LeanDataLoader
 
@@ -156,7 +167,13 @@ class MixtureMixin(
             check_number("rna_size_factor", given["rna_size_factor"], above=0)
         if "correlation_type" in given:
             check_choice("correlation_type", given["correlation_type"], ("spearman", "pearson"))
-        check_loader(given.get("dataloader"))
+
+    def _given(self, dataloader: Iterable[Mapping[str, Tensor]]) -> GivenMinibatches:
+        """Minibatches of the user's own, each of which is checked."""
+        check_loader(dataloader)
+        if isinstance(dataloader, GivenMinibatches):
+            return dataloader
+        return GivenMinibatches(dataloader, self.module)
 
     def _names_of(self, adata: AnnData | None, indices: Any) -> pd.Index:
         """Names of the cells that are chosen, all by default."""
@@ -181,24 +198,44 @@ class MixtureMixin(
             f"n_samples: {mixture.n_samples}, objective: {mixture.objective}."
         )
 
+    def _know_data(self) -> None:
+        """Check what the model was made of, and note it, to notice changes in place."""
+        self.var_names_ = [str(gene) for gene in self.get_var_names()]
+        if self.adata is not None and self._has_counts(self.adata_manager):
+            check_data(self.adata_manager, self.module)
+            self._had_fractions = counts_have_fractions(self.adata_manager)
+
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
-        if adata is None and self.adata is None:
-            raise ValueError("the model holds no data: give adata")
-        if adata is not None:
-            check_anndata(adata)
-        if adata is not None and self.var_names_ is not None:
+        if adata is None:
+            if self.adata is None:
+                raise ValueError("the model holds no data: give adata")
+            adata = self.adata
+        check_anndata(adata)
+        if self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)
             if self.adata is not None and adata is not self.adata:
                 check_known_categories(adata, self.registry)
-        if adata is not None:
-            _check_if_view(adata, copy_if_view=copy_if_view)  # as scvi-tools does next
-            take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
+        _check_if_view(adata, copy_if_view=copy_if_view)  # as scvi-tools does next
+        take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
-        if adata is not self.adata:
-            manager = self.get_anndata_manager(adata, required=True)
-            if self._has_counts(manager):
+        manager = self.get_anndata_manager(adata, required=True)
+        if self._has_counts(manager):
+            if adata is not self.adata:
                 check_data(manager, self.module)
+            elif not is_on_disk(manager):  # what lies there is not changed in place
+                self._check_changed(manager)
         return adata
+
+    def _check_changed(self, manager: AnnDataManager) -> None:
+        """Raise or warn if the model's own data are no counts any more."""
+        check_data(manager, self.module)
+        if self._had_fractions is False and counts_have_fractions(manager):
+            source = name_counts(manager)
+            warn_user(
+                f"{source} has changed since the model was made: it has values that are no whole "
+                "numbers now, and was of whole numbers. Give the model counts, which a copy keeps "
+                "for it: normalize adata.copy()"
+            )
 
     @staticmethod
     def _has_counts(manager: AnnDataManager) -> bool:
@@ -236,8 +273,7 @@ class MixtureMixin(
         if dataloader is not None:
             if adata is not None:
                 raise ValueError("give either adata or dataloader, got both")
-            check_loader(dataloader)
-            return iter(dataloader)
+            return iter(self._given(dataloader))
         if adata is None and self.adata is None:
             raise ValueError("the model holds no data: give adata or dataloader")
         adata = self._validate_anndata(adata)

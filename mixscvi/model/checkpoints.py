@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from mixscvi.model.identity import (
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.random_states import get_random_states, set_random_states
 from mixscvi.module.signatures import signed_as
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,11 +94,9 @@ class Checkpoints(Callback):
             )
         other = {k: v for k, v in found["versions"].items() if versions().get(k) != v}
         if other:
-            warnings.warn(
+            warn_user(
                 f"{self.path} was written with other versions of {', '.join(other)}: the weights "
-                "need not be those of a training that was not interrupted",
-                UserWarning,
-                stacklevel=4,
+                "need not be those of a training that was not interrupted"
             )
 
     def tell(self, max_epochs: int) -> None:

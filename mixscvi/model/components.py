@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.training_arguments import check_training
 from mixscvi.module.signatures import signed_as
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
@@ -32,7 +32,7 @@ _N_DRAWS_OF_ALL = 5_000
 class ComponentsMixin:
     """What makes :class:`mixscvi.MixSCVI` look for dead components, and tell of them.
 
-    The model provides ``module``, ``device`` and ``_minibatches``.
+    The model provides ``module``, ``device``, ``_minibatches`` and ``_validate_anndata``.
     """
 
     dead_components_: dict[int, float] | None = None
@@ -131,16 +131,16 @@ class ComponentsMixin:
         datamodule = given.arguments.get("datamodule")
         if self.adata is None and datamodule is None:
             raise AttributeError("the model holds no data: give datamodule, or make it of an adata")
+        if datamodule is None:
+            self._validate_anndata()  # they may have been changed since the model was made
         result = super().train(*args, **kwargs)
         self.dead_components_ = self._find_dead_components(datamodule)
         self._told_of_dead_components = False
         if self.dead_components_:
-            warnings.warn(
+            warn_user(
                 f"{self._name_dead_components()} Fewer components, longer training, a smaller "
                 "learning rate, or component_encoder='amortized' may help; "
-                "get_component_diagnostics shows the ELBO of each component.",
-                UserWarning,
-                stacklevel=2,
+                "get_component_diagnostics shows the ELBO of each component."
             )
         return result
 
@@ -158,15 +158,11 @@ class ComponentsMixin:
         named = name_dead(shares, self.module.n_components, "cell", "training cells")
         return f"{named}, and they spoil the latent mean."
 
-    def _warn_of_dead_components(self, *, stacklevel: int) -> None:
+    def _warn_of_dead_components(self) -> None:
         """Warn whoever uses the latents, once."""
         if self.dead_components_ and not self._told_of_dead_components:
             self._told_of_dead_components = True
-            warnings.warn(
-                f"{self._name_dead_components()} Do not cluster it: train again.",
-                UserWarning,
-                stacklevel=stacklevel + 1,
-            )
+            warn_user(f"{self._name_dead_components()} Do not cluster it: train again.")
 
     def _find_dead_components(
         self, datamodule: LightningDataModule | None

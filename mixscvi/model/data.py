@@ -9,9 +9,10 @@ import numpy as np
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
 
-from mixscvi.checks import check_counts, check_finite, check_positive
+from mixscvi.checks import check_counts, check_finite, check_positive, has_fractions
 from mixscvi.model.distributed import SplitAlike
 from mixscvi.model.loaders import TrainingLoader
+from mixscvi.model.rows import is_on_disk
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -23,6 +24,8 @@ __all__ = [
     "LeanDataSplitter",
     "WithoutSingleCells",
     "check_data",
+    "counts_have_fractions",
+    "name_counts",
 ]
 
 # Where scvi-tools notes in ``adata.uns`` that the data are minified.
@@ -65,6 +68,19 @@ class WithoutSingleCells(LeanDataSplitter):
             self.drop_last = given
 
 
+def name_counts(manager: AnnDataManager) -> str:
+    """Where the counts are, for messages."""
+    layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
+def counts_have_fractions(manager: AnnDataManager) -> bool | None:
+    """Whether counts are no whole numbers, at a look; ``None`` if they are read from files."""
+    if is_on_disk(manager):
+        return None
+    return has_fractions(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+
+
 def check_data(manager: AnnDataManager, module: VAE) -> None:
     """Raise if a model cannot use the registered counts, covariates or size factors.
 
@@ -81,7 +97,6 @@ def check_data(manager: AnnDataManager, module: VAE) -> None:
         Naming the field and the first offending cells.
     """
     adata = manager.adata
-    layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
     scaled_by_factor = bool(module.use_size_factor_key)
     above = None
     if module.gene_likelihood == "normal":
@@ -89,7 +104,7 @@ def check_data(manager: AnnDataManager, module: VAE) -> None:
     check_counts(
         manager.get_from_registry(REGISTRY_KEYS.X_KEY),
         adata.obs_names,
-        source="adata.X" if layer is None else f"adata.layers[{layer!r}]",
+        source=name_counts(manager),
         above=above,
         allow_empty=scaled_by_factor or not module.use_observed_lib_size,
     )

@@ -190,7 +190,7 @@ class EvaluationMixin:
                 }
                 for _, adapted in adaptations
             )
-            warn_of_adapted_tails(columns["pareto_k"], stacklevel=3)
+            warn_of_adapted_tails(columns["pareto_k"])
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
             measures = {"log_likelihood": FORMS[form]}
@@ -204,7 +204,7 @@ class EvaluationMixin:
                 for draws in all_draws
             )
             if "pareto_k" in columns:
-                warn_of_encoder_tails(columns["pareto_k"], stacklevel=3)
+                warn_of_encoder_tails(columns["pareto_k"])
         log_likelihood = torch.from_numpy(columns["log_likelihood"])
         if not return_std_error:
             return _mean(log_likelihood) if return_mean else log_likelihood
@@ -298,14 +298,14 @@ class EvaluationMixin:
                 self._of_adapted(tensors, adapted, n_per_component)
                 for tensors, adapted in adaptations
             )
-            warn_of_adapted_tails(columns["pareto_k"], stacklevel=3)
+            warn_of_adapted_tails(columns["pareto_k"])
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
             all_draws = self._importance_draws(
                 n_mc_samples, n_mc_samples_per_pass, *minibatches, None
             )
             columns = gather_columns(map(_of_encoder, all_draws))
-            warn_of_encoder_tails(columns["pareto_k"], stacklevel=3)
+            warn_of_encoder_tails(columns["pareto_k"])
         table = pd.DataFrame(columns)
         if dataloader is None:
             table.index = self._names_of(adata, indices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnTorchDataset
 from scvi.model import SCVI
 from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
@@ -29,6 +27,7 @@ from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.model.raw_counts import with_raw_counts
 from mixscvi.model.rows import is_on_disk
 from mixscvi.module.signatures import signed_as
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,7 +91,7 @@ class ExpressionMixin:
     """Methods of :class:`mixscvi.MixSCVI` that decode expression.
 
     The model provides ``module``, ``adata``, ``_minibatches``, ``_check_arguments``,
-    ``_known_batches`` and ``_adaptations``.
+    ``_known_batches``, ``_given`` and ``_adaptations``.
     """
 
     def get_normalized_expression(
@@ -197,6 +196,16 @@ class ExpressionMixin:
         )
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
+            if n_samples != 1:
+                raise ValueError(
+                    "n_samples_overall takes the place of n_samples, got "
+                    f"n_samples_overall={n_samples_overall} and n_samples={n_samples}"
+                )
+            if return_numpy is False:
+                warn_user("return_numpy=False has no cells to name with n_samples_overall")
+            return_numpy = True
+        if dataloader is not None:
+            dataloader = self._given(dataloader)
         check_library_size(library_size)
         if isinstance(indices, tuple):  # of which pandas takes each for an axis
             indices = list(indices)
@@ -315,7 +324,7 @@ class ExpressionMixin:
         }
         table = super().differential_expression(*given.args, **given.kwargs)
         if draws:
-            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())), stacklevel=2)
+            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())))
         return table
 
     def _check_comparison(self, arguments: Mapping[str, Any]) -> None:
@@ -335,7 +344,7 @@ class ExpressionMixin:
         if no_data or arguments.get("dataloader") is not None:
             return False
         adata = self._validate_anndata(arguments.get("adata"))
-        return is_on_disk(AnnTorchDataset(self.get_anndata_manager(adata, required=True)))
+        return is_on_disk(self.get_anndata_manager(adata, required=True))
 
     def _check_pseudocounts(self, arguments: Mapping[str, Any]) -> None:
         """Raise if scvi-tools would estimate pseudocounts of the wrong cells.
@@ -380,12 +389,6 @@ class ExpressionMixin:
         """Expression of draws from the exact posteriors; see :meth:`get_normalized_expression`."""
         self._check_counts(adata)
         dataloader = loading[1]
-        if n_samples_overall is not None:
-            if n_samples != 1:
-                raise ValueError(
-                    "n_samples_overall takes the place of n_samples, got "
-                    f"n_samples_overall={n_samples_overall} and n_samples={n_samples}"
-                )
         decoding = _Decoding(self.module, library_size)
         if gene_list is not None:
             decoding.genes = np.isin(self.get_var_names(), list(gene_list))
@@ -416,17 +419,15 @@ class ExpressionMixin:
                 decoding.mean(tensors, draws) if return_mean else decoding(tensors, draws)
             )
             pareto_k.append(adapted.pareto_k.numpy(force=True))
-        warn_of_adapted_tails(np.concatenate(pareto_k), stacklevel=3)
+        warn_of_adapted_tails(np.concatenate(pareto_k))
         expression = np.concatenate(minibatches, axis=-2)
         if n_samples == 1 and not return_mean:
             expression = expression[0]
         if n_samples_overall is not None:
             return expression[np.random.choice(len(expression), n_samples_overall)]
         if expression.ndim == 3 and return_numpy is False:
-            warnings.warn(
-                "return_numpy=False is for one draw or the mean: draws are returned as an array",
-                UserWarning,
-                stacklevel=3,
+            warn_user(
+                "return_numpy=False is for one draw or the mean: draws are returned as an array"
             )
         if return_numpy or expression.ndim == 3 or data is None:
             return expression
@@ -457,7 +458,7 @@ class ExpressionMixin:
                 draws.add(missing[start:stop], resample(adapted, n_kept), adapted.pareto_k)
                 start = stop
         if known_draws is None:
-            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())), stacklevel=4)
+            warn_of_adapted_tails(np.array(list(draws.pareto_k.values())))
         chosen = torch.stack([draws.one_of(cell) for cell in cells])
         minibatches, start = [], 0
         for tensors in self._minibatches(adata, cells, *loading):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from mixscvi.checks import check_boolean, check_mapping, check_number, check_pos
 from mixscvi.model.distributed import SplitAlike, of_first_rank
 from mixscvi.model.inputs import check_keywords
 from mixscvi.model.training import WithoutSingleCellSteps
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -121,11 +121,9 @@ def _check_codes(labels: pd.Series, source: str, found: list[Any], unlabeled_cat
         )
     empty = [y for y in levels if y not in has_cells and y != unlabeled_category]
     if empty:
-        warnings.warn(
+        warn_user(
             f"{source} has categories without cells, {empty}. They become labels that predict may "
-            f"name: {remedy}",
-            UserWarning,
-            stacklevel=4,
+            f"name: {remedy}"
         )
 
 

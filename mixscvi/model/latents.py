@@ -61,7 +61,8 @@ class LatentMixture(NamedTuple):
 class LatentsMixin:
     """Methods of :class:`mixscvi.MixSCVI` that give its latents.
 
-    The model provides ``module``, ``device``, ``_minibatches`` and ``_warn_of_dead_components``.
+    The model provides ``module``, ``device``, ``_minibatches``, ``_given`` and
+    ``_warn_of_dead_components``.
     """
 
     @torch.inference_mode()
@@ -180,7 +181,7 @@ class LatentsMixin:
         """
         check_choice("representation", representation, ("mean", "components", "parameters"))
         check_positive_int("mc_samples", mc_samples)
-        self._warn_of_dead_components(stacklevel=3)
+        self._warn_of_dead_components()
         if representation != "mean":
             if return_dist or not give_mean:
                 raise ValueError(
@@ -204,7 +205,7 @@ class LatentsMixin:
                 mc_samples=mc_samples,
                 batch_size=batch_size,
                 return_dist=return_dist,
-                dataloader=dataloader,
+                dataloader=None if dataloader is None else self._given(dataloader),
                 **data_loader_kwargs,
             )
         minibatches = self._minibatches(
@@ -291,8 +292,6 @@ class LatentsMixin:
         """
         if dof is not None:
             check_number("dof", dof, above=0)
-        if indices is not None and np.size(indices) == 0:
-            indices = None
         loc, scale = (
             torch.from_numpy(part).flatten(0, 1).to(self.device)
             for part in self.get_latent_mixture(adata, indices, batch_size)

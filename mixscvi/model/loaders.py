@@ -138,7 +138,7 @@ class LeanDataLoader(AnnDataLoader):
             or self.batch_size is not None
         ):
             return None
-        if is_on_disk(dataset):
+        if is_on_disk(dataset.adata_manager):
             rows = RowsOnDisk(dataset, self.indices, sorts=self._sorts)
             return DataLoader(rows, **{**self.kwargs, "generator": self.generator})
         if self.num_workers > 0 or "collate_fn" in self.kwargs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,10 +10,10 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnTorchDataset
 
 from mixscvi.model.gathering import gather
 from mixscvi.model.rows import is_on_disk
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -88,7 +87,7 @@ class MinifiedMixin:
             raise ValueError(
                 "minify_adata() needs data, and the model holds none: load it with some"
             )
-        if is_on_disk(AnnTorchDataset(self.adata_manager)):
+        if is_on_disk(self.adata_manager):
             with self._annotation_in_memory(minified_data_type):
                 self.minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
             return
@@ -184,18 +183,14 @@ class MinifiedMixin:
                 f"n_components * n_latent={n_components * n_latent}, got {width}"
             )
         if width < n_components * n_latent:
-            warnings.warn(
+            warn_user(
                 f"adata has no counts, and adata.obsm[{latent_key!r}] has one mean a cell: its "
-                f"posterior is taken to be one Gaussian, not {n_components}",
-                UserWarning,
-                stacklevel=4,
+                f"posterior is taken to be one Gaussian, not {n_components}"
             )
         if self._OBSERVED_LIB_SIZE_KEY not in self.adata.obs:
-            warnings.warn(
+            warn_user(
                 f"adata has no counts, and no library sizes in obs"
-                f"[{self._OBSERVED_LIB_SIZE_KEY!r}]: expression at the scale of counts is zero",
-                UserWarning,
-                stacklevel=4,
+                f"[{self._OBSERVED_LIB_SIZE_KEY!r}]: expression at the scale of counts is zero"
             )
 
 

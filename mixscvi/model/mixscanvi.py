@@ -16,7 +16,6 @@ from scvi.module import SCANVAE, VAE
 
 from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
-from mixscvi.model.data import check_data
 from mixscvi.model.inputs import check_network, check_setup
 from mixscvi.model.labels import (
     LabeledSplitter,
@@ -208,9 +207,7 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             )
         self.n_labels = self.module.n_labels
         self._complete_summary("ScanVI Model", "MixSCANVI model")
-        self.var_names_ = [str(gene) for gene in self.get_var_names()]
-        if adata is not None and self._has_counts(self.adata_manager):
-            check_data(self.adata_manager, self.module)
+        self._know_data()
         if dispersion == "gene-label" and len(self._unlabeled_indices):
             raise ValueError(
                 "dispersion='gene-label' takes the dispersions of a cell from its label, and "

@@ -17,7 +17,7 @@ from mixscvi.mixture import Prior
 from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.conversion import ConversionMixin
-from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells, check_data
+from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells
 from mixscvi.model.inputs import check_network, check_setup
 from mixscvi.model.runner import WithoutData
 from mixscvi.model.training import LeanTrainingPlan, ScviTrainingPlan
@@ -212,9 +212,7 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             self._module_kwargs["use_observed_lib_size"] = use_observed_lib_size
             self.var_names_ = None
         else:
-            self.var_names_ = [str(gene) for gene in self.get_var_names()]
-        if adata is not None and self._has_counts(self.adata_manager):
-            check_data(self.adata_manager, self.module)
+            self._know_data()
         self.init_params_ = self._get_init_params(locals())
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import urllib.request
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -32,6 +31,7 @@ from mixscvi.model.files import (
 from mixscvi.model.legacy import read_legacy
 from mixscvi.model.training_arguments import check_data_module
 from mixscvi.system import check_folder, write_beside
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -451,10 +451,8 @@ def _fetch(url: str, path: Path) -> None:
 
 def _read_data(path: Path) -> AnnData | Literal[False]:
     if not path.is_file():
-        warnings.warn(
-            f"{path.parent} holds no data, and no adata was given: the model is loaded without",
-            UserWarning,
-            stacklevel=3,
+        warn_user(
+            f"{path.parent} holds no data, and no adata was given: the model is loaded without"
         )
         return False
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from scvi import REGISTRY_KEYS
@@ -14,6 +13,7 @@ from mixscvi.model.conversion import arguments_of, check_convertible
 from mixscvi.model.labels import check_module_labels
 from mixscvi.model.mixscvi import MixSCVI
 from mixscvi.model.training_arguments import check_data_module
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -116,11 +116,7 @@ class PretrainedMixin:
             del arguments["latent_distribution"]
         for name in [name for name in kwargs if name in arguments]:
             del kwargs[name]
-            warnings.warn(
-                f"{name} is that of scvi_model, {arguments[name]!r}, and stays",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_user(f"{name} is that of scvi_model, {arguments[name]!r}, and stays")
         check_data_module(datamodule)
         if registry is not None:
             check_made_of(None, registry)

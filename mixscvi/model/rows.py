@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -11,16 +11,20 @@ from anndata.abc import CSCDataset, CSRDataset
 from scvi.data import AnnTorchDataset
 from torch.utils.data import Dataset
 
+if TYPE_CHECKING:
+    from scvi.data import AnnDataManager
+
 __all__ = ["RowsOnDisk", "is_on_disk"]
 
 
-def is_on_disk(dataset: AnnTorchDataset) -> bool:
+def is_on_disk(manager: AnnDataManager) -> bool:
     """Whether some of the data are read from files when they are needed.
 
     scvi-tools' adapter of collections says that it is backed, whatever its parts.
     """
-    return dataset.adata_manager.adata.isbacked or any(
-        isinstance(data, CSRDataset | CSCDataset | h5py.Dataset) for data in dataset.data.values()
+    return manager.adata.isbacked or any(
+        isinstance(manager.get_from_registry(key), CSRDataset | CSCDataset | h5py.Dataset)
+        for key in manager.data_registry
     )
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from scvi import settings
 from scvi.model.base import BaseMinifiedModeModelClass
+from scvi.module import VAE
 from scvi.train import TrainRunner
 from torch import nn
 
@@ -20,6 +21,7 @@ from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
+from mixscvi.model.given import check_minibatch
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
@@ -58,6 +60,27 @@ class PseudoCellsStart(Callback):
         if trainer.world_size > 1:
             for values in self.module.prior.state_dict().values():
                 torch.distributed.broadcast(values, src=0)
+
+
+class FirstMinibatch(Callback):
+    """Looks at the first minibatch of a data module of the user's own, before it is used.
+
+    Parameters
+    ----------
+    module
+        What trains on it.
+    """
+
+    def __init__(self, module: VAE) -> None:
+        self.module = module
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise if the module cannot use it."""
+        if trainer.current_epoch == 0 and batch_idx == 0:
+            cells = batch[0] if isinstance(batch, list | tuple) else batch
+            check_minibatch(cells, self.module, source="the first minibatch of datamodule")
 
 
 class Runner(TrainRunner):
@@ -105,6 +128,8 @@ class Runner(TrainRunner):
         if ranks > 1 or isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         module = self.model.module
+        if not isinstance(self.data_splitter, SplitAlike):
+            self.trainer.callbacks.insert(0, FirstMinibatch(module))
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))

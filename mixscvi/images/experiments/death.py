@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture.death import dead_components, name_dead, often_dead
+from mixscvi.warning import warn_user
 
 __all__ = ["warn_of_dead_components"]
 
@@ -47,9 +46,7 @@ def warn_of_dead_components(model: ImageVAE, images: Tensor, seed: int) -> None:
     dead = often_dead(dead_components(draws))
     if dead:
         named = name_dead(dead, n_components, "image", "validation images")
-        warnings.warn(
+        warn_user(
             f"{named}: do not use the mean of the mixture. Longer training, fewer components or a "
-            "smaller learning rate may help.",
-            UserWarning,
-            stacklevel=3,
+            "smaller learning rate may help."
         )

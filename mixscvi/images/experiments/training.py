@@ -37,6 +37,7 @@ from mixscvi.mixture import miselbo, siwae
 from mixscvi.optimizers import fused
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
+from mixscvi.warning import warn_user
 
 __all__ = ["ImageTraining", "train"]
 
@@ -307,10 +308,9 @@ def train(
         _check_checkpoint(checkpoint)
     # For an ensemble, the run of its decoder warns.
     if not config.ensemble and training.max_epochs < training.warmup_epochs:
-        warnings.warn(
+        warn_user(
             f"training for {training.max_epochs} epochs ends within the warm-up of the KL term, "
-            f"{training.warmup_epochs} epochs: its weight does not reach 1",
-            stacklevel=2,
+            f"{training.warmup_epochs} epochs: its weight does not reach 1"
         )
     if on_start is not None:
         on_start(model)
