@@ -171,14 +171,14 @@ def brief(error: BaseException) -> str:
 
 @contextmanager
 def naming_what_is_not_restored(
-    path: Path, what: str, remedy: str, *, is_restored: Callable[[], bool]
+    path: Path | str, what: str, remedy: str, *, is_restored: Callable[[], bool]
 ) -> Iterator[None]:
     """Name the file where its state cannot be given back to a training.
 
     Parameters
     ----------
     path
-        The file.
+        The file, or what names it.
     what
         What goes on from it.
     remedy
@@ -197,6 +197,6 @@ def naming_what_is_not_restored(
         if is_restored():
             raise
         raise ValueError(
-            f"{path} was tampered with, or is of another version: {what} cannot go on from it "
-            f"({brief(error)}). {remedy}"
+            f"{path} was tampered with, or is of another training or version: {what} cannot go on "
+            f"from it ({brief(error)}). {remedy}"
         ) from error

@@ -10,6 +10,7 @@
 | labels | the labels of the data, checked, its minibatches and training plan |
 | data, inputs | checks of the data and of arguments, splits of the cells |
 | loaders, rows, given | minibatches of data in memory, on disk, and of the user's own |
+| loader_arguments | arguments of loaders |
 | gathering | what they give, put together |
 | training | the training plan |
 | latents | latent representations and mixtures |
@@ -26,7 +27,8 @@
 | queries | query mapping |
 | minified | data without counts |
 | runner | how a training is started |
-| training_arguments, watched, accelerators | its arguments: what it watches, and where it runs |
+| training_arguments, watched, accelerators | its arguments: what it watches, where it runs |
+| weights | whether they are numbers |
 | memory | what a training step takes at least |
 | checkpoints, identity, random_states | trainings that may be interrupted |
 | distributed | training by several processes |

@@ -15,6 +15,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.data._utils import _check_if_view
 from scvi.model import SCVI
+from scvi.module.base import BaseModuleClass
 from torch import Tensor
 
 from mixscvi.checks import (
@@ -39,8 +40,9 @@ from mixscvi.model.data import (
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.given import GivenMinibatches
-from mixscvi.model.inputs import check_known_categories, take_sparse_array
+from mixscvi.model.inputs import check_keywords, check_known_categories, take_sparse_array
 from mixscvi.model.latents import LatentsMixin
+from mixscvi.model.loader_arguments import check_loader_arguments
 from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.minified import MinifiedMixin, counts_are_gone
 from mixscvi.model.persistence import PersistenceMixin
@@ -68,6 +70,8 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         # Numbers of a model that is not trained mean nothing; of library sizes scvi-tools says so.
         self._check_if_trained(warn=method is not SCVI.get_latent_library_size)
         self._check_arguments(given.arguments)
+        of_module = given.arguments.get("kwargs")
+        check_keywords(of_module, [BaseModuleClass.forward], argument=f"{method.__name__}()")
         if given.arguments.get("dataloader") is not None:
             given.arguments["dataloader"] = self._given(given.arguments["dataloader"])
         return method(*given.args, **given.kwargs)
@@ -157,6 +161,7 @@ class MixtureMixin(
 
     def _check_arguments(self, given: Mapping[str, Any]) -> None:
         """Raise if an argument of a method, by name, cannot be what it is for."""
+        check_loader_arguments(given.get("data_loader_kwargs"))
         if "n_samples" in given:
             check_positive_int("n_samples", given["n_samples"])
         if given.get("gene_list") is not None:
@@ -270,6 +275,7 @@ class MixtureMixin(
     ) -> Iterator[dict[str, Tensor]]:
         """Minibatches of cells in order, from `adata` or the user's own loader."""
         self._check_if_trained(warn=False)
+        check_loader_arguments(data_loader_kwargs)
         if dataloader is not None:
             if adata is not None:
                 raise ValueError("give either adata or dataloader, got both")

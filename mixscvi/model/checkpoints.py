@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
 from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
-from mixscvi.checks import check_positive_int
+from mixscvi.checks import check_path, check_positive_int
 from mixscvi.model.distributed import of_all_ranks
 from mixscvi.model.identity import (
     SEEDED_BELOW,
@@ -282,6 +282,7 @@ class CheckpointsMixin:
                     "write checkpoints into"
                 )
             return train(*args, **kwargs)
+        check_path("checkpoint_dir", checkpoint_dir)
         every = _EVERY if checkpoint_every is None else checkpoint_every
         every = check_positive_int("checkpoint_every", every)
         path = Path(checkpoint_dir) / _FILE

@@ -15,6 +15,7 @@ from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.training_arguments import check_training
+from mixscvi.model.weights import warn_of_weights
 from mixscvi.module.signatures import signed_as
 from mixscvi.warning import warn_user
 
@@ -101,7 +102,8 @@ class ComponentsMixin:
         Warns
         -----
         UserWarning
-            If a component is dead in more than a tenth of the cells. ``dead_components_`` then
+            If weights are NaN or infinite at the end; or if a component is dead in more than a
+            tenth of the cells. ``dead_components_`` then
             holds their numbers and shares, and :meth:`get_latent_representation` warns as well.
 
         Notes
@@ -134,6 +136,8 @@ class ComponentsMixin:
         if datamodule is None:
             self._validate_anndata()  # they may have been changed since the model was made
         result = super().train(*args, **kwargs)
+        remedy = "choose a smaller learning rate, plan_kwargs={'lr': ...}"
+        warn_of_weights(self.module, "the trained model", remedy)
         self.dead_components_ = self._find_dead_components(datamodule)
         self._told_of_dead_components = False
         if self.dead_components_:

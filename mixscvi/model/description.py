@@ -37,6 +37,9 @@ def check_description(attributes: Mapping[str, Any], var_names: Any) -> None:
         ...
     TypeError: registry_.setup_args.batch_key is no text, got 3
     """
+    is_trained = attributes.get("is_trained_", False)
+    if not isinstance(is_trained, bool):
+        raise TypeError(f"is_trained_ is neither true nor false, got {is_trained!r:.40}")
     init = _dictionary(attributes, "init_params_")
     if "non_kwargs" in init:  # earlier versions of scvi-tools have the arguments themselves here
         _dictionary(init, "non_kwargs", "init_params_")
@@ -65,6 +68,12 @@ def check_description(attributes: Mapping[str, Any], var_names: Any) -> None:
     n_vars = of_x["summary_stats"].get("n_vars", len(var_names))
     if len(var_names) != n_vars:
         raise ValueError(f"var_names has {len(var_names)} genes, and the registry {n_vars}")
+    registered = of_x.get("state_registry", {}).get("column_names")
+    if registered is None:
+        return
+    for i, (gene, other) in enumerate(zip(var_names, registered, strict=True)):
+        if gene != other:
+            raise ValueError(f"var_names[{i}] is {gene!r}, and {str(other)!r:.40} in the registry")
 
 
 def _dictionary(holder: Mapping[str, Any], name: str, where: str = "") -> Mapping[str, Any]:

@@ -193,6 +193,12 @@ class EvaluationMixin:
             warn_of_adapted_tails(columns["pareto_k"])
         else:
             self._check_unused(adapt_kwargs=adapt_kwargs, progress=progress)
+            check_positive_int("n_mc_samples", n_mc_samples)
+            if return_std_error and self._n_per_component(n_mc_samples) < 2:
+                raise ValueError(
+                    "return_std_error=True needs two draws of each of "
+                    f"n_components={self.module.n_components}, got n_mc_samples={n_mc_samples}"
+                )
             measures = {"log_likelihood": FORMS[form]}
             if return_std_error:
                 measures["standard_error"] = siwae_standard_error

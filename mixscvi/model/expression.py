@@ -23,6 +23,7 @@ from mixscvi.checks import (
 )
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
+from mixscvi.model.inputs import check_keywords
 from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.model.raw_counts import with_raw_counts
 from mixscvi.model.rows import is_on_disk
@@ -192,8 +193,17 @@ class ExpressionMixin:
                 "n_samples": n_samples,
                 "transform_batch": transform_batch,
                 "dataloader": dataloader,
+                "data_loader_kwargs": data_loader_kwargs,
             }
         )
+        taken_by = [
+            self._adapted_expression if weights == "adapted" else SCVI.get_importance_weights
+        ]
+        check_keywords(
+            importance_weighting_kwargs, taken_by, argument="get_normalized_expression()"
+        )
+        if weights == "importance" and dataloader is not None:
+            raise ValueError("weights='importance' needs adata, got a dataloader")
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
             if n_samples != 1:

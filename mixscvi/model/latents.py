@@ -24,6 +24,7 @@ from torch.distributions import (
 
 from mixscvi.checks import check_choice, check_column, check_number, check_positive_int
 from mixscvi.model.gathering import gather
+from mixscvi.model.loader_arguments import check_loader_arguments
 from mixscvi.module.signatures import signed_as
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ class LatentsMixin:
         """
         check_choice("representation", representation, ("mean", "components", "parameters"))
         check_positive_int("mc_samples", mc_samples)
+        check_loader_arguments(data_loader_kwargs)
         self._warn_of_dead_components()
         if representation != "mean":
             if return_dist or not give_mean:
@@ -248,8 +250,9 @@ class LatentsMixin:
         -------
         Weights of the draws, `(n, L)`, as in ``SCVI.get_importance_weights``.
         """
+        cells = None if indices is None else np.asarray(indices)  # which scvi-tools takes some of
         qz = self.module.as_importance_density(qz)
-        return super().get_importance_weights(adata, indices, qz, px, zs, *args, **kwargs)
+        return super().get_importance_weights(adata, cells, qz, px, zs, *args, **kwargs)
 
     @torch.inference_mode()
     def get_aggregated_posterior(

@@ -30,6 +30,7 @@ from mixscvi.model.files import (
 )
 from mixscvi.model.legacy import read_legacy
 from mixscvi.model.training_arguments import check_data_module
+from mixscvi.model.weights import warn_of_weights
 from mixscvi.system import check_folder, write_beside
 from mixscvi.warning import warn_user
 
@@ -222,7 +223,7 @@ class PersistenceMixin:
         # A data module, which may be at fault as well, is not to be done without.
         naming = naming_the_file(stored.path, alone) if datamodule is None else nullcontext()
         with naming, stored.as_written_by_scvi(prefix) as folder:
-            return super().load(
+            model = super().load(
                 folder,
                 adata=adata,
                 accelerator=accelerator,
@@ -231,6 +232,8 @@ class PersistenceMixin:
                 datamodule=datamodule,
                 allowed_classes_names_list=allowed_classes_names_list,
             )
+        warn_of_weights(model.module, str(stored.path), "fetch it again, or train it anew")
+        return model
 
     @staticmethod
     def load_registry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from scvi.module import VAE
 from scvi.train import TrainRunner
 from torch import nn
 
+from mixscvi.checkpoint_file import naming_what_is_not_restored
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
@@ -83,6 +84,16 @@ class FirstMinibatch(Callback):
             check_minibatch(cells, self.module, source="the first minibatch of datamodule")
 
 
+class Started(Callback):
+    """Knows whether a training has begun: what it goes on from is restored by then."""
+
+    has_started = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note it."""
+        self.has_started = True
+
+
 class Runner(TrainRunner):
     """scvi-tools' runner of trainings, which trains in training mode.
 
@@ -134,10 +145,19 @@ class Runner(TrainRunner):
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
         self._checkpoints = checkpoints
+        self._naming: AbstractContextManager[None] = nullcontext()
         if checkpoints is not None:
             self._use(checkpoints)
         elif self.ckpt_path is not None:
             check_checkpoint(self.ckpt_path)
+            started = Started()
+            self.trainer.callbacks.append(started)
+            self._naming = naming_what_is_not_restored(
+                f"ckpt_path={str(self.ckpt_path)!r}",
+                "this training",
+                "Give the checkpoint of a training of the same model",
+                is_restored=lambda: started.has_started,
+            )
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 # Lightning reads what comes from elsewhere with pickle, which can run any code.
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -161,6 +181,7 @@ class Runner(TrainRunner):
             raise ValueError(
                 f"give either checkpoint_dir or ckpt_path={self.ckpt_path!r}, got both"
             )
+        self._naming = checkpoints.naming_the_file()
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # The first, so that the others find the epoch and the random numbers that they had.
         self.trainer.callbacks.insert(0, checkpoints)
@@ -175,11 +196,15 @@ class Runner(TrainRunner):
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
                 part.eval()
-        checkpoints = self._checkpoints
-        naming = nullcontext() if checkpoints is None else checkpoints.naming_the_file()
         too_large = naming_what_takes_memory(too_large_a_step(self.model, self._batch_size))
         limits = naming_limits(self.trainer)
-        with too_large, limits, naming, as_first_rank(self.trainer), warnings.catch_warnings():
+        with (
+            too_large,
+            limits,
+            self._naming,
+            as_first_rank(self.trainer),
+            warnings.catch_warnings(),
+        ):
             # So the plan leaves a minibatch of one cell out.
             warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
             return super().__call__()

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch
 import numpy as np
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from scvi.dataloaders import AnnDataLoader
 from scvi.train import Trainer, TrainRunner
@@ -25,6 +26,7 @@ from mixscvi.checks import (
     check_text,
 )
 from mixscvi.model.inputs import check_keywords
+from mixscvi.model.loader_arguments import check_function, check_loader_values
 
 __all__ = ["check_data_module", "check_training"]
 
@@ -33,11 +35,6 @@ _PARTS = ("training", "validation", "test")
 _OF_CHECKPOINTS = ("checkpoint_dir", "checkpoint_every")
 # By scvi-tools' runners, ahead of the trainer.
 _TAKEN_OUT = ("ckpt_path",)
-
-
-def _check_function(name: str, value: Any) -> None:
-    if not callable(value):
-        raise TypeError(f"{name} must be a function, got {value!r:.60}")
 
 
 def _check_duration(name: str, value: Any) -> None:
@@ -133,7 +130,7 @@ _OPTIONAL_OF_TRAINER: dict[str, _Check] = {
     **dict.fromkeys(
         (
             "limit_train_batches", "limit_val_batches", "limit_test_batches",
-            "limit_predict_batches",
+            "limit_predict_batches", "val_check_interval",
         ),
         _check_share_or_count,
     ),
@@ -163,13 +160,13 @@ _OF_PLAN: dict[str, _Check] = {
 _OPTIONAL_OF_PLAN: dict[str, _Check] = {
     **dict.fromkeys(("n_epochs_kl_warmup", "n_steps_kl_warmup"), _at_least_0),
     **dict.fromkeys(("on_epoch", "on_step"), check_boolean),
-    "optimizer_creator": _check_function,
+    "optimizer_creator": check_function,
 }
-_OF_SPLITTER: dict[str, _Check] = {
-    "drop_last": _check_flag_or_count,
-    "num_workers": _natural,
-    **dict.fromkeys(("pin_memory", "persistent_workers"), check_boolean),
-}
+# What train() hands to the splitter itself, and the splitter to its loaders.
+_CHOSEN = {
+    "adata_manager", "batch_sampler", "data_and_attributes", "dataset", "distributed_sampler",
+    "indices", "iter_ndarray", "load_sparse_tensor", "sampler", "shuffle", "shuffle_set_split",
+}  # fmt: skip
 
 
 def check_training(
@@ -219,14 +216,14 @@ def check_training(
 
 
 def check_data_module(datamodule: Any) -> None:
-    """Raise if a data module, where there is one, has no minibatches to train on.
+    """Raise if a data module, where there is one, is none of Lightning's, which trains on no other.
 
     Raises
     ------
     TypeError
         If it is none.
     """
-    if datamodule is not None and not callable(getattr(datamodule, "train_dataloader", None)):
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
         raise TypeError(f"datamodule must be a LightningDataModule, got {datamodule!r:.60}")
 
 
@@ -292,9 +289,16 @@ def _check_splitter(
                 f"datasplitter_kwargs must not have {name!r}, an argument of train() itself, got "
                 f"{keywords[name]!r:.60}"
             )
+        if name in _CHOSEN:
+            raise TypeError(
+                f"datasplitter_kwargs must not have {name!r}, which train() chooses, got "
+                f"{keywords[name]!r:.60}"
+            )
     takers = (splitter, AnnDataLoader, DataLoader)
     check_keywords(keywords, takers, argument="datasplitter_kwargs of train()")
-    _check_each(keywords, _OF_SPLITTER, {})
+    if "drop_last" in keywords:
+        _check_flag_or_count("drop_last", keywords["drop_last"])
+    check_loader_values(keywords)
     indexing = keywords.get("external_indexing")
     if indexing is not None and n_obs is not None:
         _check_external_indexing(indexing, n_obs)

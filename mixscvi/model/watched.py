@@ -16,7 +16,7 @@ from scvi.train._callbacks import LoudEarlyStopping
 __all__ = ["check_checkpoint", "check_watched", "naming_limits"]
 
 _MONITORS = {LoudEarlyStopping: "early_stopping_monitor", SaveCheckpoint: "checkpointing_monitor"}
-_LIMITS = ("limit_train_batches", "limit_val_batches")
+_LIMITS = ("val_check_interval", "limit_train_batches", "limit_val_batches")
 # Logged of the classifier of a semi-supervised training.
 _OF_LABELS = ("accuracy", "calibration_error", "classification_loss", "f1_score")
 # Whose plans, networks and callbacks log what is known here.
@@ -113,7 +113,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def naming_limits(trainer: Trainer) -> Iterator[None]:
-    """Name the share of the minibatches that is less than one of them.
+    """Name the share of the minibatches that is less than one of them, or a number above all.
 
     Parameters
     ----------
@@ -127,11 +127,11 @@ def naming_limits(trainer: Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         for name in _LIMITS:
             if f"`{name}`" in str(error):
                 raise ValueError(
-                    f"{name}={getattr(trainer, name)} must be a number of minibatches, or a "
-                    f"share of them that is at least one: {error}"
+                    f"{name}={getattr(trainer, name)} must be a number of minibatches that there "
+                    f"are, or a share of them that is at least one: {str(error).strip()}"
                 ) from error
         raise

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import scvi
+import torch
 from scvi.model import SCVI
 
 from fitting import EARLY, SMALL, assert_same_state, fit, train
@@ -107,3 +108,49 @@ def test_a_last_cell_trains_where_nothing_is_normalized(make_adata):
         theirs = fit(SCVI, adata, use_batch_norm="none", train_kwargs=train_kwargs)
     got, expected = (model.history["elbo_train"].to_numpy(float) for model in (ours, theirs))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_checkpoints_that_are_none_of_this_training(n_components, make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), n_components=n_components)
+    path = tmp_path / "last.ckpt"
+    model.trainer.save_checkpoint(path)
+    whole = torch.load(path, weights_only=False)
+    other = MixSCVI(model.adata, n_components=3, **SMALL)
+    with pytest.raises(ValueError, match=r"last\.ckpt' was tampered with, or is of another train"):
+        train(other, ckpt_path=path)
+    for contents in ({"weights": torch.ones(2)}, [1], {**whole, "state_dict": None}):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match=r"^ckpt_path='.*last\.ckpt' was tampered with"):
+            train(MixSCVI(model.adata, n_components=n_components, **SMALL), ckpt_path=path)
+
+
+def test_weights_that_are_no_numbers(make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    with torch.no_grad():
+        model.module.px_r[3] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model)
+    assert any(str(w.message).startswith("the trained model has") for w in caught)
+    model.save(tmp_path, overwrite=True)
+    with pytest.warns(UserWarning, match=r"model\.pt has .* weights that are NaN or infinite"):
+        MixSCVI.load(tmp_path, model.adata)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda stored: stored.update(var_names=stored["var_names"][::-1]), r"var_names\[0\] is"),
+        (lambda stored: stored["attr_dict"].update(is_trained_="no"), "is_trained_ is neither"),
+    ],
+)
+def test_files_that_contradict_themselves(change, what, make_adata, tmp_path):
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    model.save(tmp_path, overwrite=True)
+    path = tmp_path / "model.pt"
+    stored = torch.load(path, weights_only=False)
+    change(stored)
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match=rf"model\.pt .*{what}"):
+        MixSCVI.load(tmp_path, model.adata)

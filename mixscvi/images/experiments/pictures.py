@@ -125,7 +125,7 @@ def reconstruct(
     FileNotFoundError
         If the folder holds no finished run.
     ValueError
-        If the images are not those of the run.
+        If the images are not those of the run, or fewer than are asked for.
 
     Examples
     --------
@@ -142,7 +142,10 @@ def reconstruct(
     _check_pictures(n_images, seed)
     device = resolve_device(device)
     _, model = load_run(folder, device)
-    x = finished_run_data(folder, data, data_folder).test[:n_images].to(device)
+    test = finished_run_data(folder, data, data_folder).test
+    if n_images > len(test):
+        raise ValueError(f"images must be at most the {len(test)} test images, got {n_images}")
+    x = test[:n_images].to(device)
     generator = torch.Generator(x.device).manual_seed(seed)
     z = model.draw(x, generator=generator).z[0]
     # (A, B, ...): a row of the picture is a component.
