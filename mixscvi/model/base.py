@@ -238,8 +238,8 @@ class MixtureMixin(
             source = name_counts(manager)
             warn_user(
                 f"{source} has changed since the model was made: it has values that are no whole "
-                "numbers now, and was of whole numbers. Give the model counts, which a copy keeps "
-                "for it: normalize adata.copy()"
+                "numbers now, and was of whole numbers. The model needs counts: normalize a copy, "
+                "adata.copy(), or keep counts in a layer, setup_anndata(adata, layer='counts')"
             )
 
     @staticmethod
