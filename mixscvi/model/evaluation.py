@@ -196,8 +196,8 @@ class EvaluationMixin:
             check_positive_int("n_mc_samples", n_mc_samples)
             if return_std_error and self._n_per_component(n_mc_samples) < 2:
                 raise ValueError(
-                    "return_std_error=True needs two draws of each of "
-                    f"n_components={self.module.n_components}, got n_mc_samples={n_mc_samples}"
+                    "return_std_error=True needs two draws per component, n_mc_samples of at least "
+                    f"{2 * self.module.n_components}, got {n_mc_samples}"
                 )
             measures = {"log_likelihood": FORMS[form]}
             if return_std_error:

@@ -22,6 +22,8 @@ _CHOSEN = {
     "data_loader_class", "dataset", "distributed_sampler", "drop_dataset_tail", "drop_last",
     "indices", "iter_ndarray", "sampler", "shuffle",
 }  # fmt: skip
+# Those of them that one may say are not to be.
+_SAID = ("distributed_sampler", "drop_dataset_tail", "drop_last", "iter_ndarray", "shuffle")
 _OF_WORKERS = ("multiprocessing_context", "persistent_workers", "prefetch_factor", "timeout")
 
 
@@ -76,7 +78,7 @@ def check_loader_arguments(given: Any, *, argument: str = "data_loader_kwargs") 
         return
     check_mapping(argument, given)
     for name in given:
-        if name in _CHOSEN:
+        if name in _CHOSEN and not (name in _SAID and given[name] is False):
             raise TypeError(
                 f"{argument} must not have {name!r}, got {given[name]!r:.60}: the method chooses "
                 "the cells and their order"
