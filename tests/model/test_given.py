@@ -8,6 +8,9 @@ from lightning import LightningDataModule
 from fitting import BATCH, SMALL, fit, train
 from mixscvi import MixSCVI
 
+# scvi-tools 1.5 says of its own defaults that they are redundant beside a loader.
+pytestmark = pytest.mark.filterwarnings("ignore:Using .* after custom Dataloader:UserWarning")
+
 METHODS = {
     "get_latent_representation": {},
     "get_latent_mixture": {},
