@@ -179,3 +179,25 @@ def test_what_single_precision_cannot_hold_is_not_finite():
         ValueError, match="NaN or infinite in 1 of 2 cells, first: 'b': expected .* 3e"
     ):
         check_finite(pd.DataFrame({"age": [1.0, 1e300]}, index=names), source="adata.obs")
+
+
+@pytest.mark.parametrize("above", [None, -1.0, -np.inf])
+@pytest.mark.parametrize("form", [np.asarray, csr_matrix, csc_matrix])
+@pytest.mark.parametrize("value", [0.0, 0.5, -0.5, -1.0, -2.0, 1e39, -1e39, np.nan, -np.inf])
+@pytest.mark.parametrize("allow_empty", [True, False])
+def test_a_look_at_all_values_finds_what_a_walk_over_them_does(
+    above, form, value, allow_empty, monkeypatch
+):
+    x = counts().astype(np.float64)
+    x[3, 1:] = 0
+    x[3, 0] = value
+
+    def outcome():
+        try:
+            check_counts(form(x), names(9), source="adata.X", above=above, allow_empty=allow_empty)
+        except ValueError as error:
+            return str(error)
+
+    looked = outcome()
+    monkeypatch.setattr("mixscvi.checks.counts._IN_MEMORY", ())
+    assert looked == outcome()

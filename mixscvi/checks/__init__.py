@@ -15,6 +15,7 @@ from mixscvi.checks.arguments import (
     check_batches,
     check_boolean,
     check_choice,
+    check_function,
     check_indices,
     check_library_size,
     check_loader,
@@ -25,7 +26,7 @@ from mixscvi.checks.arguments import (
     check_text,
 )
 from mixscvi.checks.comparisons import check_comparison
-from mixscvi.checks.counts import check_counts, check_numbers, has_fractions
+from mixscvi.checks.counts import check_counts, check_numbers, has_fractions, is_in_memory
 
 __all__ = [
     "check_anndata",
@@ -37,6 +38,7 @@ __all__ = [
     "check_comparison",
     "check_counts",
     "check_finite",
+    "check_function",
     "check_gene_list",
     "check_genes",
     "check_indices",
@@ -51,5 +53,6 @@ __all__ = [
     "check_text",
     "check_unique",
     "has_fractions",
+    "is_in_memory",
     "warn_of_repeated",
 ]

@@ -132,6 +132,22 @@ def check_mapping(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dictionary of arguments, got {value!r:.60}")
 
 
+def check_function(name: str, value: Any) -> None:
+    """Raise if `value` cannot be called.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+
+    Examples
+    --------
+    >>> check_function("collate_fn", max)
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r:.60}")
+
+
 def check_path(name: str, value: Any) -> None:
     """Raise if `value` is no path.
 

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from mixscvi.checks.annotation import FINITE, is_finite, name_cells
 
-__all__ = ["check_counts", "check_numbers", "has_fractions"]
+__all__ = ["check_counts", "check_numbers", "has_fractions", "is_in_memory"]
 
 # Entries, were the counts dense.
 _AT_ONCE = 2**22
@@ -101,7 +101,7 @@ def check_counts(
     ...
     ValueError: adata.X has negative values in 1 of 1 cells, first: 'AAC': expected raw counts
     """
-    if above is None and _are_counts(x, allow_empty=allow_empty):
+    if is_in_memory(x) and _are_counts(x, above=above, allow_empty=allow_empty):
         return
     n_cells = len(obs_names)
     not_finite = np.zeros(n_cells, dtype=bool)
@@ -140,7 +140,20 @@ def check_counts(
             )
 
 
-def has_fractions(x: Any) -> bool:
+def is_in_memory(x: Any) -> bool:
+    """Whether a matrix is one of NumPy's or a compressed one of SciPy's, which a look can go over.
+
+    Collections of files make subclasses of these, which have few of their methods.
+
+    Examples
+    --------
+    >>> is_in_memory(np.ones((2, 3))), is_in_memory([[1.0]])
+    (True, False)
+    """
+    return type(x) in _IN_MEMORY
+
+
+def has_fractions(x: np.ndarray | sparse.spmatrix | sparse.sparray) -> bool:
     """Whether some of the values of a matrix in memory are no whole numbers, at a look.
 
     Parameters
@@ -153,28 +166,31 @@ def has_fractions(x: Any) -> bool:
     >>> has_fractions(np.array([[0.0, 3.0]])), has_fractions(np.array([[0.0, 0.5]]))
     (False, True)
     """
-    values = np.ravel(x.data if sparse.issparse(x) else x, order="K")
-    if not values.size:
-        return False
-    some = values[np.linspace(0, values.size - 1, min(values.size, _LOOKED_AT), dtype=int)]
-    return bool(np.any(some % 1 != 0))
+    values = _values(x)
+    some = np.linspace(0, values.size - 1, min(values.size, _LOOKED_AT), dtype=int)
+    return bool(np.any(values.flat[some] % 1 != 0))
 
 
-def _are_counts(x: Any, *, allow_empty: bool) -> bool:
-    """Whether a matrix in memory has nothing wrong; if not, its entries have to be looked at.
+def _values(x: np.ndarray | sparse.spmatrix | sparse.sparray) -> np.ndarray:
+    """Values of a matrix in memory, those that are stored."""
+    return np.asarray(x.data) if sparse.issparse(x) else x
 
-    Values that are not negative are at most their sum, so it is finite if they are.
-    """
-    if type(x) not in _IN_MEMORY:  # collections of files make subclasses of few methods
-        return False
-    values = x if type(x) is np.ndarray else x.data
+
+def _are_counts(x: Any, *, above: float | None, allow_empty: bool) -> bool:
+    """Whether a matrix in memory has nothing wrong; if not, its entries have to be looked at."""
+    values = _values(x)
     if not values.dtype.isnative or values.dtype.char in "eg" or values.dtype.kind not in "iuf":
         return False  # half and extended precision among them
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.asarray(x.sum(axis=1))
     if not is_finite(total).all() or (not allow_empty and np.any(total <= 0)):
         return False
-    return values.size == 0 or bool(values.min() >= 0)
+    if values.size == 0:
+        return True
+    least = values.min()
+    if not is_finite(np.array([least, values.max()])).all():
+        return False
+    return bool(least >= 0 if above is None else least > above)
 
 
 def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

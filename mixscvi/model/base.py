@@ -28,15 +28,11 @@ from mixscvi.checks import (
     check_loader,
     check_number,
     check_positive_int,
+    is_in_memory,
 )
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
-from mixscvi.model.data import (
-    MINIFY_UNS_KEY,
-    check_data,
-    counts_have_fractions,
-    name_counts,
-)
+from mixscvi.model.data import MINIFY_UNS_KEY, check_data, counts_have_fractions, name_counts
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.given import GivenMinibatches
@@ -47,7 +43,6 @@ from mixscvi.model.loaders import LeanDataLoader
 from mixscvi.model.minified import MinifiedMixin, counts_are_gone
 from mixscvi.model.persistence import PersistenceMixin
 from mixscvi.model.queries import QueriesMixin
-from mixscvi.model.rows import is_on_disk
 from mixscvi.model.runner import Runner
 from mixscvi.module import MixtureOptions
 from mixscvi.system import naming_what_takes_memory, physical_memory
@@ -72,7 +67,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         self._check_arguments(given.arguments)
         of_module = given.arguments.get("kwargs")
         check_keywords(of_module, [BaseModuleClass.forward], argument=f"{method.__name__}()")
-        if given.arguments.get("dataloader") is not None:
+        if "dataloader" in given.arguments:
             given.arguments["dataloader"] = self._given(given.arguments["dataloader"])
         return method(*given.args, **given.kwargs)
 
@@ -148,6 +143,7 @@ class MixtureMixin(
     _mixture: MixtureOptions
     var_names_: list[str] | None = None
     """Names of the genes trained on."""
+    # Whether its own counts did when it was made; ``None`` of those that are not in memory.
     _had_fractions: bool | None = None
     _train_runner_cls = Runner
     _data_loader_cls = LeanDataLoader
@@ -173,10 +169,10 @@ class MixtureMixin(
         if "correlation_type" in given:
             check_choice("correlation_type", given["correlation_type"], ("spearman", "pearson"))
 
-    def _given(self, dataloader: Iterable[Mapping[str, Tensor]]) -> GivenMinibatches:
-        """Minibatches of the user's own, each of which is checked."""
+    def _given(self, dataloader: Iterable[Mapping[str, Tensor]] | None) -> GivenMinibatches | None:
+        """Minibatches of the user's own, if there are any, each of which is checked."""
         check_loader(dataloader)
-        if isinstance(dataloader, GivenMinibatches):
+        if dataloader is None or isinstance(dataloader, GivenMinibatches):
             return dataloader
         return GivenMinibatches(dataloader, self.module)
 
@@ -227,19 +223,19 @@ class MixtureMixin(
         if self._has_counts(manager):
             if adata is not self.adata:
                 check_data(manager, self.module)
-            elif not is_on_disk(manager):  # what lies there is not changed in place
-                self._check_changed(manager)
+            elif is_in_memory(manager.get_from_registry(REGISTRY_KEYS.X_KEY)):
+                self._check_changed(manager)  # there it may be changed in place
         return adata
 
     def _check_changed(self, manager: AnnDataManager) -> None:
         """Raise or warn if the model's own data are no counts any more."""
         check_data(manager, self.module)
         if self._had_fractions is False and counts_have_fractions(manager):
-            source = name_counts(manager)
             warn_user(
-                f"{source} has changed since the model was made: it has values that are no whole "
-                "numbers now, and was of whole numbers. The model needs counts: normalize a copy, "
-                "adata.copy(), or keep counts in a layer, setup_anndata(adata, layer='counts')"
+                f"{name_counts(manager)} has changed since the model was made: it has values that "
+                "are no whole numbers now, and was of whole numbers. The model needs counts: "
+                "normalize a copy, adata.copy(), or keep counts in a layer, "
+                "setup_anndata(adata, layer='counts')"
             )
 
     @staticmethod
@@ -276,10 +272,11 @@ class MixtureMixin(
         """Minibatches of cells in order, from `adata` or the user's own loader."""
         self._check_if_trained(warn=False)
         check_loader_arguments(data_loader_kwargs)
-        if dataloader is not None:
-            if adata is not None:
-                raise ValueError("give either adata or dataloader, got both")
-            return iter(self._given(dataloader))
+        if dataloader is not None and adata is not None:
+            raise ValueError("give either adata or dataloader, got both")
+        given = self._given(dataloader)
+        if given is not None:
+            return iter(given)
         if adata is None and self.adata is None:
             raise ValueError("the model holds no data: give adata or dataloader")
         adata = self._validate_anndata(adata)

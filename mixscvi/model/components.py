@@ -33,7 +33,7 @@ _N_DRAWS_OF_ALL = 5_000
 class ComponentsMixin:
     """What makes :class:`mixscvi.MixSCVI` look for dead components, and tell of them.
 
-    The model provides ``module``, ``device``, ``_minibatches`` and ``_validate_anndata``.
+    The model provides ``module``, ``device``, ``_make_data_loader`` and ``_validate_anndata``.
     """
 
     dead_components_: dict[int, float] | None = None
@@ -103,8 +103,8 @@ class ComponentsMixin:
         -----
         UserWarning
             If weights are NaN or infinite at the end; or if a component is dead in more than a
-            tenth of the cells. ``dead_components_`` then
-            holds their numbers and shares, and :meth:`get_latent_representation` warns as well.
+            tenth of the cells. ``dead_components_`` then holds their numbers and shares, and
+            :meth:`get_latent_representation` warns as well.
 
         Notes
         -----
@@ -201,6 +201,7 @@ class ComponentsMixin:
             cells = np.asarray(self.train_indices)
             # Evenly spaced, as cells are often sorted by sample.
             cells = cells[np.linspace(0, len(cells) - 1, min(n_cells, len(cells)), dtype=int)]
-            yield from self._minibatches(None, np.sort(cells), None, None, None)
+            # Not by `_minibatches`, which would look at the data again.
+            yield from self._make_data_loader(self.adata, np.sort(cells))
             return
         yield from training_minibatches(datamodule, self.device)

@@ -9,10 +9,15 @@ import numpy as np
 from scvi import REGISTRY_KEYS
 from scvi.dataloaders import DataSplitter
 
-from mixscvi.checks import check_counts, check_finite, check_positive, has_fractions
+from mixscvi.checks import (
+    check_counts,
+    check_finite,
+    check_positive,
+    has_fractions,
+    is_in_memory,
+)
 from mixscvi.model.distributed import SplitAlike
 from mixscvi.model.loaders import TrainingLoader
-from mixscvi.model.rows import is_on_disk
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -75,10 +80,9 @@ def name_counts(manager: AnnDataManager) -> str:
 
 
 def counts_have_fractions(manager: AnnDataManager) -> bool | None:
-    """Whether counts are no whole numbers, at a look; ``None`` if they are read from files."""
-    if is_on_disk(manager):
-        return None
-    return has_fractions(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+    """Whether counts are no whole numbers, at a look; ``None`` if they are not in memory."""
+    x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    return has_fractions(x) if is_in_memory(x) else None
 
 
 def check_data(manager: AnnDataManager, module: VAE) -> None:

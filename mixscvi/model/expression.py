@@ -214,8 +214,7 @@ class ExpressionMixin:
             if return_numpy is False:
                 warn_user("return_numpy=False has no cells to name with n_samples_overall")
             return_numpy = True
-        if dataloader is not None:
-            dataloader = self._given(dataloader)
+        dataloader = self._given(dataloader)
         check_library_size(library_size)
         if isinstance(indices, tuple):  # of which pandas takes each for an axis
             indices = list(indices)

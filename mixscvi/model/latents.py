@@ -182,7 +182,6 @@ class LatentsMixin:
         """
         check_choice("representation", representation, ("mean", "components", "parameters"))
         check_positive_int("mc_samples", mc_samples)
-        check_loader_arguments(data_loader_kwargs)
         self._warn_of_dead_components()
         if representation != "mean":
             if return_dist or not give_mean:
@@ -200,6 +199,7 @@ class LatentsMixin:
 
         module = self.module
         if module.mixture.is_scvi or not (give_mean or return_dist):
+            check_loader_arguments(data_loader_kwargs)
             return super().get_latent_representation(
                 adata,
                 indices=indices,
@@ -207,7 +207,7 @@ class LatentsMixin:
                 mc_samples=mc_samples,
                 batch_size=batch_size,
                 return_dist=return_dist,
-                dataloader=None if dataloader is None else self._given(dataloader),
+                dataloader=self._given(dataloader),
                 **data_loader_kwargs,
             )
         minibatches = self._minibatches(

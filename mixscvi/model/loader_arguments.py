@@ -11,13 +11,19 @@ from scvi.dataloaders import AnnDataLoader
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from mixscvi.checks import check_boolean, check_mapping, check_number, check_positive_int
+from mixscvi.checks import (
+    check_boolean,
+    check_function,
+    check_mapping,
+    check_number,
+    check_positive_int,
+)
 from mixscvi.model.inputs import check_keywords
 
-__all__ = ["check_function", "check_loader_arguments", "check_loader_values"]
+__all__ = ["CHOSEN", "check_loader_arguments", "check_loader_values"]
 
 # What the method that makes the loader chooses: which cells there are, and in which order.
-_CHOSEN = {
+CHOSEN = {
     "adata", "adata_manager", "batch_sampler", "batch_size", "data_and_attributes",
     "data_loader_class", "dataset", "distributed_sampler", "drop_dataset_tail", "drop_last",
     "indices", "iter_ndarray", "sampler", "shuffle",
@@ -25,12 +31,6 @@ _CHOSEN = {
 # Those of them that one may say are not to be.
 _SAID = ("distributed_sampler", "drop_dataset_tail", "drop_last", "iter_ndarray", "shuffle")
 _OF_WORKERS = ("multiprocessing_context", "persistent_workers", "prefetch_factor", "timeout")
-
-
-def check_function(name: str, value: Any) -> None:
-    """Raise if `value` is no function."""
-    if not callable(value):
-        raise TypeError(f"{name} must be a function, got {value!r:.60}")
 
 
 def _check_generator(name: str, value: Any) -> None:
@@ -50,15 +50,13 @@ _VALUES: dict[str, Callable[[str, Any], object]] = {
 _MAY_BE_NONE = ("collate_fn", "generator", "prefetch_factor", "worker_init_fn")
 
 
-def check_loader_arguments(given: Any, *, argument: str = "data_loader_kwargs") -> None:
+def check_loader_arguments(given: Any) -> None:
     """Raise if keywords for the loader of a method are none, or would change what it returns.
 
     Parameters
     ----------
     given
-        The keywords; ``None`` for none.
-    argument
-        What passes them on.
+        Its ``data_loader_kwargs``; ``None`` for none.
 
     Raises
     ------
@@ -76,14 +74,14 @@ def check_loader_arguments(given: Any, *, argument: str = "data_loader_kwargs") 
     """
     if given is None:
         return
-    check_mapping(argument, given)
+    check_mapping("data_loader_kwargs", given)
     for name in given:
-        if name in _CHOSEN and not (name in _SAID and given[name] is False):
+        if name in CHOSEN and not (name in _SAID and given[name] is False):
             raise TypeError(
-                f"{argument} must not have {name!r}, got {given[name]!r:.60}: the method chooses "
-                "the cells and their order"
+                f"data_loader_kwargs must not have {name!r}, got {given[name]!r:.60}: the method "
+                "chooses the cells and their order"
             )
-    check_keywords(given, (AnnDataLoader, DataLoader), argument=argument)
+    check_keywords(given, (AnnDataLoader, DataLoader), argument="data_loader_kwargs")
     check_loader_values(given)
 
 

@@ -144,7 +144,6 @@ class Runner(TrainRunner):
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
-        self._checkpoints = checkpoints
         self._naming: AbstractContextManager[None] = nullcontext()
         if checkpoints is not None:
             self._use(checkpoints)

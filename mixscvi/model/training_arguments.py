@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from mixscvi.checks import (
     check_boolean,
     check_choice,
+    check_function,
     check_indices,
     check_mapping,
     check_number,
@@ -26,7 +27,7 @@ from mixscvi.checks import (
     check_text,
 )
 from mixscvi.model.inputs import check_keywords
-from mixscvi.model.loader_arguments import check_function, check_loader_values
+from mixscvi.model.loader_arguments import CHOSEN, check_loader_values
 
 __all__ = ["check_data_module", "check_training"]
 
@@ -163,10 +164,7 @@ _OPTIONAL_OF_PLAN: dict[str, _Check] = {
     "optimizer_creator": check_function,
 }
 # What train() hands to the splitter itself, and the splitter to its loaders.
-_CHOSEN = {
-    "adata_manager", "batch_sampler", "data_and_attributes", "dataset", "distributed_sampler",
-    "indices", "iter_ndarray", "load_sparse_tensor", "sampler", "shuffle", "shuffle_set_split",
-}  # fmt: skip
+_CHOSEN = {"load_sparse_tensor", "shuffle_set_split", *CHOSEN} - {"drop_dataset_tail", "drop_last"}
 
 
 def check_training(

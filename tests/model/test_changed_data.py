@@ -92,3 +92,14 @@ def test_fewer_cells_are_fine(adata):
     model = MixSCVI(adata, n_components=2, **SMALL)
     adata._inplace_subset_obs(np.arange(40))
     assert train(model).get_latent_representation().shape == (40, 3)
+
+
+def test_a_training_takes_its_own_batches(make_adata):
+    """scvi-tools notes codes in the AnnData, where those of another model may have come since."""
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    model = MixSCVI(adata, n_components=2, **SMALL)
+    MixSCVI.setup_anndata(adata)  # for another model: one batch
+    train(model)
+    codes = np.unique(model.adata_manager.get_from_registry("batch"))
+    assert codes.tolist() == [0, 1]

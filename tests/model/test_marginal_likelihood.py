@@ -325,3 +325,12 @@ def test_types_are_those_of_scvi(return_mean, kwargs, make_adata):
     (tensors,) = model._make_data_loader(adata=adata, indices=[0, 5, 9, 2])
     of_module = model.module.marginal_ll(tensors, 30, return_mean)
     assert type(of_module) is (float if return_mean else torch.Tensor)
+
+
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_too_few_draws_for_a_standard_error(n_components, make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=n_components)
+    n = 2 * model.module.n_components
+    assert len(model.get_marginal_ll(n_mc_samples=n, return_std_error=True)) == 2
+    with pytest.raises(ValueError, match="True needs two draws per component, .* got"):
+        model.get_marginal_ll(n_mc_samples=n // 2, return_std_error=True)

@@ -154,3 +154,32 @@ def test_files_that_contradict_themselves(change, what, make_adata, tmp_path):
     torch.save(stored, path)
     with pytest.raises(ValueError, match=rf"model\.pt .*{what}"):
         MixSCVI.load(tmp_path, model.adata)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["A1", "A2"])
+def model(request, make_adata):
+    return fit(MixSCVI, make_adata(), n_components=request.param)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "what"),
+    [
+        ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir must be a path, got 3"),
+        ({"val_check_interval": 1_000}, ValueError, "val_check_interval=1000 must be a number of"),
+        ({"val_check_interval": 2.5}, ValueError, "val_check_interval must be a finite number"),
+    ],
+)
+def test_arguments_of_training(model, given, error, what):
+    with pytest.raises(error, match=what):
+        train(model, **given)
+
+
+class NoModule:
+    def train_dataloader(self):
+        return []
+
+
+@pytest.mark.parametrize("given", [NoModule(), 3, "folder", torch.nn.Linear(2, 2)])
+def test_data_modules_that_are_none(model, given):
+    with pytest.raises(TypeError, match="datamodule must be a LightningDataModule, got"):
+        train(model, datamodule=given)
