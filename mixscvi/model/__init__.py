@@ -18,6 +18,7 @@
 | components | whether all components are of use |
 | adapted | exact posteriors |
 | expression | expression under the encoder's or the exact posteriors |
+| differential | which genes differ between groups of cells |
 | raw_counts | columns on counts in tables of differential expression |
 | conversion | models of scvi-tools as mixtures |
 | persistence | saving and loading |

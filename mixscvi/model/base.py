@@ -33,6 +33,7 @@ from mixscvi.checks import (
 from mixscvi.model.adapted import AdaptedMixin
 from mixscvi.model.components import ComponentsMixin
 from mixscvi.model.data import MINIFY_UNS_KEY, check_data, counts_have_fractions, name_counts
+from mixscvi.model.differential import DifferentialMixin
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.given import GivenMinibatches
@@ -128,6 +129,7 @@ def _n_genes(data: Any) -> int:
 class MixtureMixin(
     LatentsMixin,
     EvaluationMixin,
+    DifferentialMixin,
     ExpressionMixin,
     AdaptedMixin,
     ComponentsMixin,
