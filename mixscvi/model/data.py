@@ -101,7 +101,7 @@ def check_data(manager: AnnDataManager, module: VAE) -> None:
         Naming the field and the first offending cells.
     """
     adata = manager.adata
-    scaled_by_factor = bool(module.use_size_factor_key)
+    scaled_by_factor = REGISTRY_KEYS.SIZE_FACTOR_KEY in manager.data_registry
     above = None
     if module.gene_likelihood == "normal":
         above = -1.0 if module.log_variational else -np.inf

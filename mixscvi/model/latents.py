@@ -26,6 +26,7 @@ from mixscvi.checks import check_choice, check_column, check_number, check_posit
 from mixscvi.model.gathering import gather
 from mixscvi.model.loader_arguments import check_loader_arguments
 from mixscvi.module.signatures import signed_as
+from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -267,7 +268,8 @@ class LatentsMixin:
         Parameters
         ----------
         adata, indices, batch_size
-            As in :meth:`get_latent_mixture`.
+            As in :meth:`get_latent_mixture`; `indices` that choose no cell are taken for all
+            cells, as scvi-tools takes them, with a warning.
         dof
             Degrees of freedom of Student's t components; ``None`` for Gaussians.
 
@@ -295,6 +297,9 @@ class LatentsMixin:
         """
         if dof is not None:
             check_number("dof", dof, above=0)
+        if indices is not None and np.size(indices) == 0:
+            warn_user("indices choose no cell: all cells are aggregated, as scvi-tools does")
+            indices = None
         loc, scale = (
             torch.from_numpy(part).flatten(0, 1).to(self.device)
             for part in self.get_latent_mixture(adata, indices, batch_size)
@@ -324,7 +329,7 @@ class LatentsMixin:
         Raises
         ------
         KeyError
-            If `sample_key` is no column of ``adata.obs``.
+            If `sample_key` is no column of ``adata.obs``, or is not given.
         TypeError, ValueError
             If the sample of a cell is missing, an argument is out of range, or `adata` is a
             collection without ``obsm``.
@@ -339,6 +344,8 @@ class LatentsMixin:
         if given.get("dataloader") is None:
             adata = self._validate_anndata(given.get("adata"))
             key = given.get("sample_key")
+            if key is None:
+                raise KeyError("sample_key must be the name of a column of adata.obs, got None")
             if isinstance(adata.obs, pd.DataFrame):
                 check_column(adata.obs, key, argument="sample_key")
             elif key not in adata.obs:

@@ -403,6 +403,8 @@ def test_samples_of_cells_must_be_known(models):
         model.differential_abundance(sample_key="sample")
     with pytest.raises(TypeError, match="sample_key must be the name of a column"):
         model.differential_abundance(sample_key=["batch"])
+    with pytest.raises(KeyError, match="sample_key must be the name of a column"):
+        model.differential_abundance(sample_key=None)
 
 
 def test_queries(models, make_adata):

@@ -1,6 +1,7 @@
 """What SCVI offers works with a mixture."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -175,6 +176,11 @@ def test_aggregated_posterior(trained, dof):
         assert (abs(z.mean(0).numpy() - mean) < 5 * error + 0.02).all()
     some = trained.get_aggregated_posterior(indices=[0, 1], dof=dof)
     assert some.sample((2,)).shape == (2, 3)
+    for none in ([], np.array([])):
+        with pytest.warns(UserWarning, match="indices choose no cell: all cells"):
+            everyone = trained.get_aggregated_posterior(indices=none, dof=dof)
+        with torch.no_grad():
+            torch.testing.assert_close(everyone.log_prob(z), log_density)
 
 
 @pytest.mark.filterwarnings("ignore:Using .* after custom Dataloader:UserWarning")  # scvi 1.5
@@ -184,3 +190,13 @@ def test_differential_abundance(trained):
     added = adata.obsm["da_log_probs"]
     assert added.shape == (adata.n_obs, 3)
     assert np.isfinite(np.asarray(added, dtype=float)).all()
+
+
+def test_modules_that_are_wrapped(make_adata):
+    """scvi-tools' own tests give methods a module of mocks: data say what there is of them."""
+    model = fit(MixSCVI, make_adata(), n_components=2)
+    expected = model.get_latent_representation()
+    module = model.module
+    model.module = mock.Mock(wraps=module)
+    model.module.inference.side_effect = module.inference
+    np.testing.assert_allclose(model.get_latent_representation(), expected, atol=1e-5)
