@@ -14,6 +14,7 @@ from torch import Tensor
 from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.loaders import training_minibatches
+from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.model.training_arguments import check_training
 from mixscvi.model.weights import warn_of_weights
 from mixscvi.module.signatures import signed_as
@@ -86,10 +87,10 @@ class ComponentsMixin:
             If an argument, here or in `plan_kwargs` or `datasplitter_kwargs`, is of the wrong type,
             or there is none of its name.
         ValueError
-            If one is out of range, or names a metric that is not logged or a choice that there is
-            not; if ``external_indexing`` has a cell twice or not at all; or if the checkpoint is of
-            other data, options or seed, naming what differs, or its file is truncated, damaged or
-            holds Python objects.
+            If the data are minified without counts; if an argument is out of range, or names a
+            metric that is not logged or a choice that there is not; if ``external_indexing`` has a
+            cell twice or not at all; or if the checkpoint is of other data, options or seed, naming
+            what differs, or its file is truncated, damaged or holds Python objects.
         IndexError
             If ``external_indexing`` has positions that no cell has.
         FileNotFoundError
@@ -134,6 +135,12 @@ class ComponentsMixin:
         if self.adata is None and datamodule is None:
             raise AttributeError("the model holds no data: give datamodule, or make it of an adata")
         if datamodule is None:
+            if self.minified_data_type == WITHOUT_COUNTS:
+                raise ValueError(
+                    "train() needs the cells' counts, which minification has replaced: load the "
+                    "model with the original data, or minify with "
+                    "'latent_posterior_parameters_with_counts'"
+                )
             self._validate_anndata()  # they may have been changed since the model was made
         result = super().train(*args, **kwargs)
         remedy = "choose a smaller learning rate, plan_kwargs={'lr': ...}"

@@ -191,6 +191,7 @@ class Runner(TrainRunner):
     def __call__(self) -> Any:
         """Train."""
         self.training_plan.train()
+        precision = next(self.model.module.parameters()).dtype  # in which methods give it data
         for part in self.training_plan.modules():
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
@@ -206,7 +207,11 @@ class Runner(TrainRunner):
         ):
             # So the plan leaves a minibatch of one cell out.
             warnings.filterwarnings("ignore", "`training_step` returned `None`", UserWarning)
-            return super().__call__()
+            result = super().__call__()
+        module = self.model.module
+        if next(module.parameters()).dtype != precision:  # Lightning's precision="64", for one
+            module.to(precision)
+        return result
 
 
 class WithoutData(BaseMinifiedModeModelClass):

@@ -219,7 +219,7 @@ class MixSCANVAE(_Labeled, SCANVAE, MixVAE):
         The cross-entropy, the labels `(B, 1)`, and the logarithm of the averaged probabilities,
         `(B, C)`.
         """
-        inputs = self._get_inference_input(labelled_dataset)
+        inputs = self._get_inference_input(labelled_dataset, full_forward_pass=True)
         encode, _ = self._choose_components(inputs["x"].device)
         posterior = self._encode_components(*encoder_input(self, **inputs), encode)
         log_labels = self._log_labels_of(posterior, use_posterior_mean=True)
@@ -330,6 +330,26 @@ class ScviSCANVAE(_Labeled, SCANVAE, ScviVAE):
         """
         labeled = self.labeled_among(labelled_tensors)
         return super().loss(tensors, *args, labelled_tensors=labeled, **kwargs)
+
+    def classification_loss(
+        self, labelled_dataset: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in scvi-tools, by the encoder: also of minified data, which keep their counts here.
+
+        Parameters
+        ----------
+        labelled_dataset
+            A minibatch of cells with known labels.
+
+        Returns
+        -------
+        The cross-entropy, the labels `(B, 1)`, and the scores `(B, C)`.
+        """
+        minified, self._minified_data_type = self._minified_data_type, None
+        try:
+            return super().classification_loss(labelled_dataset)
+        finally:
+            self._minified_data_type = minified
 
     @auto_move_data
     def classify(

@@ -172,3 +172,14 @@ def test_a_query_trains_whole_with_the_prior_of_the_reference(saved, make_adata,
     mapped.save(tmp_path / "mapped")
     again = MixSCVI.load(tmp_path / "mapped", adata=query)
     assert torch.equal(again.module.prior.pseudo_inputs()[1], weights)
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_minified_data_without_counts_train_nothing(n_components, make_adata):
+    model = fit(MixSCVI, make_adata(), n_components=n_components)
+    model.minify_adata()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"train\(\) needs the cells' counts"):
+        train(model, max_epochs=1)
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, before[name]), name

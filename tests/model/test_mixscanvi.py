@@ -447,3 +447,26 @@ def test_query_with_other_labels(make_labeled, make_adata):
 def test_dead_components_are_looked_for(make_labeled):
     model = fit(MixSCANVI, make_labeled(), WITH_BATCH, n_components=2)
     assert model.dead_components_ == {}
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_minified_data_with_counts_train_the_encoder(n_components, make_labeled):
+    """Labels are learned by the encoder, as without minification."""
+    adata = make_labeled()
+    model = fit(MixSCANVI, adata, SETUP, n_components=n_components)
+    labeled = np.flatnonzero(adata.obs["label"] != UNLABELED)[:30]
+    batch = next(iter(model._make_data_loader(adata=adata, indices=labeled)))
+    model.module.eval()
+    expected = [value.detach() for value in model.module.classification_loss(batch)]
+    model.minify_adata("latent_posterior_parameters_with_counts")
+    batch = next(iter(model._make_data_loader(adata=model.adata, indices=labeled)))
+    losses = model.module.classification_loss(batch)
+    for value, before in zip(losses, expected, strict=True):
+        torch.testing.assert_close(value, before)
+    losses[0].backward()
+    gradients = [p.grad for p in model.module.z_encoder.parameters() if p.grad is not None]
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+    train(model, max_epochs=1)
+    model.minify_adata()
+    with pytest.raises(ValueError, match=r"train\(\) needs the cells' counts"):
+        train(model, max_epochs=1)

@@ -62,3 +62,18 @@ def test_adam_is_fused(make_adata):
 def test_autotune_payload_is_kept(make_adata):
     model = fit(MixSCVI, make_adata(), n_components=2, extra_payload_autotune=True)
     assert np.isfinite(model.history["elbo_train"].to_numpy(dtype=float)).all()
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_weights_come_back_in_single_precision(precision, n_components, make_adata):
+    """Lightning leaves them as it trained them, in which methods could not use them."""
+    model = fit(
+        MixSCVI,
+        make_adata(),
+        n_components=n_components,
+        train_kwargs={"max_epochs": 1, "precision": precision},
+    )
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(float(model.get_elbo()))
