@@ -37,7 +37,12 @@ from mixscvi.model.differential import DifferentialMixin
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
 from mixscvi.model.given import GivenMinibatches
-from mixscvi.model.inputs import check_keywords, check_known_categories, take_sparse_array
+from mixscvi.model.inputs import (
+    check_dispersion,
+    check_keywords,
+    check_known_categories,
+    take_sparse_array,
+)
 from mixscvi.model.latents import LatentsMixin
 from mixscvi.model.loader_arguments import check_loader_arguments
 from mixscvi.model.loaders import LeanDataLoader
@@ -66,6 +71,8 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         # Numbers of a model that is not trained mean nothing; of library sizes scvi-tools says so.
         self._check_if_trained(warn=method is not SCVI.get_latent_library_size)
         self._check_arguments(given.arguments)
+        if method in (SCVI.get_likelihood_parameters, SCVI.get_feature_correlation_matrix):
+            check_dispersion(self.module, f"{method.__name__}()")
         of_module = given.arguments.get("kwargs")
         check_keywords(of_module, [BaseModuleClass.forward], argument=f"{method.__name__}()")
         if "dataloader" in given.arguments:

@@ -20,7 +20,7 @@ from mixscvi.checks import (
 )
 from mixscvi.model.adapted import resample, warn_of_adapted_tails
 from mixscvi.model.data import MINIFY_UNS_KEY
-from mixscvi.model.inputs import check_keywords
+from mixscvi.model.inputs import check_dispersion, check_keywords
 from mixscvi.model.minified import WITHOUT_COUNTS
 from mixscvi.warning import warn_user
 
@@ -157,7 +157,8 @@ class ExpressionMixin:
             If `n_samples`, `n_samples_overall` or `library_size` is no number.
         ValueError
             If `weights` is unknown, an argument is out of range, no gene is of a name, or with
-            ``weights="adapted"`` the counts were replaced by minification.
+            ``weights="adapted"`` the counts were replaced by minification, or with
+            ``weights="importance"`` the likelihood is no negative binomial.
 
         Warns
         -----
@@ -196,8 +197,10 @@ class ExpressionMixin:
         check_keywords(
             importance_weighting_kwargs, taken_by, argument="get_normalized_expression()"
         )
-        if weights == "importance" and dataloader is not None:
-            raise ValueError("weights='importance' needs adata, got a dataloader")
+        if weights == "importance":
+            check_dispersion(self.module, "weights='importance'")
+            if dataloader is not None:
+                raise ValueError("weights='importance' needs adata, got a dataloader")
         if n_samples_overall is not None:
             check_positive_int("n_samples_overall", n_samples_overall)
             if n_samples != 1:

@@ -13,6 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.module import VAE
+from scvi.nn import DecoderSCVI, Embedding, Encoder, FCLayers
 
 from mixscvi.checks import (
     check_boolean,
@@ -27,6 +28,8 @@ from mixscvi.checks import (
 )
 
 __all__ = [
+    "as_list",
+    "check_dispersion",
     "check_keywords",
     "check_known_categories",
     "check_network",
@@ -44,6 +47,13 @@ _OF_DATA = {
 _FLAGS = (
     "use_observed_lib_size", "encode_covariates", "deeply_inject_covariates", "linear_classifier",
 )  # fmt: skip
+
+# What further arguments are passed on to.
+_MADE_OF = {
+    "extra_encoder_kwargs": (Encoder, FCLayers),
+    "extra_decoder_kwargs": (DecoderSCVI, FCLayers),
+    "batch_embedding_kwargs": (Embedding,),
+}
 
 
 def check_setup(
@@ -279,6 +289,23 @@ def check_network(
         raise TypeError(f"var_activation must be a function of tensors, got {activation!r}")
     for name in ("extra_encoder_kwargs", "extra_decoder_kwargs", "batch_embedding_kwargs"):
         check_mapping(name, further.get(name) or {})
+    for name, made_of in _MADE_OF.items():
+        check_keywords(further.get(name), made_of, argument=name)
+
+
+def check_dispersion(module: Any, what: str) -> None:
+    """Raise if `what` needs the dispersion of a negative binomial, which a model lacks."""
+    likelihood = getattr(module, "gene_likelihood", None)
+    if likelihood in ("poisson", "normal"):
+        raise ValueError(
+            f"{what} needs the dispersion of a negative binomial, gene_likelihood='zinb' or 'nb', "
+            f"and the model has gene_likelihood={likelihood!r}"
+        )
+
+
+def as_list(keys: Sequence[str] | None) -> list[str] | None:
+    """Columns as a list: pandas takes a tuple for the name of one."""
+    return None if keys is None else [*keys]
 
 
 def _check_known(further: Mapping[str, Any], networks: Sequence[Callable[..., Any]]) -> None:

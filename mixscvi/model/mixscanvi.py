@@ -16,7 +16,7 @@ from scvi.module import SCANVAE, VAE
 
 from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
-from mixscvi.model.inputs import check_network, check_setup
+from mixscvi.model.inputs import as_list, check_network, check_setup
 from mixscvi.model.labels import (
     LabeledSplitter,
     LabeledTrainingPlan,
@@ -317,8 +317,8 @@ class MixSCANVI(MixtureMixin, PretrainedMixin, PredictionMixin, CheckpointsMixin
             layer=layer,
             batch_key=batch_key,
             size_factor_key=size_factor_key,
-            categorical_covariate_keys=categorical_covariate_keys,
-            continuous_covariate_keys=continuous_covariate_keys,
+            categorical_covariate_keys=as_list(categorical_covariate_keys),
+            continuous_covariate_keys=as_list(continuous_covariate_keys),
             use_minified=use_minified,
             **kwargs,
         )

@@ -18,7 +18,7 @@ from mixscvi.model.base import MixtureMixin, check_made_of, making_what_fits
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.conversion import ConversionMixin
 from mixscvi.model.data import LeanDataSplitter, WithoutSingleCells
-from mixscvi.model.inputs import check_network, check_setup
+from mixscvi.model.inputs import as_list, check_network, check_setup
 from mixscvi.model.runner import WithoutData
 from mixscvi.model.training import LeanTrainingPlan, ScviTrainingPlan
 from mixscvi.module import FusedVAE, MixtureOptions, MixVAE, ScviVAE
@@ -277,8 +277,8 @@ class MixSCVI(MixtureMixin, ConversionMixin, CheckpointsMixin, SCVI, WithoutData
             batch_key=batch_key,
             labels_key=labels_key,
             size_factor_key=size_factor_key,
-            categorical_covariate_keys=categorical_covariate_keys,
-            continuous_covariate_keys=continuous_covariate_keys,
+            categorical_covariate_keys=as_list(categorical_covariate_keys),
+            continuous_covariate_keys=as_list(continuous_covariate_keys),
             **kwargs,
         )
 

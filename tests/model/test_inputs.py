@@ -436,3 +436,45 @@ def test_cells_to_compare_as_scvi_tools_takes_them(make_adata):
     ]
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0])
+
+
+@pytest.mark.parametrize("of", [tuple, np.array, pd.Index])
+def test_columns_need_not_be_a_list(of, make_adata):
+    one, other = make_adata(), make_adata()
+    MixSCVI.setup_anndata(one, categorical_covariate_keys=["batch"])
+    MixSCVI.setup_anndata(other, categorical_covariate_keys=of(["batch"]))
+    expected, registered = (
+        MixSCVI(adata, n_components=2, **SMALL).adata_manager.get_from_registry(
+            "extra_categorical_covs"
+        )
+        for adata in (one, other)
+    )
+    pd.testing.assert_frame_equal(registered, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["extra_encoder_kwargs", "extra_decoder_kwargs", "batch_embedding_kwargs"]
+)
+def test_what_networks_are_made_of_is_known(name, make_adata):
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    options = {**SMALL, "batch_representation": "embedding", name: {"zz": 3}}
+    with pytest.raises(TypeError, match=f"{name} takes no argument 'zz', got 3"):
+        MixSCVI(adata, n_components=2, **options)
+
+
+@pytest.mark.parametrize("n_components", [1, 2])
+@pytest.mark.parametrize("gene_likelihood", ["poisson", "normal"])
+def test_methods_of_negative_binomials(gene_likelihood, n_components, make_adata):
+    options = {"n_components": n_components, "gene_likelihood": gene_likelihood}
+    model = fit(MixSCVI, make_adata(), {"batch_key": "batch"}, **options)
+    named = f"needs the dispersion of a negative binomial.* gene_likelihood='{gene_likelihood}'"
+    importance = {"weights": "importance", "n_samples_overall": 9}
+    for method, kwargs in (
+        (model.get_likelihood_parameters, {}),
+        (model.get_feature_correlation_matrix, {}),
+        (model.get_normalized_expression, importance),
+        (model.differential_expression, {"groupby": "batch", "weights": "importance"}),
+    ):
+        with pytest.raises(ValueError, match=named):
+            method(**kwargs)
