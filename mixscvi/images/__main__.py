@@ -100,7 +100,7 @@ class Train(Data, Device):
     warmup_epochs: int | None = None
     """Epochs of the KL's warm-up, instead of the budget's."""
     train_images: int | None = None
-    """Number of images to train on, instead of the budget's."""
+    """Images to train on at most, instead of the budget's; all where there are fewer."""
     seed: int = 0
     resume: bool = False
     """Continue an interrupted run."""
@@ -256,7 +256,7 @@ class Sweep(Scoring, Data, Device):
     warmup_epochs: int | None = None
     """Epochs of the KL's warm-up, instead of the budget's."""
     train_images: int | None = None
-    """Number of images to train on, instead of the budget's."""
+    """Images to train on at most, instead of the budget's; all where there are fewer."""
     engine: Literal["sequential", "ray"] = "sequential"
     """sequential: one run after the other, here. ray: side by side, as tasks of Ray, on machines
     that share OUTPUT."""

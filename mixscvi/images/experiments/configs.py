@@ -70,7 +70,7 @@ class TrainingConfig:
     patience: int = 100
     """Epochs without a better validation bound, after the warm-up, until training stops."""
     n_train: int | None = None
-    """Training images; all when ``None``."""
+    """Training images at most, of those that there are; all when ``None``."""
     n_validation: int | None = None
     n_test: int | None = None
 
