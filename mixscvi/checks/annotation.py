@@ -112,8 +112,10 @@ def check_column(obs: pd.DataFrame, key: Any, *, argument: str, numeric: bool = 
                 f"in {name_cells(obs.index, other)}: convert it, as with .astype(str)"
             ) from error
         return
-    if column.dtype.kind != "c" and (
-        pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
+    is_category = isinstance(column.dtype, pd.CategoricalDtype)
+    values = column.cat.categories if is_category else column
+    if values.dtype.kind != "c" and (
+        pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
     ):
         return
     wrong = np.flatnonzero([not isinstance(value, numbers.Real) for value in column])

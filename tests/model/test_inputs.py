@@ -478,3 +478,16 @@ def test_methods_of_negative_binomials(gene_likelihood, n_components, make_adata
     ):
         with pytest.raises(ValueError, match=named):
             method(**kwargs)
+
+
+@pytest.mark.parametrize("n_components", [1, 2])
+@pytest.mark.parametrize("argument", ["size_factor_key", "continuous_covariate_keys"])
+def test_categories_that_are_numbers(argument, n_components, make_adata):
+    latents = []
+    for convert in (np.asarray, pd.Categorical):
+        adata = make_adata()
+        adata.obs["number"] = convert(np.resize([1.5, 2.5, 4.0], adata.n_obs))
+        column = "number" if argument == "size_factor_key" else ["number"]
+        model = fit(MixSCVI, adata, {argument: column}, n_components=n_components)
+        latents.append(model.get_latent_representation())
+    np.testing.assert_array_equal(*latents)
