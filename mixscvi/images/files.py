@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import tokenize
 import zlib
 from pathlib import Path
 
@@ -136,7 +137,10 @@ def read_npy(path: str | Path) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         if version not in headers:  # later ones are for names of fields, which images have none of
             raise ValueError(f"it is of version {version} of the format")
-        shape, _, dtype = headers[version](file)
+        try:
+            shape, _, dtype = headers[version](file)
+        except (SyntaxError, tokenize.TokenError) as error:  # before Python 3.12 no syntax error
+            raise ValueError(f"its header cannot be read: {error}") from error
         if min(shape, default=0) < 0:
             raise ValueError(f"its header gives the shape {shape}")
         if dtype.hasobject:

@@ -134,11 +134,15 @@ def test_bytes_of_zero_and_one_are_not_taken_for_gray_levels():
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"<html>"),
         lambda path: np.save(path, np.zeros((5, 4, 4))) or path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: (
+            np.save(path, np.zeros((70, 4, 4)))
+            or path.write_bytes(path.read_bytes().replace(b"(70, 4, 4)", b"(70, 4, 4 "))
+        ),
         lambda path: np.save(path, np.float32(1)),
         lambda path: np.save(path, np.zeros((5, 4))),
         lambda path: np.save(path, np.full((70, 4, 4), Payload(), dtype=object)),
     ],
-    ids=["empty", "no array", "truncated", "a number", "two axes", "objects"],
+    ids=["empty", "no array", "truncated", "a bracket less", "a number", "two axes", "objects"],
 )
 def test_array_files_that_hold_no_images_are_named(tmp_path, write):
     write(tmp_path / "mine.npy")
