@@ -139,7 +139,7 @@ def naming_what_takes_memory(message: str) -> Iterator[None]:
     Raises
     ------
     MemoryError
-        If there is no memory for it, for which torch has a RuntimeError.
+        If there is no memory for it, for which torch has a RuntimeError or a TypeError.
 
     Examples
     --------
@@ -151,7 +151,8 @@ def naming_what_takes_memory(message: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+    except (MemoryError, RuntimeError, TypeError) as error:
+        said = str(error).lower()  # sizes beyond torch's integers overflow
+        if not isinstance(error, MemoryError) and "alloc" not in said and "overflow" not in said:
             raise
         raise MemoryError(message) from error

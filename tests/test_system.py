@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from mixscvi.system import write_beside
+from mixscvi.system import naming_what_takes_memory, write_beside
 
 
 def test_a_failing_writer_leaves_the_old_file_alone(tmp_path):
@@ -44,3 +45,12 @@ print(known, handed_back, faults(20))
     if known == "False":
         pytest.skip("this C library has no such setting")
     assert int(kept) < int(handed_back) / 5
+
+
+@pytest.mark.parametrize("n", [10**13, 10**18, 10**30])
+def test_sizes_that_no_memory_holds_are_named(n):
+    with pytest.raises(MemoryError, match="choose fewer"), naming_what_takes_memory("choose fewer"):
+        torch.empty(n, 16)
+    for other in (TypeError("of another kind"), RuntimeError("of another kind")):
+        with pytest.raises(type(other), match="another"), naming_what_takes_memory("choose fewer"):
+            raise other

@@ -5,6 +5,7 @@ A run is a folder:
 | file | holds |
 | --- | --- |
 | config.json | the whole configuration |
+| images.json | which images it is trained on, by their hash |
 | last.ckpt | the state at the end of the last finished epoch, for resuming |
 | best.pt | the weights with the best validation bound |
 | log.csv | one row per epoch |
@@ -31,6 +32,7 @@ from mixscvi.system import check_folder, naming_what_takes_memory, write_beside
 
 __all__ = [
     "build",
+    "check_images",
     "check_same",
     "evaluation_file",
     "finished_run_data",
@@ -42,6 +44,8 @@ __all__ = [
     "read_summary",
     "run_data",
 ]
+
+_IMAGES = "images.json"
 
 
 def _n_encoder_parameters(
@@ -144,7 +148,7 @@ def finished_run_data(
             f"{folder} was trained on images of shape {tuple(summary['image_shape'])}, "
             f"got {data.image_shape}"
         )
-    if loaded and data.fingerprint("train", "validation") != summary["images"]:
+    if loaded and _of_training(data) != summary["images"]:
         raise ValueError(
             f"{folder} was trained on other images than those of {config.dataset!r}: pass them "
             "as data=..., or pass their folder"
@@ -169,8 +173,8 @@ def first_images(data: ImageData, n: int | None) -> ImageData:
     return data.subset(None, None, n)
 
 
-def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
-    """Make the folder of a run, and write the configuration into it.
+def prepare(config: RunConfig, folder: Path, data: ImageData, *, resume: bool) -> bool:
+    """Make the folder of a run, and write into it the configuration and which images there are.
 
     Parameters
     ----------
@@ -178,6 +182,8 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
         The run.
     folder
         Where it is recorded.
+    data
+        The images of the run.
     resume
         Whether the folder may hold the same run, unfinished.
 
@@ -192,7 +198,8 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
     NotADirectoryError
         If it is a file, or below one.
     ValueError
-        If it holds an unfinished run of another configuration, or its ``config.json`` is damaged.
+        If it holds an unfinished run of another configuration or on other images, or a file that
+        says so is damaged.
     """
     check_folder(folder, "output")
     saved = folder / "config.json"
@@ -207,7 +214,9 @@ def prepare(config: RunConfig, folder: Path, *, resume: bool) -> bool:
                 "another folder, or delete it first"
             )
         check_same(folder, config)
+        check_images(folder, data)
     folder.mkdir(parents=True, exist_ok=True)
+    write_beside(folder / _IMAGES, json.dumps({"images": _of_training(data)}) + "\n")
     write_beside(saved, config.to_json())
     return (folder / "last.ckpt").exists()
 
@@ -231,6 +240,26 @@ def check_same(folder: str | Path, config: RunConfig) -> None:
             f"{folder} holds a run of another configuration: its config.json differs in "
             f"{', '.join(different)}"
         )
+
+
+def check_images(folder: str | Path, data: ImageData) -> None:
+    """Raise a ValueError if a run, finished or not, is one on other images than `data`."""
+    path = Path(folder) / _IMAGES
+    if (Path(folder) / "summary.json").exists():
+        known = read_summary(folder)["images"]
+    elif path.exists():
+        known = read_json(path).get("images")
+    else:  # an unfinished run of an earlier version, which did not note it
+        return
+    if known != _of_training(data):
+        raise ValueError(
+            f"{folder} holds a run on other images, {data.name!r} has changed or is another: give "
+            "those of the run, choose another folder, or delete it first"
+        )
+
+
+def _of_training(data: ImageData) -> str:
+    return data.fingerprint("train", "validation")
 
 
 def _absolute(dataset: str) -> str:

@@ -25,6 +25,7 @@ from mixscvi.images.experiments.report import (
     with_ending,
 )
 from mixscvi.images.experiments.runs import (
+    check_images,
     check_same,
     evaluation_file,
     first_images,
@@ -245,7 +246,8 @@ def run_once(
     Raises
     ------
     ValueError
-        If the folder holds a run of another configuration, or as `evaluate` does.
+        If the folder holds a run of another configuration or on other images, or as `evaluate`
+        does.
     """
     folder = Path(folder)
     cost_file = folder / "cost.json"
@@ -255,6 +257,7 @@ def run_once(
         train(config, folder, data=data, resume=True, device=device)
     else:
         check_same(folder, config)
+        check_images(folder, run_data(config, data))
     evaluated = first_images(run_data(config, data), images)
     if not _is_evaluated(folder, config, evaluated, proposal, draws, device):
         evaluate(folder, proposal=proposal, data=evaluated, draws=draws, device=device)

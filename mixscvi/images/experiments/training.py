@@ -27,7 +27,13 @@ from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
 from mixscvi.images.experiments.death import warn_of_dead_components
 from mixscvi.images.experiments.devices import resolve_device
-from mixscvi.images.experiments.runs import build, parameter_counts, prepare, run_data
+from mixscvi.images.experiments.runs import (
+    build,
+    check_images,
+    parameter_counts,
+    prepare,
+    run_data,
+)
 from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.configs import MixtureConfig
 from mixscvi.images.networks.layers import DenseTrunk
@@ -275,8 +281,8 @@ def train(
     FileExistsError
         If the folder holds a finished run, or an unfinished one and ``resume`` is off.
     ValueError
-        If it holds a run of another configuration, a file of it is truncated, damaged or holds
-        Python objects, or there is no such `device` here.
+        If it holds a run of another configuration or on other images, a file of it is truncated,
+        damaged or holds Python objects, or there is no such `device` here.
     FloatingPointError
         If no validation bound was finite.
 
@@ -303,7 +309,9 @@ def train(
     device = resolve_device(device)
     data = run_data(config, data, data_folder)
     model = build(config, data.image_shape)  # which may not fit, and then leaves no folder
-    checkpoint = folder / "last.ckpt" if prepare(config, folder, resume=resume) else None
+    if config.ensemble:
+        check_images(folder / "alone", data)
+    checkpoint = folder / "last.ckpt" if prepare(config, folder, data, resume=resume) else None
     if checkpoint is not None:
         _check_checkpoint(checkpoint)
     # For an ensemble, the run of its decoder warns.

@@ -239,3 +239,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     run_once(config, tmp_path, data, draws=30)
     with pytest.raises(ValueError, match="holds a run of another configuration"):
         run_once(replace(config, seed=1), tmp_path, data, draws=30)
+
+
+def test_a_run_on_other_images_is_not_taken_for_one_on_these(tmp_path, swept):
+    first = swept()
+    gray = np.random.default_rng(1).random((80, 6, 5))
+    others = ImageData.from_arrays(gray, n_validation=20, n_test=10, name="mine")
+    with pytest.raises(ExceptionGroup) as raised:
+        swept(data=others)
+    assert "holds a run on other images, 'mine' has changed" in str(raised.value.exceptions[0])
+    assert swept() == first

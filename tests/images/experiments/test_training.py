@@ -379,3 +379,35 @@ def test_training_is_told_the_device(tmp_path, data, monkeypatch, device, expect
     with pytest.raises(Killed):
         train(config_of(), tmp_path, data=data, device=device)
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_a_run_is_not_continued_on_other_images(ensemble, data, tmp_path, monkeypatch):
+    config, n_epochs = config_of(ensemble=ensemble), 0
+    original = _Recorder.on_train_epoch_end
+
+    def kill(self, *args):
+        nonlocal n_epochs
+        original(self, *args)
+        n_epochs += 1
+        if n_epochs == (4 if ensemble else 0) + 2:
+            raise Killed
+
+    monkeypatch.setattr(_Recorder, "on_train_epoch_end", kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path, data=data)
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changed = replace(data, train=1 - data.train)
+    with pytest.raises(ValueError, match="holds a run on other images, 'arrays' has changed"):
+        train(config, tmp_path, data=changed, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    if ensemble:  # that of the decoder has ended
+        (tmp_path / "images.json").unlink()  # as of an earlier version
+        with pytest.raises(ValueError, match="alone holds a run on other images"):
+            train(config, tmp_path, data=changed, resume=True)
+    train(config, tmp_path, data=data, resume=True)
+    (tmp_path / "images.json").write_text("{")
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ValueError, match="images.json is truncated or damaged"):
+        train(config, tmp_path, data=data, resume=True)
