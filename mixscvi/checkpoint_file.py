@@ -6,7 +6,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ __all__ = [
     "UNPICKLED",
     "UNREADABLE",
     "brief",
+    "check_restored_paths",
     "check_tensors",
     "damaged_record",
     "naming_what_is_not_restored",
     "read_checkpoint",
 ]
+
+_REMEMBERED = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 # What the makers of a model, or of a state of its training, raise where it cannot be made as it is
 # described.
@@ -200,3 +203,43 @@ def naming_what_is_not_restored(
             f"{path} was tampered with, or is of another training or version: {what} cannot go on "
             f"from it ({brief(error)}). {remedy}"
         ) from error
+
+
+def check_restored_paths(callbacks: Iterable[Any]) -> None:
+    """Raise if a checkpoint sends callbacks to files that are not in folders of their own.
+
+    Lightning's callbacks delete files that they remember, and scvi-tools' ``SaveCheckpoint`` reads
+    the best model with pickle, which can run any code. What they remember comes from the checkpoint
+    that a training goes on from.
+
+    Parameters
+    ----------
+    callbacks
+        Of the trainer, restored.
+
+    Raises
+    ------
+    ValueError
+        Naming the file.
+
+    Examples
+    --------
+    >>> from lightning.pytorch.callbacks import ModelCheckpoint
+    >>> callback = ModelCheckpoint(dirpath="mine")
+    >>> callback.best_model_path = "mine/model"
+    >>> check_restored_paths([callback])
+    """
+    for callback in callbacks:
+        folder = getattr(callback, "dirpath", None)
+        if folder is None:
+            continue
+        remembered = [
+            *(getattr(callback, name, "") for name in _REMEMBERED),
+            *getattr(callback, "best_k_models", ()),
+        ]
+        for path in filter(None, remembered):
+            if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(
+                    f"the checkpoint names {str(path)!r}, which is not in {str(folder)!r}, the "
+                    f"folder of {type(callback).__name__}: leave that callback out, or start anew"
+                )

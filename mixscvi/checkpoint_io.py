@@ -40,7 +40,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, lambda beside: torch.save(checkpoint, beside))
+        try:
+            write_beside(path, lambda beside: torch.save(checkpoint, beside))
+        except RuntimeError as error:  # of torch's writer, which names no file
+            raise OSError(f"{path} could not be written, is the disk full? {error}") from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], *args: Any, **kwargs: Any

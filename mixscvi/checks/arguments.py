@@ -155,6 +155,8 @@ def check_path(name: str, value: Any) -> None:
     ------
     TypeError
         If it is neither a text nor an object that stands for a path.
+    ValueError
+        If it is empty.
 
     Examples
     --------
@@ -162,6 +164,8 @@ def check_path(name: str, value: Any) -> None:
     """
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {value!r:.60}")
+    if value == "":
+        raise ValueError(f"{name} must be a path, got '': the working directory is '.'")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

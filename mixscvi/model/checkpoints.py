@@ -19,7 +19,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
-from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
+from mixscvi.checkpoint_file import (
+    check_restored_paths,
+    naming_what_is_not_restored,
+    read_checkpoint,
+)
 from mixscvi.checks import check_path, check_positive_int
 from mixscvi.model.distributed import of_all_ranks
 from mixscvi.model.identity import (
@@ -32,6 +36,7 @@ from mixscvi.model.identity import (
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.random_states import get_random_states, set_random_states
 from mixscvi.module.signatures import signed_as
+from mixscvi.system import check_folder, write_beside
 from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
@@ -122,6 +127,19 @@ class Checkpoints(Callback):
         else:
             _tell(f"{self.path}: training goes on after {epochs} of {max_epochs} epochs.")
 
+    def make_folder(self) -> None:
+        """Make the folder, before hours of training rather than after."""
+        folder = self.path.parent
+        check_folder(folder, "checkpoint_dir")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_beside(folder / ".writable", "")
+        except OSError as error:
+            raise OSError(
+                f"checkpoint_dir {str(folder)!r} cannot be written to: {error}"
+            ) from error
+        (folder / ".writable").unlink(missing_ok=True)
+
     def naming_the_file(self) -> AbstractContextManager[None]:
         """Name the file where its state cannot be given back to a training."""
         return naming_what_is_not_restored(
@@ -183,6 +201,7 @@ class Checkpoints(Callback):
         if state is not None:
             set_random_states(state["random"][trainer.global_rank], pl_module.device)
             self._is_restored = True
+            check_restored_paths(trainer.callbacks)
         return state is not None
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -101,6 +101,34 @@ class QueriesMixin:
                 adata, reference, return_reference_var_names, inplace=inplace
             )
 
+    @staticmethod
+    def prepare_query_mudata(*args: Any, **kwargs: Any) -> None:
+        """Refuse: the model takes no MuData, as SCVI takes none.
+
+        scvi-tools' own would read the reference's file, which can run any code, before it fails.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As in ``SCVI.prepare_query_mudata``.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+
+        Examples
+        --------
+        >>> import mixscvi
+        >>> mixscvi.MixSCVI.prepare_query_mudata(None, "reference")
+        Traceback (most recent call last):
+        ...
+        NotImplementedError: the model takes AnnData, no MuData: call prepare_query_anndata()
+        """
+        raise NotImplementedError(
+            "the model takes AnnData, no MuData: call prepare_query_anndata()"
+        )
+
     @classmethod
     def load_query_data(
         cls,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from scvi import settings
@@ -17,7 +17,7 @@ from scvi.module import VAE
 from scvi.train import TrainRunner
 from torch import nn
 
-from mixscvi.checkpoint_file import naming_what_is_not_restored
+from mixscvi.checkpoint_file import check_restored_paths, naming_what_is_not_restored
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
@@ -92,6 +92,7 @@ class Started(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note it."""
         self.has_started = True
+        check_restored_paths(trainer.callbacks)
 
 
 class Runner(TrainRunner):
@@ -180,6 +181,9 @@ class Runner(TrainRunner):
             raise ValueError(
                 f"give either checkpoint_dir or ckpt_path={self.ckpt_path!r}, got both"
             )
+        self._check_resumable()
+        if self.trainer.is_global_zero:
+            checkpoints.make_folder()
         self._naming = checkpoints.naming_the_file()
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # The first, so that the others find the epoch and the random numbers that they had.
@@ -187,6 +191,29 @@ class Runner(TrainRunner):
         if checkpoints.found is not None:
             checkpoints.tell(self.trainer.max_epochs)
             self.ckpt_path = checkpoints.path
+
+    def _check_resumable(self) -> None:
+        """Raise if a training that goes on could not end as one that was not interrupted."""
+        precision, n_epochs = (
+            self.trainer.precision,
+            self.trainer.reload_dataloaders_every_n_epochs,
+        )
+        averages = [c for c in self.trainer.callbacks if isinstance(c, StochasticWeightAveraging)]
+        if str(precision).endswith("-true") and precision != "32-true":
+            raise ValueError(
+                f"checkpoint_dir restores weights in single precision: precision={precision!r} "
+                "would go on from others"
+            )
+        if n_epochs:
+            raise ValueError(
+                f"reload_dataloaders_every_n_epochs={n_epochs} makes minibatches anew where the "
+                "training goes on: leave it out, or checkpoint_dir"
+            )
+        if averages:
+            raise ValueError(
+                "the averages of StochasticWeightAveraging are in no checkpoint: leave it out, or "
+                "checkpoint_dir"
+            )
 
     def __call__(self) -> Any:
         """Train."""

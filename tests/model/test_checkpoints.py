@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from scvi.train import SaveCheckpoint
 
 import killed_training
 from fitting import assert_same_history, assert_same_state
-from killed_training import CASES, make_model, train
+from killed_training import CASES, TRAINED, make_model, train
 from mixscvi import MixSCVI
+from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.identity import differences, training_identity
 
 
@@ -317,3 +321,89 @@ def test_data_on_disk_are_told_apart_by_some_of_their_cells(tmp_path, make_adata
     changed.write_h5ad(path)
     (difference,) = differences(first, identity())
     assert difference.startswith("data: X is ")
+
+
+REFUSED = {
+    "precision": ({"precision": "64-true"}, "precision='64-true' would go on from others"),
+    "reloaded": ({"reload_dataloaders_every_n_epochs": 2}, "reload_dataloaders_every_n_epochs=2"),
+    "averages": (
+        {"callbacks": [StochasticWeightAveraging(1e-3)]},
+        "StochasticWeightAveraging are in no checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_could_not_be_resumed_is_refused(kwargs, expected, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=expected):
+        train(model, tmp_path / "run", **kwargs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written_to_are_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("it trains"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="checkpoint_dir must be a folder"):
+        train(make_model(), tmp_path / "file" / "below")
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("mixscvi.model.checkpoints.write_beside", refuse)
+    with pytest.raises(OSError, match="checkpoint_dir .* cannot be written to: read-only"):
+        train(make_model(), tmp_path / "run")
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    checkpoints, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    checkpoints.save_checkpoint({"a": 1}, path)
+
+    def fail(_, beside):
+        Path(beside).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"last\.ckpt could not be written, is the disk full"):
+        checkpoints.save_checkpoint({"a": 2}, path)
+    assert checkpoints.load_checkpoint(path) == {"a": 1}
+    assert [*tmp_path.iterdir()] == [path]
+
+
+class Payload:
+    """What a crafted file holds: unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning")
+@pytest.mark.parametrize("given", ["checkpoint_dir", "ckpt_path"])
+def test_a_checkpoint_cannot_send_a_callback_to_other_files(given, tmp_path):
+    """scvi-tools' SaveCheckpoint reads the best model with pickle, and deletes what it was."""
+
+    def keep_the_best():
+        folder = str(tmp_path / "best")
+        return SaveCheckpoint(dirpath=folder, monitor="elbo_validation", load_best_on_end=True)
+
+    options = {"check_val_every_n_epoch": 1}
+    train(make_model(), tmp_path / "run", callbacks=[keep_the_best()], max_epochs=2, **options)
+    path = tmp_path / "run" / "training.ckpt"
+    state = torch.load(path, weights_only=True)
+    (theirs,) = (value for key, value in state["callbacks"].items() if "SaveCheckpoint" in key)
+    (tmp_path / "sent").mkdir()
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "sent" / "model.pt")
+    theirs["best_model_path"] = str(tmp_path / "sent")
+    theirs["best_model_score"] = theirs["current_score"] = torch.tensor(-1e9)
+    torch.save(state, path)
+    usual = {name: kwarg for name, kwarg in TRAINED.items() if name != "checkpoint_every"}
+    kwargs = {**usual, **options, "max_epochs": 4, given: path.parent}
+    if given == "ckpt_path":
+        kwargs[given] = path
+    with pytest.raises(ValueError, match="sent', which is not in .*, the folder of SaveCheckpoint"):
+        make_model().train(callbacks=[keep_the_best()], **kwargs)
+    assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "sent" / "model.pt").exists()

@@ -615,3 +615,11 @@ def test_a_hub_model_that_came_damaged(damage, file, trained, tmp_path):
     with pytest.raises(ValueError, match=re.escape(file)):
         hub.load_model()
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("cls", [MixSCVI, MixSCANVI])
+def test_no_reference_is_read_for_mudata(cls, tmp_path):
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "model.pt")
+    with pytest.raises(NotImplementedError, match="call prepare_query_anndata"):
+        cls.prepare_query_mudata(None, str(tmp_path))
+    assert not (tmp_path / "ran").exists()
