@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -114,7 +115,7 @@ class RayEngine:
     def __post_init__(self) -> None:
         if not self.cpus > 0:
             raise ValueError(f"cpus must be above 0, got {self.cpus}")
-        if self.gpus is not None and self.gpus < 0:
+        if self.gpus is not None and not 0 <= self.gpus < math.inf:
             raise ValueError(f"gpus must be at least 0, got {self.gpus}")
 
     def __call__(

@@ -77,6 +77,8 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme, half, monke
         ({"cpus": 0}, "cpus must be above 0, got 0"),
         ({"cpus": float("nan")}, "cpus must be above 0, got nan"),
         ({"gpus": -1}, "gpus must be at least 0, got -1"),
+        ({"gpus": float("inf")}, "gpus must be at least 0, got inf"),
+        ({"gpus": float("nan")}, "gpus must be at least 0, got nan"),
     ],
 )
 def test_impossible_resources_are_refused(kwargs, match):

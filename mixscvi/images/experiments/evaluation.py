@@ -329,6 +329,12 @@ def evaluate(
     done = sum(len(group["siwae"]) for group in state.done)
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.split(images_at_once)
+        n_done = [len(group["siwae"]) for group in state.done]
+        if n_done != [len(group) for group in groups[: len(n_done)]]:
+            raise ValueError(
+                f"{state.path} holds no unfinished evaluation of {len(data.test)} images: delete "
+                "it to start anew"
+            )
         prior = model.prior_distribution()
         for group in range(len(state.done), len(groups)):
             x = groups[group].to(device)

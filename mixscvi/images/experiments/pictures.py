@@ -14,7 +14,7 @@ from mixscvi.images.experiments.configs import check_seed
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.runs import finished_run_data
 from mixscvi.images.experiments.weights import load_run
-from mixscvi.system import write_beside
+from mixscvi.system import naming_what_takes_memory, write_beside
 
 __all__ = ["picture_grid", "reconstruct", "sample"]
 
@@ -87,7 +87,9 @@ def sample(
     _check_pictures(n_images, seed)
     device = resolve_device(device)
     path = Path(folder) / "samples.png"
-    picture_grid(load_run(folder, device)[1].sample(n_images, seed), path)
+    _, model = load_run(folder, device)
+    with naming_what_takes_memory(f"images={n_images} do not fit into memory: choose fewer"):
+        picture_grid(model.sample(n_images, seed), path)
     return path
 
 

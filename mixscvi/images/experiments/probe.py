@@ -13,7 +13,7 @@ from torch import Tensor
 from mixscvi.images.datasets import ImageData, binarize, epoch_seed
 from mixscvi.images.experiments.configs import check_seed
 from mixscvi.images.experiments.devices import resolve_device
-from mixscvi.images.experiments.runs import finished_run_data
+from mixscvi.images.experiments.runs import finished_run_data, read_summary
 from mixscvi.images.experiments.weights import load_run
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.system import write_beside
@@ -135,6 +135,11 @@ def probe(
             raise ValueError(
                 f"against must be a run on {config.dataset!r}, {against} is one on "
                 f"{other_config.dataset!r}"
+            )
+        shape, others = (tuple(read_summary(run)["image_shape"]) for run in (folder, against))
+        if others != shape:
+            raise ValueError(
+                f"against must be a run on images of shape {shape}, {against} is one on {others}"
             )
         if other.mixture.n_components != 1:
             raise ValueError(

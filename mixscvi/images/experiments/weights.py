@@ -62,7 +62,9 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     config = read_config(folder)
     path = folder / "best.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path}, the weights of the run, is missing")
+        raise FileNotFoundError(
+            f"{path}, the weights of the run, is missing: delete the folder to train anew"
+        )
     weights = _weights(path)
     _check_sizes(folder, config, summary["image_shape"], weights)
     model = build(config, tuple(summary["image_shape"]))

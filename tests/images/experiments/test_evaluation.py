@@ -311,6 +311,20 @@ def test_what_the_result_depends_on_starts_it_anew(tmp_path, data, monkeypatch, 
     assert evaluate(tmp_path, data=data, draws=100) == expected
 
 
+@pytest.mark.parametrize("n", [-1, 1, 60])
+def test_a_part_of_other_images_is_refused(n, tmp_path, data, monkeypatch):
+    run(tmp_path, data)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    killed_at_first_save(tmp_path, data, monkeypatch)
+    path = tmp_path / "evaluation.partial.pt"
+    state = torch.load(path, weights_only=True)
+    statistics = {"siwae": torch.zeros(5 + n)}
+    state |= {"done": [statistics], "blocks": []}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"holds no unfinished evaluation of \d+ images: delete"):
+        evaluate(tmp_path, data=data, draws=100)
+
+
 def test_other_weights_start_it_anew(tmp_path, data, monkeypatch):
     """As when a run is trained again in the same folder."""
     run(tmp_path, data)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ def test_probe_against_one_component(tmp_path, data):
     assert probe(tmp_path / "three", data=data)["against"] is None
     with pytest.raises(ValueError, match="one component"):
         probe(tmp_path / "one", against=tmp_path / "three", data=data)
+    smaller = replace(
+        data, **{p: getattr(data, p)[..., :5] for p in ("train", "validation", "test")}
+    )
+    run(tmp_path / "smaller", smaller, 1)
+    with pytest.raises(ValueError, match=r"shape \(6, 6\), .*smaller is one on \(6, 5\)"):
+        probe(tmp_path / "three", against=tmp_path / "smaller", data=data)
 
 
 def test_probe_needs_labels(tmp_path, data):
