@@ -6,7 +6,7 @@ from typing import Any
 
 from scvi.module import VAE
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from mixscvi.mixture import MixturePosterior, StandardNormal
 from mixscvi.mixture.layers import LinearByFeature
@@ -146,6 +146,12 @@ class FusedVAE(ScviVAE):
         super().__init__(*args, **kwargs)
         first = self.z_encoder.encoder.fc_layers[0]
         first[0] = LinearByFeature(first[0])  # of counts, which are mostly zero
+
+    def _cached_inference(self, qzm: Tensor, qzv: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Draws of minified data, the same as of the counts, whose encoder draws one first."""
+        if kwargs.get("n_samples", 1) > 1:
+            Normal(qzm, qzv.sqrt()).sample()
+        return super()._cached_inference(qzm, qzv, *args, **kwargs)
 
     def forward(
         self,

@@ -334,7 +334,10 @@ def test_minified_data(kind, n_components, make_labeled, tmp_path):
     model = fit(MixSCANVI, make_labeled(), WITH_BATCH, n_components=n_components)
     before = model.predict(soft=True)
     latents = model.get_latent_representation()
+    samples = seeded(model.posterior_predictive_sample, n_samples=2).todense()
     model.minify_adata(kind)
+    after = seeded(model.posterior_predictive_sample, n_samples=2).todense()
+    np.testing.assert_array_equal(after, samples)
     np.testing.assert_allclose(model.predict(soft=True), before, rtol=1e-4)
     np.testing.assert_allclose(model.get_latent_representation(), latents, atol=1e-5)
     assert model.predict(soft=True, use_posterior_mean=False).shape == before.shape
