@@ -34,7 +34,7 @@ from mixscvi.images.experiments.runs import (
     prepare,
     run_data,
 )
-from mixscvi.images.experiments.weights import load_run
+from mixscvi.images.experiments.weights import load_run, read_weights
 from mixscvi.images.networks.configs import MixtureConfig
 from mixscvi.images.networks.layers import DenseTrunk
 from mixscvi.images.networks.priors import PseudoImages
@@ -170,6 +170,8 @@ class _Recorder(Callback):
         # A run that was interrupted after it had stopped early must not continue.
         trainer.should_stop = self.stopped
         self.started = True
+        if math.isfinite(self.best):  # the run goes on, and may end with these
+            read_weights(self.folder / "best.pt")
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -17,7 +17,7 @@ from mixscvi.images.experiments.runs import build, read_config, read_summary
 from mixscvi.images.files import content_hash
 from mixscvi.images.networks.vae import ImageVAE
 
-__all__ = ["load_run", "weights_hash"]
+__all__ = ["load_run", "read_weights", "weights_hash"]
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
@@ -61,11 +61,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     summary = read_summary(folder)
     config = read_config(folder)
     path = folder / "best.pt"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}, the weights of the run, is missing: delete the folder to train anew"
-        )
-    weights = _weights(path)
+    weights = read_weights(path)
     _check_sizes(folder, config, summary["image_shape"], weights)
     model = build(config, tuple(summary["image_shape"]))
     try:
@@ -132,7 +128,20 @@ def _check_sizes(
         )
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a run, by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is missing.
+    ValueError
+        If it is damaged, or holds other values.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}, the weights of the run, is missing: delete the folder to train anew"
+        )
     weights = read_checkpoint(path)
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()

@@ -411,3 +411,31 @@ def test_a_run_is_not_continued_on_other_images(ensemble, data, tmp_path, monkey
     (tmp_path / "summary.json").unlink()
     with pytest.raises(ValueError, match="images.json is truncated or damaged"):
         train(config, tmp_path, data=data, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (
+            lambda path: path.unlink(),
+            "best.pt, the weights of the run, is missing: delete",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:99]), "best.pt is truncated"),
+    ],
+)
+def test_weights_that_are_gone_are_missed_before_the_run_goes_on(
+    damage, expected, data, tmp_path, monkeypatch
+):
+    original = _Recorder.on_train_epoch_end
+
+    def kill(self, *args):
+        original(self, *args)
+        raise Killed
+
+    monkeypatch.setattr(_Recorder, "on_train_epoch_end", kill)
+    with pytest.raises(Killed):
+        train(config_of(), tmp_path, data=data)
+    monkeypatch.setattr(_Recorder, "on_train_epoch_end", lambda *_: pytest.fail("it goes on"))
+    damage(tmp_path / "best.pt")
+    with pytest.raises((FileNotFoundError, ValueError), match=expected):
+        train(config_of(), tmp_path, data=data, resume=True)
