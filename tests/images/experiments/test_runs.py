@@ -22,19 +22,19 @@ def test_images_are_loaded_by_name_where_none_are_given(monkeypatch, data):
     assert asked == [("mnist", "there")]
 
 
-def test_a_folder_is_prepared_once(tmp_path):
+def test_a_folder_is_prepared_once(tmp_path, data):
     config, folder = config_of(), tmp_path / "new" / "run"
-    assert runs.prepare(config, folder, resume=False) is False
+    assert runs.prepare(config, folder, data, resume=False) is False
     assert runs.read_config(folder) == config
     (folder / "last.ckpt").touch()
-    assert runs.prepare(config, folder, resume=True) is True
+    assert runs.prepare(config, folder, data, resume=True) is True
     with pytest.raises(FileExistsError, match="unfinished run: resume it"):
-        runs.prepare(config, folder, resume=False)
+        runs.prepare(config, folder, data, resume=False)
     with pytest.raises(ValueError, match="config.json differs in seed"):
-        runs.prepare(replace(config, seed=9), folder, resume=True)
+        runs.prepare(replace(config, seed=9), folder, data, resume=True)
     (folder / "summary.json").write_text("{}")
     with pytest.raises(FileExistsError, match="holds a finished run"):
-        runs.prepare(config, folder, resume=True)
+        runs.prepare(config, folder, data, resume=True)
 
 
 def test_what_no_run_has_left_is_named(tmp_path):
