@@ -29,6 +29,7 @@ from mixscvi.model.files import (
     write_model,
 )
 from mixscvi.model.legacy import read_legacy
+from mixscvi.model.surgery import freeze, n_columns
 from mixscvi.model.training_arguments import check_data_module
 from mixscvi.model.weights import warn_of_weights
 from mixscvi.system import check_folder, write_beside
@@ -46,6 +47,9 @@ class PersistenceMixin:
 
     _by_scvi_tools: ClassVar[str] = "SCVI"
     """Name of scvi-tools' model that this one is with one component."""
+
+    surgery_: dict[str, Any] | None = None
+    """What of the model does not train, if :meth:`load_query_data` made it."""
 
     def save(
         self,
@@ -232,6 +236,9 @@ class PersistenceMixin:
                 datamodule=datamodule,
                 allowed_classes_names_list=allowed_classes_names_list,
             )
+            # What was frozen when a query was mapped stays so when it trains again.
+            if model.surgery_ is not None:
+                freeze(model.module, model.surgery_, n_columns(model.registry), by_scvi=True)
         warn_of_weights(model.module, str(stored.path), "fetch it again, or train it anew")
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import pandas as pd
 import torch
-from scvi import REGISTRY_KEYS
 from scvi.model import SCVI
 from scvi.model.base import BaseModelClass
 from torch import Tensor
@@ -21,6 +21,7 @@ from mixscvi.model.accelerators import check_device
 from mixscvi.model.files import StoredModel, read_model
 from mixscvi.model.inputs import check_keywords
 from mixscvi.model.persistence import check_class, naming_the_file, read_for
+from mixscvi.model.surgery import describe, freeze, n_columns
 from mixscvi.module.pseudo_cells import PseudoCells
 
 if TYPE_CHECKING:
@@ -223,9 +224,9 @@ class QueriesMixin:
         of_model = "reference_model" if stored is None else str(stored.path)
         check_class(cls, given, source=of_model)
         with naming:
-            known = _n_columns(given)
+            known = n_columns(given)
             with source as reference:
-                model = super().load_query_data(
+                bound = inspect.signature(super().load_query_data).bind(
                     adata,
                     reference,
                     registry,
@@ -238,16 +239,16 @@ class QueriesMixin:
                     *args,
                     **kwargs,
                 )
-            _order_covariates(model.module, state_dict, known, _n_columns(model.registry))
+                model = super().load_query_data(*bound.args, **bound.kwargs)
+            new = n_columns(model.registry)
+            _order_covariates(model.module, state_dict, known, new)
             if isinstance(model.module.prior, VampPrior):
                 # The pseudo-cells are the reference's: none of them is of a batch that is new.
                 pseudo_cells = cast(PseudoCells, model.module.prior.pseudo_inputs)
                 pseudo_cells.hide_categories(_n_categories(state_dict))
-            if not unfrozen:
-                model.module.train_covariates_only(freeze_expression=freeze_expression)
-                if isinstance(model.module.prior, VampPrior) and freeze_expression:
-                    _freeze_known_covariates(model.module, known, _n_columns(model.registry))
-                _train_new_embeddings(model.module, state_dict)
+            bound.apply_defaults()
+            model.surgery_ = describe(bound.arguments, known, state_dict)
+            freeze(model.module, model.surgery_, new, by_scvi=False)
         return model
 
 
@@ -255,15 +256,6 @@ def _checked_reference(model: Any) -> BaseModelClass:
     if not isinstance(model, BaseModelClass):
         raise TypeError(f"reference_model must be a model or the folder of one, got {model!r:.60}")
     return model
-
-
-def _n_columns(registry: Mapping[str, Any]) -> list[int]:
-    """Columns that each covariate takes as networks' input: none if it has one category."""
-    fields = registry["field_registries"]
-    n_batch = fields[REGISTRY_KEYS.BATCH_KEY]["summary_stats"]["n_batch"]
-    covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
-    n_categories = [n_batch, *covariates.get("n_cats_per_key", [])]
-    return [n if n > 1 else 0 for n in n_categories]
 
 
 @torch.no_grad()
@@ -293,46 +285,6 @@ def _order_covariates(
             columns = parameter[..., parameter.shape[-1] - sum(new) :]
             columns.copy_(columns[..., order])
             columns[..., zero] = 0
-
-
-def _freeze_known_covariates(module: VAE, known: list[int], new: list[int]) -> None:
-    """Keep the encoder's weights of the reference's categories.
-
-    A VampPrior's pseudo-cells are of these, so they would train, with no cell of the query in
-    them, and the latents of the reference would move.
-    """
-    if module.batch_representation == "embedding":
-        known, new = known[1:], new[1:]
-    trains = torch.ones(sum(new), dtype=torch.bool)
-    start = 0
-    for n_known, n_new in zip(known, new, strict=True):
-        trains[start : start + max(n_known, min(n_new, 1))] = False
-        start += n_new
-
-    def freeze(gradient: Tensor) -> Tensor:
-        keep = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)
-        keep[len(keep) - len(trains) :] = trains
-        return gradient * keep
-
-    for parameter in module.z_encoder.parameters():
-        if parameter.requires_grad and parameter.shape[-1] > len(trains) > 0:
-            parameter.register_hook(freeze)
-
-
-def _train_new_embeddings(module: VAE, reference: Mapping[str, Tensor]) -> None:
-    """Train the embeddings of batches that are new, and those alone.
-
-    scvi-tools 1.4 leaves them as they were drawn, and 1.5 trains those of the reference as well.
-    """
-    for name, parameter in module.named_parameters():
-        if name.startswith("_embeddings_dict."):
-            n_known = len(reference[name])
-            parameter.requires_grad = True
-            parameter.register_hook(
-                lambda gradient, n=n_known: torch.cat(
-                    (torch.zeros_like(gradient[:n]), gradient[n:])
-                )
-            )
 
 
 def _n_categories(state_dict: Mapping[str, Tensor]) -> list[int]:

@@ -188,6 +188,19 @@ DESCRIBED = {
     "another class": (_put("SCVI", *REGISTRY, "model_name"), "is of another class"),
 }
 QUERY_WAYS = ("load", "load_query_data")
+FROZEN = {
+    "no dictionary": (3, "TypeError"),
+    "no flags": ({"known": [2], "embeddings": {}}, "KeyError"),
+    "flags of another type": ({"flags": {"unfrozen": 3}}, "TypeError"),
+    "other flags": ({"flags": {"frozen": True}}, "TypeError"),
+}
+
+
+@pytest.mark.parametrize(("surgery", "expected"), FROZEN.values(), ids=FROZEN)
+def test_what_is_frozen_is_described_otherwise(surgery, expected, trained, saved):
+    rewrite(saved, lambda stored: stored["attr_dict"].update(surgery_=surgery))
+    with pytest.raises(ValueError, match=rf"model\.pt was tampered with.*{expected}"):
+        MixSCVI.load(saved, trained.adata.copy())
 
 
 @pytest.mark.parametrize("way", QUERY_WAYS)

@@ -110,6 +110,49 @@ def test_the_encoder_learns_a_query_of_one_batch(n_components, make_adata):
     assert max(moved) > 0.01
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"component_encoder": "separate"},
+        {"component_encoder": "amortized", "batch_representation": "embedding"},
+        {"prior": "vamp", "n_prior_components": 6},
+        {"n_components": 1, "dropout_rate": 0.1},
+    ],
+    ids=["separate", "embedding", "vamp", "one"],
+)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"freeze_dropout": True, "freeze_expression": False},
+        {"freeze_decoder_first_layer": False, "freeze_batchnorm_encoder": False},
+        {"unfrozen": True},
+    ],
+    ids=["default", "expression", "decoder", "unfrozen"],
+)
+def test_a_loaded_query_trains_what_it_trained_before(flags, options, make_adata, tmp_path):
+    options = {"n_components": 3, "encode_covariates": True, "n_layers": 2} | options
+    reference = fit(MixSCVI, make_adata(), BATCH, **options)
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, reference, accelerator="cpu", **flags)
+    mapped.save(tmp_path / "mapped")
+    loaded = MixSCVI.load(tmp_path / "mapped", query.copy(), accelerator="cpu")
+    loaded.save(tmp_path / "again")
+    again = MixSCVI.load(tmp_path / "again", query.copy(), accelerator="cpu")
+    start = mapped.module.state_dict()
+    before = {name: value.clone() for name, value in start.items()}
+    for model in (mapped, loaded, again):
+        seeded(train, model, plan_kwargs={"weight_decay": 0.0})
+    moved = 0
+    for name, value in mapped.module.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[name], value), name
+        assert torch.equal(again.module.state_dict()[name], value), name
+        moved += not torch.equal(value, before[name])
+    assert 0 < moved
+    if not flags:
+        assert moved < len(before) / 2
+
+
 def test_query_data_from_a_saved_reference(make_adata, tmp_path):
     model = fit(MixSCVI, make_adata(), BATCH, n_components=3, prior="mog", n_flow_steps=1)
     model.save(tmp_path / "model")

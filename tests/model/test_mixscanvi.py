@@ -382,9 +382,12 @@ def test_queries(saved, labels, n_components, make_labeled, make_adata, tmp_path
     assert {"classifier", "encoder_z2_z1"} <= {name.split(".")[0] for name in frozen}
     trained = {name for name, value in model.module.named_parameters() if value.requires_grad}
     assert any(name.startswith("z_encoder") for name in trained)
-    train(model, max_epochs=1, plan_kwargs={"weight_decay": 0.0})
-    for name, value in frozen.items():
-        assert torch.equal(model.module.get_parameter(name), value), name
+    model.save(tmp_path / "mapped")
+    again = MixSCANVI.load(tmp_path / "mapped", query)
+    for one in (model, again):
+        train(one, max_epochs=1, plan_kwargs={"weight_decay": 0.0})
+        for name, value in frozen.items():
+            assert torch.equal(one.module.get_parameter(name), value), name
     soft = model.predict(soft=True)
     assert soft.shape == (40, 3)
     free = MixSCANVI.load_query_data(query, source, freeze_classifier=False)
