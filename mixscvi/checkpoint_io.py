@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mixscvi.checkpoint_file import read_checkpoint
-from mixscvi.system import write_beside
+from mixscvi.system import naming_what_is_written, write_beside
 
 __all__ = ["AtomicCheckpointIO"]
 
@@ -40,10 +40,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with naming_what_is_written(path):
             write_beside(path, lambda beside: torch.save(checkpoint, beside))
-        except RuntimeError as error:  # of torch's writer, which names no file
-            raise OSError(f"{path} could not be written, is the disk full? {error}") from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from pathlib import Path
 __all__ = [
     "check_folder",
     "keep_freed_memory",
+    "naming_what_is_written",
     "naming_what_takes_memory",
     "physical_memory",
     "write_beside",
@@ -54,6 +55,36 @@ def write_beside(path: str | Path, content: str | Callable[[Path], object]) -> N
         beside.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming_what_is_written(path: str | Path) -> Iterator[None]:
+    """Name what cannot be written where the writers of torch and of HDF5 name nothing.
+
+    Parameters
+    ----------
+    path
+        The file or folder.
+
+    Raises
+    ------
+    OSError
+        Naming it. Errors of the system that name a file stay as they are.
+
+    Examples
+    --------
+    >>> with naming_what_is_written("model.pt"):
+    ...     raise RuntimeError("unexpected pos 64 vs 0")
+    Traceback (most recent call last):
+    ...
+    OSError: model.pt could not be written, is the disk full? (unexpected pos 64 vs 0)
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise OSError(f"{path} could not be written, is the disk full? ({error})") from error
+
+
 def check_folder(folder: str | Path, name: str) -> None:
     """Raise if a folder cannot be made, as a file is in its place.
 
@@ -68,12 +99,16 @@ def check_folder(folder: str | Path, name: str) -> None:
     ------
     NotADirectoryError
         If it is a file, or below one.
+    ValueError
+        If no path is like this.
 
     Examples
     --------
     >>> check_folder("results", "output")
     """
     folder = Path(folder)
+    if "\0" in str(folder):
+        raise ValueError(f"{name} must be a path, got {str(folder)!r}, which has a null character")
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             raise NotADirectoryError(

@@ -1,10 +1,18 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mixscvi.system import naming_what_takes_memory, write_beside
+from mixscvi.checks import check_path
+from mixscvi.images.experiments.report import check_name
+from mixscvi.system import (
+    check_folder,
+    naming_what_is_written,
+    naming_what_takes_memory,
+    write_beside,
+)
 
 
 def test_a_failing_writer_leaves_the_old_file_alone(tmp_path):
@@ -54,3 +62,21 @@ def test_sizes_that_no_memory_holds_are_named(n):
     for other in (TypeError("of another kind"), RuntimeError("of another kind")):
         with pytest.raises(type(other), match="another"), naming_what_takes_memory("choose fewer"):
             raise other
+
+
+def test_paths_that_no_file_has():
+    for check in (lambda: check_folder("a\0b", "output"), lambda: check_path("output", "a\0b")):
+        with pytest.raises(ValueError, match="output must be a path, got .*null character"):
+            check()
+    with pytest.raises(ValueError, match=r"results must be a path of files.* got '\.'"):
+        check_name(Path(), "results")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), OSError(28, "No space left")])
+def test_what_is_not_written_is_named(error):
+    expected = r"model\.pt could not be written, is the disk full\? \(.*(pos|No space)"
+    with pytest.raises(OSError, match=expected), naming_what_is_written("model.pt"):
+        raise error
+    own = PermissionError(13, "Permission denied", "folder")
+    with pytest.raises(PermissionError, match="denied: 'folder'"), naming_what_is_written("a"):
+        raise own

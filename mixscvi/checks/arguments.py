@@ -156,7 +156,7 @@ def check_path(name: str, value: Any) -> None:
     TypeError
         If it is neither a text nor an object that stands for a path.
     ValueError
-        If it is empty.
+        If it is empty, or has a null character.
 
     Examples
     --------
@@ -166,6 +166,8 @@ def check_path(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a path, got {value!r:.60}")
     if value == "":
         raise ValueError(f"{name} must be a path, got '': the working directory is '.'")
+    if "\0" in str(value):
+        raise ValueError(f"{name} must be a path, got {value!r:.60}, which has a null character")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

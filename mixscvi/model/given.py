@@ -87,9 +87,16 @@ def check_minibatch(tensors: Any, module: VAE, *, source: str) -> None:
     x, batch = (tensors[key] for key in _NEEDED)
     n_genes = module.n_input
     if x.ndim != 2 or x.shape[1] != n_genes:
+        how = ""
+        if x.ndim == 3 and torch.distributed.is_initialized():
+            how = (
+                ". Lightning made the loader anew for several processes: give each its cells "
+                "yourself (AnnDataLoader(distributed_sampler=True)), and pass "
+                "use_distributed_sampler=False to train()"
+            )
         raise ValueError(
             f"{source} must have {_NEEDED[0]!r} of shape (B, {n_genes}), cells by the genes that "
-            f"the model was trained on, got {tuple(x.shape)}"
+            f"the model was trained on, got {tuple(x.shape)}{how}"
         )
     precision = next(module.parameters()).dtype
     if x.dtype.is_complex or (x.is_floating_point() and x.dtype != precision):

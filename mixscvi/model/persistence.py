@@ -32,7 +32,7 @@ from mixscvi.model.legacy import read_legacy
 from mixscvi.model.surgery import freeze, n_columns
 from mixscvi.model.training_arguments import check_data_module
 from mixscvi.model.weights import warn_of_weights
-from mixscvi.system import check_folder, write_beside
+from mixscvi.system import check_folder, naming_what_is_written, write_beside
 from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class PersistenceMixin:
         TypeError
             If an argument is of another type, or an attribute of the model whose name ends in
             ``_`` is an object that a file without code cannot hold.
+        OSError
+            If it cannot be written, as where the disk is full.
         """
         if prefix is not None:
             check_text("prefix", prefix)
@@ -107,7 +109,7 @@ class PersistenceMixin:
                 "save_anndata=True saves an AnnData, but the model's data are a collection, whose "
                 "files are left where they are"
             )
-        with staged(target) as staging:
+        with naming_what_is_written(target), staged(target) as staging:
             complete, by_scvi = staging / "complete", staging / "scvi"
             complete.mkdir()
             super().save(

@@ -128,3 +128,12 @@ def test_a_data_module_is_looked_at_before_it_is_trained_on(model, wrong):
         train(untrained, datamodule=Given([change(part) for part in parts]), train_size=None)
     after = untrained.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_loader_that_was_made_anew_for_several_processes(model, monkeypatch):
+    """Lightning puts a sampler of cells into scvi-tools' loader, which wants one of minibatches."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    parts = [{name: value[None] for name, value in part.items()} for part in minibatches(model)]
+    expected = r"got \(1, 36, 20\)\. Lightning made .*use_distributed_sampler=False to train"
+    with pytest.raises(ValueError, match=expected):
+        model.get_latent_representation(dataloader=parts)

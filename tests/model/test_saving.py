@@ -24,6 +24,23 @@ def two_models(make_adata):
     return one, other
 
 
+def test_a_full_disk_is_named_and_leaves_the_old_model(two_models, tmp_path, monkeypatch):
+    one, other = two_models
+    target = tmp_path / "model"
+    one.save(target, save_anndata=True)
+    old = contents(target)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "Can't write data")  # as HDF5 says it, without a name
+
+    with monkeypatch.context() as patch:
+        patch.setattr("anndata.io.write_h5ad", full)
+        with pytest.raises(OSError, match="model could not be written, is the disk full"):
+            other.save(target, save_anndata=True, overwrite=True)
+    assert contents(target) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("at", ["model", "data"])
 def test_an_interrupted_save_leaves_the_old_model(at, two_models, tmp_path, monkeypatch):
     one, other = two_models

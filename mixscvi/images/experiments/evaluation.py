@@ -45,6 +45,8 @@ _DRAWS = 2**20
 _BYTES_A_DRAW = 24  # three log-densities, which are kept in double precision
 _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
+# What is known of every image, with any proposal.
+_STATISTICS = {"siwae", "siwae_se", "iw_miselbo", "miselbo", "elbo", "jsd", "ess", "k_hat", "mean"}
 
 
 def image_statistics(
@@ -104,12 +106,13 @@ def _is_state(state: Any) -> bool:
     return (
         isinstance(done, list)
         and isinstance(blocks, list)
-        and all(isinstance(group, dict) and "siwae" in group for group in done)
+        and all(isinstance(group, dict) and group.keys() >= _STATISTICS for group in done)
         and all(group.keys() == done[0].keys() for group in done)
         and all(isinstance(value, Tensor) and value.dim() > 0 for g in done for value in g.values())
         and all(len({len(value) for value in group.values()}) == 1 for group in done)
         and all(isinstance(block, tuple) and len(block) == 3 for block in blocks)
         and all(isinstance(value, Tensor) for block in blocks for value in block)
+        and all(block[0].dim() == 3 and len({v.shape for v in block}) == 1 for block in blocks)
     )
 
 
@@ -330,7 +333,10 @@ def evaluate(
     with tqdm(initial=done, total=len(data.test), unit="image", disable=not progress) as bar:
         groups = data.test.split(images_at_once)
         n_done = [len(group["siwae"]) for group in state.done]
-        if n_done != [len(group) for group in groups[: len(n_done)]]:
+        n_begun = [block.log_joint.shape[1] for block in state.blocks]
+        if n_done != [len(group) for group in groups[: len(n_done)]] or any(
+            n != len(group) for group in groups[len(n_done) :][:1] for n in n_begun
+        ):
             raise ValueError(
                 f"{state.path} holds no unfinished evaluation of {len(data.test)} images: delete "
                 "it to start anew"

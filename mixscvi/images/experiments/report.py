@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "check_name",
     "curves",
     "percent",
     "sweep_figure",
@@ -38,6 +39,24 @@ def with_ending(path: Path, ending: str) -> Path:
     'mnist-v0.2.csv'
     """
     return path.with_name(path.name + ending)
+
+
+def check_name(path: Path, argument: str) -> None:
+    """Raise if a path that is to be given endings has no name to append them to.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> check_name(Path("results", "mnist"), "results")
+    """
+    if not path.name:
+        raise ValueError(
+            f"{argument} must be a path of files, without their ending, got {str(path)!r}"
+        )
 
 
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -250,6 +269,7 @@ def curves(folders: Sequence[str | Path], path: str | Path) -> pd.DataFrame:
         raise ValueError("run_folders must name at least one run, got none")
     path, logs = Path(path), []
     check_folder(path.parent, "output")
+    check_name(path, "output")
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers: dict[int, None] = {}

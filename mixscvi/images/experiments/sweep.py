@@ -18,6 +18,7 @@ from mixscvi.images.experiments.configs import Proposal, RunConfig, check_propos
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.evaluation import check_draws, evaluate
 from mixscvi.images.experiments.report import (
+    check_name,
     percent,
     sweep_figure,
     sweep_table,
@@ -164,6 +165,7 @@ def sweep(
     }
     check_folder(folder, "output")
     check_folder(results.parent, "results")
+    check_name(results, "results")
     if draws is not None:
         check_draws(draws)
     if engine is sequential:

@@ -318,10 +318,29 @@ def test_a_part_of_other_images_is_refused(n, tmp_path, data, monkeypatch):
     killed_at_first_save(tmp_path, data, monkeypatch)
     path = tmp_path / "evaluation.partial.pt"
     state = torch.load(path, weights_only=True)
-    statistics = {"siwae": torch.zeros(5 + n)}
-    state |= {"done": [statistics], "blocks": []}
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"holds no unfinished evaluation of \d+ images: delete"):
+    statistics = {name: torch.zeros(5 + n) for name in evaluation._STATISTICS}
+    draws = (torch.zeros(2, 5 + n, 1),) * 3
+    for changes in ({"done": [statistics], "blocks": []}, {"done": [], "blocks": [draws]}):
+        torch.save(state | changes, path)
+        with pytest.raises(ValueError, match=r"no unfinished evaluation of \d+ images: delete"):
+            evaluate(tmp_path, data=data, draws=100)
+
+
+DAMAGED = {
+    "statistics are missing": {"done": [{"siwae": torch.zeros(5)}]},
+    "draws of other shapes": {"blocks": [tuple(torch.zeros(2, n, 1) for n in (5, 5, 4))]},
+    "draws without components": {"blocks": [(torch.zeros(2, 5),) * 3]},
+}
+
+
+@pytest.mark.parametrize("changes", DAMAGED.values(), ids=DAMAGED)
+def test_a_part_that_is_damaged_is_refused(changes, tmp_path, data, monkeypatch):
+    run(tmp_path, data)
+    monkeypatch.setattr(evaluation, "_IMAGES", 5)
+    killed_at_first_save(tmp_path, data, monkeypatch)
+    path = tmp_path / "evaluation.partial.pt"
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+    with pytest.raises(ValueError, match=r"partial\.pt holds no unfinished evaluation: delete it"):
         evaluate(tmp_path, data=data, draws=100)
 
 
