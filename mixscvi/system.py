@@ -64,6 +64,10 @@ def naming_what_is_written(path: str | Path) -> Iterator[None]:
     path
         The file or folder.
 
+    Returns
+    -------
+    A context, in which it is written.
+
     Raises
     ------
     OSError
