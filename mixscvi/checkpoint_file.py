@@ -19,7 +19,9 @@ __all__ = [
     "UNPICKLED",
     "UNREADABLE",
     "brief",
+    "check_counted",
     "check_restored_paths",
+    "check_stopping",
     "check_tensors",
     "damaged_record",
     "naming_what_is_not_restored",
@@ -99,8 +101,8 @@ def check_tensors(values: Any, n_bytes: int) -> None:
     """
     stored: dict[int, int] = {}
     for name, value in _tensors(values, ""):
-        if value.layout != torch.strided:
-            raise ValueError(f"{name} is no dense tensor")
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            raise ValueError(f"{name} is no dense tensor of numbers")
         storage = value.untyped_storage()
         stored[storage.data_ptr()] = storage.nbytes()
         if value.numel() * value.element_size() > storage.nbytes() or (
@@ -187,7 +189,7 @@ def naming_what_is_not_restored(
     remedy
         What to do.
     is_restored
-        Whether it was given back; later errors are others'.
+        Whether it was given back; later errors may be others', and have a note that names the file.
 
     Raises
     ------
@@ -198,11 +200,79 @@ def naming_what_is_not_restored(
         yield
     except NOT_MADE as error:
         if is_restored():
+            error.add_note(f"{what} went on from {path}, which may be damaged. {remedy}")
             raise
         raise ValueError(
             f"{path} was tampered with, or is of another training or version: {what} cannot go on "
             f"from it ({brief(error)}). {remedy}"
         ) from error
+
+
+def check_counted(found: Any, own: Any, name: str) -> None:
+    """Raise if numbers that loops have counted are none.
+
+    Parameters
+    ----------
+    found
+        Nested numbers, from a checkpoint.
+    own
+        Those of a loop that has not begun.
+    name
+        Of both, for the message.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the number.
+
+    Examples
+    --------
+    >>> check_counted({"epochs": 3}, {"epochs": 0}, "loops")
+    >>> check_counted({"epochs": "x"}, {"epochs": 0}, "loops")
+    Traceback (most recent call last):
+    ...
+    TypeError: loops.epochs must be a number of things, got 'x'
+    """
+    if isinstance(own, dict):
+        if not isinstance(found, dict) or not own.keys() <= found.keys():
+            raise ValueError(f"{name} must have {', '.join(map(str, own))}, got {found!r:.60}")
+        for key in own:
+            check_counted(found[key], own[key], f"{name}.{key}")
+    elif type(own) in (bool, int):
+        if type(found) is not type(own) or found < 0:
+            raise TypeError(f"{name} must be a number of things, got {found!r:.60}")
+
+
+def check_stopping(callbacks: Iterable[Any]) -> None:
+    """Raise if what early stopping remembers cannot be.
+
+    Parameters
+    ----------
+    callbacks
+        Of the trainer for early stopping, restored.
+
+    Raises
+    ------
+    TypeError
+        Naming what is wrong.
+
+    Examples
+    --------
+    >>> from lightning.pytorch.callbacks import EarlyStopping
+    >>> callback = EarlyStopping("elbo_validation")
+    >>> check_stopping([callback])
+    >>> callback.best_score = None
+    >>> check_stopping([callback])
+    Traceback (most recent call last):
+    ...
+    TypeError: best_score of early stopping must be a number, got None
+    """
+    for callback in callbacks:
+        score = callback.best_score
+        if not isinstance(score, Tensor) or score.numel() != 1 or not score.is_floating_point():
+            raise TypeError(f"best_score of early stopping must be a number, got {score!r:.60}")
+        for name in ("patience", "stopped_epoch", "wait_count"):
+            check_counted(getattr(callback, name), 0, f"{name} of early stopping")
 
 
 def check_restored_paths(callbacks: Iterable[Any]) -> None:

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-__all__ = ["fused"]
+__all__ = ["check_restored_optimizer", "fused"]
+
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+# How an optimizer computes: a file has no say in it.
+_WAYS = ("capturable", "differentiable", "foreach", "fused")
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -80,3 +84,92 @@ def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
 
     InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
     return partial(InMemoryOrder, fused=True)
+
+
+def check_restored_optimizer(optimizer: Optimizer) -> None:
+    """Raise if what a file gave back to an optimizer is not of its parameters.
+
+    torch looks at none of it, and its fused kernels read and write beyond the end of moments that
+    are smaller than their parameters. Optimizers other than these four are left alone.
+
+    Parameters
+    ----------
+    optimizer
+        With the state that was read.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming what is wrong.
+
+    Examples
+    --------
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+    >>> optimizer = torch.optim.Adam([weight])
+    >>> check_restored_optimizer(optimizer)
+    >>> optimizer.state[weight] = {
+    ...     "step": torch.tensor(1.0),
+    ...     "exp_avg": torch.zeros(1, 2),
+    ...     "exp_avg_sq": torch.zeros(3, 2),
+    ... }
+    >>> check_restored_optimizer(optimizer)
+    Traceback (most recent call last):
+    ...
+    ValueError: exp_avg of an optimizer must be dense, real and of shape (3, 2), got (1, 2)
+    """
+    if not isinstance(optimizer, (Adam, AdamW, SGD, Adagrad)):
+        return
+    for group in optimizer.param_groups:
+        for name, usual in optimizer.defaults.items():
+            _check_option(name, group.get(name), usual)
+        needed: tuple[str, ...] = _OF_ADAM if isinstance(optimizer, (Adam, AdamW)) else ()
+        if needed and group["amsgrad"]:
+            needed = (*needed, "max_exp_avg_sq")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state:
+                _check_state(state, parameter, needed)
+
+
+def _check_option(name: str, value: Any, usual: Any) -> None:
+    """Raise unless an option is like the usual one: a number where that is one, for instance."""
+    if name in _WAYS or usual is None:
+        good = value is usual
+    elif isinstance(usual, bool):
+        good = isinstance(value, bool)
+    elif isinstance(usual, tuple):
+        good = isinstance(value, (list, tuple)) and len(value) == len(usual)
+        good = good and all(map(_is_number, value))
+    elif isinstance(usual, Tensor):
+        good = isinstance(value, Tensor) and value.shape == usual.shape
+    else:
+        good = _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not good:
+        raise ValueError(f"{name} of an optimizer must be like {usual!r}, got {value!r:.60}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _check_state(state: Any, parameter: Tensor, needed: tuple[str, ...]) -> None:
+    """Raise unless what is remembered of a parameter can be."""
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(f"the state of an optimizer lacks {', '.join(missing)}")
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            shape = () if name == "step" else tuple(parameter.shape)
+            if (
+                tuple(value.shape) != shape
+                or value.layout is not torch.strided
+                or not value.is_floating_point()
+            ):
+                raise ValueError(
+                    f"{name} of an optimizer must be dense, real and of shape {shape}, got "
+                    f"{tuple(value.shape)}"
+                )
+        elif value is not None or name in needed:  # SGD's momentum may be none
+            if not _is_number(value) or name != "step":
+                raise TypeError(f"{name} of an optimizer must be a tensor, got {value!r:.60}")

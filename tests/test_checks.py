@@ -1,3 +1,5 @@
+import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -111,6 +113,36 @@ def test_a_cell_of_stored_zeros_is_empty():
     x.data[x.indptr[3] : x.indptr[4]] = 0
     with pytest.raises(ValueError, match="no counts at all in 1 of 9 cells, first: 'cell3'"):
         check_counts(x, names(9), source="adata.X")
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix])
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda x: x.indptr.__setitem__(2, 10**9), "do not lie one after the other, first at 2"),
+        (lambda x: x.indptr.__setitem__(2, -(10**9)), "do not lie one after the other, first at 1"),
+        (lambda x: x.indptr.__setitem__(0, 1), "do not lie one after the other, first at 0"),
+        (lambda x: x.indptr.__setitem__(-1, 10**9), "have 1000000000 values, and"),
+        (lambda x: x.indices.__setitem__(3, 10**6), "it has values outside its shape"),
+        (lambda x: x.indices.__setitem__(3, -1), "it has values outside its shape"),
+    ],
+)
+def test_damaged_sparse_counts_are_named_before_they_are_read(form, spoil, expected):
+    x = form(counts())
+    spoil(x)
+    with pytest.raises(ValueError, match=f"adata.X is damaged: .*{expected}"):
+        check_counts(x, names(9), source="adata.X")
+
+
+def test_damaged_sparse_counts_in_a_file_are_named_before_they_are_read(tmp_path):
+    path = tmp_path / "cells.h5ad"
+    anndata.AnnData(csr_matrix(counts())).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X/indptr"][2] = 10**9
+    adata = anndata.read_h5ad(path, backed="r")
+    with pytest.raises(ValueError, match=r"adata\.X is damaged: its rows do not lie"):
+        check_counts(adata.X, adata.obs_names, source="adata.X")
+    adata.file.close()
 
 
 @pytest.mark.parametrize("form", [np.asarray, csr_matrix, csc_matrix])

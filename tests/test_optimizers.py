@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from mixscvi.optimizers import fused
+from mixscvi.optimizers import check_restored_optimizer, fused
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -78,3 +78,34 @@ def test_gradients_are_removed_or_zeroed(set_to_none):
             assert weight.grad is None
         else:
             assert torch.equal(weight.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
+def test_states_of_every_optimizer_are_given_back(cls):
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    options = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+    first, second = (cls([weight], lr=0.1, **options) for _ in range(2))
+    weight.grad = torch.ones(3, 2)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    check_restored_optimizer(second)
+
+
+def test_a_state_that_is_missing_or_no_tensor():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.Adam([weight])
+    good = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.ones(3, 2)}
+    for wrong, expected in (
+        ({"step": torch.ones(3)}, r"step of an optimizer must .* shape \(\), got \(3,\)"),
+        ({"exp_avg": torch.ones(3, 2, dtype=torch.complex64)}, "exp_avg .*must be dense, real"),
+        ({"exp_avg": torch.ones(2, 3)}, r"exp_avg .* \(3, 2\), got \(2, 3\)"),
+        ({"exp_avg": None}, "exp_avg of an optimizer must be a tensor, got None"),
+        ({"step": "x"}, "step of an optimizer must be a tensor, got 'x'"),
+    ):
+        optimizer.state[weight] = good | wrong
+        with pytest.raises((TypeError, ValueError), match=expected):
+            check_restored_optimizer(optimizer)
+    del good["exp_avg_sq"]
+    optimizer.state[weight] = good
+    with pytest.raises(ValueError, match="state of an optimizer lacks exp_avg_sq"):
+        check_restored_optimizer(optimizer)

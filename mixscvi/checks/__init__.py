@@ -25,7 +25,7 @@ from mixscvi.checks.arguments import (
     check_positive_int,
     check_text,
 )
-from mixscvi.checks.comparisons import check_comparison
+from mixscvi.checks.comparisons import check_comparison, groups_to_compare
 from mixscvi.checks.counts import check_counts, check_numbers, has_fractions, is_in_memory
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "check_positive_int",
     "check_text",
     "check_unique",
+    "groups_to_compare",
     "has_fractions",
     "is_in_memory",
     "warn_of_repeated",

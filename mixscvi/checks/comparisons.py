@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from mixscvi.checks.arguments import (
     check_number,
     check_positive_int,
 )
+from mixscvi.warning import warn_user
 
-__all__ = ["check_comparison"]
+__all__ = ["check_comparison", "groups_to_compare"]
 
 _NAMES_SHOWN = 5
 # What pandas raises of a query that it cannot read, or that is of columns that are not there.
@@ -88,6 +89,80 @@ def check_comparison(
         for group in first or column.dropna().unique()[:1]:
             of = f"group1={group!r}" if first else f"groupby={key!r}"
             _check_rest(of, (column == group).to_numpy())
+
+
+def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of ``differential_expression`` by the names that scvi-tools finds their cells by.
+
+    It goes over all levels of a column, also over those without cells, and with a subset compares
+    with the text of each.
+
+    Parameters
+    ----------
+    obs, given
+        As in :func:`check_comparison`, which has passed.
+
+    Returns
+    -------
+    What is to be given as ``group1`` and ``group2``; nothing where that stays as it is.
+
+    Raises
+    ------
+    ValueError
+        If a group that was asked for has no cell in the subset, or nothing is left to compare.
+
+    Warns
+    -----
+    UserWarning
+        Of levels that are left out, since they have no cells.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> obs = pd.DataFrame({"type": ["B", "NK", "T"]}, index=["AAC", "AAG", "AAT"])
+    >>> groups_to_compare(obs, {"groupby": "type", "group1": "B", "subset_idx": [1, 2]})
+    Traceback (most recent call last):
+    ...
+    ValueError: group1='B' has no cells in subset_idx
+    """
+    if given.get("idx1") is not None:
+        return {}
+    subset, column = given.get("subset_idx"), obs[given["groupby"]]
+    where = "" if subset is None else " in subset_idx"
+    as_named: Callable[[Any], Any] = _itself if subset is None else str
+    if subset is not None:
+        column = column.astype(str).where(_mask(subset, obs))
+    groups: dict[str, list[Any]] = {}
+    for name in ("group1", "group2"):
+        value = given.get(name)
+        several = name == "group1" and isinstance(value, Iterable) and not isinstance(value, str)
+        groups[name] = [] if value is None else [*value] if several else [value]
+        for group in groups[name]:
+            if not (column == as_named(group)).any():
+                raise ValueError(f"{name}={group!r} has no cells{where}")
+    if not groups["group1"]:
+        levels = obs[given["groupby"]].astype("category").cat.categories
+        without = [group for group in levels if not (column == as_named(group)).any()]
+        groups["group1"] = [group for group in levels if group not in without]
+        of = f"groupby={given['groupby']!r}"
+        if not groups["group1"]:
+            raise ValueError(f"{of} has no group with cells{where}")
+        if without:
+            shown = f"{[str(group) for group in without[:_NAMES_SHOWN]]}"
+            warn_user(f"{of} has groups without cells{where}, which are left out: {shown}")
+        elif subset is None:
+            return {}
+    if not groups["group2"]:
+        for group in groups["group1"]:
+            _check_rest(f"group1={group!r}", (column == as_named(group)).to_numpy())
+    return {
+        "group1": [as_named(group) for group in groups["group1"]],
+        "group2": as_named(groups["group2"][0]) if groups["group2"] else None,
+    }
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _check_test(given: Mapping[str, Any]) -> None:

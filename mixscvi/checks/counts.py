@@ -91,7 +91,7 @@ def check_counts(
     ------
     ValueError
         If there are negative values, ones that are NaN or infinite in single precision, or cells
-        with no counts.
+        with no counts; or if they are sparse, and damaged.
 
     Examples
     --------
@@ -101,6 +101,7 @@ def check_counts(
     ...
     ValueError: adata.X has negative values in 1 of 1 cells, first: 'AAC': expected raw counts
     """
+    _check_compressed(x, source)
     if is_in_memory(x) and _are_counts(x, above=above, allow_empty=allow_empty):
         return
     n_cells = len(obs_names)
@@ -138,6 +139,34 @@ def check_counts(
                 f"{source} has {what} in {name_cells(obs_names, np.flatnonzero(offending))}: "
                 f"expected {expected}"
             )
+
+
+def _check_compressed(x: Any, source: str) -> None:
+    """Raise if the rows of a sparse matrix, in memory or in a file, do not lie one after the other.
+
+    SciPy looks at none of it, and reads what lies elsewhere.
+    """
+    indptr = getattr(x, "indptr", getattr(x, "_indptr", None))
+    if getattr(x, "format", None) not in ("csr", "csc") or indptr is None:
+        return
+    indptr = np.asarray(indptr)
+    n, n_across = x.shape if x.format == "csr" else x.shape[::-1]
+    n_stored = len(x.data) if sparse.issparse(x) else None
+    what = "rows" if x.format == "csr" else "columns"
+    (wrong,) = np.nonzero(np.diff(indptr) < 0)
+    if len(indptr) != n + 1 or indptr[0] != 0 or len(wrong):
+        at = wrong[0] if len(wrong) else 0
+        raise ValueError(
+            f"{source} is damaged: its {what} do not lie one after the other, first at {at} of {n}"
+        )
+    if n_stored is None:
+        return
+    if indptr[-1] > min(n_stored, len(x.indices)):
+        raise ValueError(
+            f"{source} is damaged: its {what} have {indptr[-1]} values, and {n_stored} are there"
+        )
+    if len(x.indices) and not (0 <= x.indices.min() and x.indices.max() < n_across):
+        raise ValueError(f"{source} is damaged: it has values outside its shape {x.shape}")
 
 
 def is_in_memory(x: Any) -> bool:

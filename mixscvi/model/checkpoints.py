@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
 from mixscvi.checkpoint_file import (
+    check_counted,
     check_restored_paths,
+    check_stopping,
     naming_what_is_not_restored,
     read_checkpoint,
 )
@@ -36,6 +38,7 @@ from mixscvi.model.identity import (
 from mixscvi.model.plain import from_plain, to_plain
 from mixscvi.model.random_states import get_random_states, set_random_states
 from mixscvi.module.signatures import signed_as
+from mixscvi.optimizers import check_restored_optimizer
 from mixscvi.system import check_folder, write_beside
 from mixscvi.warning import warn_user
 
@@ -142,6 +145,8 @@ class Checkpoints(Callback):
 
     def naming_the_file(self) -> AbstractContextManager[None]:
         """Name the file where its state cannot be given back to a training."""
+        if self.found is None:
+            return nullcontext()
         return naming_what_is_not_restored(
             self.path,
             "training",
@@ -168,7 +173,10 @@ class Checkpoints(Callback):
         for name, n_expected in zip(_OF_OPTIMIZERS, counts, strict=True):
             if self._n_restored[name] != n_expected:
                 raise ValueError(f"it has {self._n_restored[name]} {name}, expected {n_expected}")
+        for optimizer in trainer.optimizers:
+            check_restored_optimizer(optimizer)
         loop = trainer.fit_loop
+        check_counted(state["loops"]["fit_loop"], loop.state_dict(), "fit_loop")
         loop.load_state_dict(state["loops"]["fit_loop"])
         loop.restarting = loop.epoch_loop.restarting = False
         loop.on_iteration_done()
@@ -182,6 +190,7 @@ class Checkpoints(Callback):
             trainer.early_stopping_callbacks, state["stopping"], strict=True
         ):
             vars(callback).update(values)
+        check_stopping(trainer.early_stopping_callbacks)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint, or set the random numbers of the epoch that one was written for."""

@@ -25,7 +25,8 @@ class ConversionMixin:
         """A trained :class:`scvi.model.SCVI` as a MixSCVI of one component, without training.
 
         Its likelihoods, diagnostics and exact posteriors are then those of the trained model. The
-        parameters are copied, and `model` can be used as before.
+        parameters are copied, and `model` can be used as before. All of them train if it trains
+        again, also those that scArches had frozen.
 
         Parameters
         ----------

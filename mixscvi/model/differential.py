@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scvi.model import SCVI
 
-from mixscvi.checks import check_anndata, check_comparison
+from mixscvi.checks import check_anndata, check_comparison, groups_to_compare
 from mixscvi.model.adapted import warn_of_adapted_tails
 from mixscvi.model.expression import DrawsOfCells
 from mixscvi.model.raw_counts import with_raw_counts
@@ -93,13 +93,13 @@ class DifferentialMixin:
         """
         self._check_if_trained(warn=False)
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
-        self._check_comparison(given.arguments)
+        given.arguments.update(self._checked_groups(given.arguments))
         if self._counts_are_on_disk(given.arguments):
             self._check_pseudocounts(given.arguments)
             if given.arguments.get("all_stats", True):
                 return self._with_raw_counts(given)
         if given.arguments.get("weights") != "adapted":
-            return super().differential_expression(*args, **kwargs)
+            return super().differential_expression(*given.args, **given.kwargs)
         self._check_counts(given.arguments.get("adata"))
         draws = DrawsOfCells()
         given.arguments["importance_weighting_kwargs"] = {
@@ -112,17 +112,20 @@ class DifferentialMixin:
             warn_of_adapted_tails(np.array(list(draws.pareto_k.values())))
         return table
 
-    def _check_comparison(self, arguments: Mapping[str, Any]) -> None:
-        """Raise if it is not clear which cells to compare, unless scvi-tools finds out."""
+    def _checked_groups(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Which groups to compare, where scvi-tools would not find that out.
+
+        Raises if it is not clear which cells to compare.
+        """
         adata = self.adata if arguments.get("adata") is None else arguments["adata"]
         if adata is not None:
             check_anndata(adata)
-        if adata is not None and arguments.get("dataloader") is None:
-            obs = adata.obs
-            if isinstance(obs, pd.DataFrame):  # that of collections cannot be queried
-                check_comparison(
-                    obs, {**arguments, **arguments.get("kwargs", {})}, self._known_batches()
-                )
+        obs = getattr(adata, "obs", None)  # that of collections cannot be queried
+        if not isinstance(obs, pd.DataFrame) or arguments.get("dataloader") is not None:
+            return {}
+        given = {**arguments, **arguments.get("kwargs", {})}
+        check_comparison(obs, given, self._known_batches())
+        return groups_to_compare(obs, given)
 
     def _counts_are_on_disk(self, arguments: Mapping[str, Any]) -> bool:
         no_data = self.adata is None and arguments.get("adata") is None

@@ -252,6 +252,8 @@ class LatentsMixin:
         Weights of the draws, `(n, L)`, as in ``SCVI.get_importance_weights``.
         """
         cells = None if indices is None else np.asarray(indices)  # which scvi-tools takes some of
+        if cells is not None and cells.dtype == bool:
+            cells = np.flatnonzero(cells)
         qz = self.module.as_importance_density(qz)
         return super().get_importance_weights(adata, cells, qz, px, zs, *args, **kwargs)
 

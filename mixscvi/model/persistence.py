@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -212,8 +212,10 @@ class PersistenceMixin:
             allowed_classes_names_list or (),
             source=str(stored.path),
         )
+        noting: AbstractContextManager[None] = nullcontext()
         if adata is None:
-            adata = _read_data(data_file(stored, prefix))
+            path = data_file(stored, prefix)
+            adata, noting = _read_data(path), _noting_the_data(path)
         alone = None
         if adata is not False or accelerator != "cpu":
             alone = partial(
@@ -228,7 +230,7 @@ class PersistenceMixin:
             )
         # A data module, which may be at fault as well, is not to be done without.
         naming = naming_the_file(stored.path, alone) if datamodule is None else nullcontext()
-        with naming, stored.as_written_by_scvi(prefix) as folder:
+        with naming, noting, stored.as_written_by_scvi(prefix) as folder:
             model = super().load(
                 folder,
                 adata=adata,
@@ -446,6 +448,16 @@ def naming_the_file(path: Path, load_alone: Callable[[], object] | None = None) 
         raise ValueError(
             f"{path} was tampered with, or is of another version or class: {what} ({brief(error)})"
         ) from error
+
+
+@contextmanager
+def _noting_the_data(path: Path) -> Iterator[None]:
+    """Have errors name the file that the data were read from."""
+    try:
+        yield
+    except NOT_MADE as error:
+        error.add_note(f"adata was read from {path}")
+        raise
 
 
 def _fetch(url: str, path: Path) -> None:

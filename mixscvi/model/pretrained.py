@@ -169,5 +169,6 @@ def _check_same_categories(registry: dict[str, Any], trained_on: dict[str, Any])
         if ours != theirs:
             raise ValueError(
                 f"adata has other categories of {field} than scvi_model was trained on, {ours} "
-                f"and {theirs}: give all its cells, or map a query with load_query_data"
+                f"and {theirs}: give cells of each of these, as all that it was trained on, or "
+                "those of a reference and its query together"
             )

@@ -17,7 +17,11 @@ from scvi.module import VAE
 from scvi.train import TrainRunner
 from torch import nn
 
-from mixscvi.checkpoint_file import check_restored_paths, naming_what_is_not_restored
+from mixscvi.checkpoint_file import (
+    check_restored_paths,
+    check_stopping,
+    naming_what_is_not_restored,
+)
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
 from mixscvi.model.checkpoints import Checkpoints
@@ -27,6 +31,7 @@ from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
 from mixscvi.module import MixVAE
+from mixscvi.optimizers import check_restored_optimizer
 from mixscvi.system import naming_what_takes_memory
 
 __all__ = ["Runner", "WithoutData"]
@@ -90,7 +95,10 @@ class Started(Callback):
     has_started = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note it."""
+        """Look at what was restored, and note it."""
+        for optimizer in trainer.optimizers:
+            check_restored_optimizer(optimizer)
+        check_stopping(trainer.early_stopping_callbacks)
         self.has_started = True
         check_restored_paths(trainer.callbacks)
 

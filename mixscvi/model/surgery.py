@@ -73,6 +73,9 @@ def freeze(module: VAE, surgery: Mapping[str, Any], new: list[int], *, by_scvi: 
     flags = surgery["flags"]
     for name, value in flags.items():
         check_boolean(name, value)
+    known = surgery["known"]
+    for n_known, n_new in zip(known, new, strict=True):
+        _check_number("known", n_known, n_new)
     if by_scvi:
         _BY_SCVI(module, **flags)
     if flags["unfrozen"]:
@@ -80,8 +83,14 @@ def freeze(module: VAE, surgery: Mapping[str, Any], new: list[int], *, by_scvi: 
     expression = flags["freeze_expression"]
     module.train_covariates_only(freeze_expression=expression)
     if isinstance(module.prior, VampPrior) and expression:
-        _freeze_known_covariates(module, surgery["known"], new)
+        _freeze_known_covariates(module, known, new)
     _train_new_embeddings(module, surgery["embeddings"])
+
+
+def _check_number(name: str, value: Any, most: int) -> None:
+    """Raise if a file has no number of categories of the reference, or more than there are."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{name} must be a number of categories up to {most}, got {value!r:.40}")
 
 
 def _freeze_known_covariates(module: VAE, known: list[int], new: list[int]) -> None:
@@ -115,6 +124,7 @@ def _train_new_embeddings(module: VAE, n_known: Mapping[str, int]) -> None:
     """
     for name, parameter in module.named_parameters():
         if name.startswith(_EMBEDDINGS):
+            _check_number(name, n_known[name], len(parameter))
             parameter.requires_grad = True
             parameter.register_hook(
                 lambda gradient, n=n_known[name]: torch.cat(

@@ -62,6 +62,12 @@ def check_watched(trainer: Trainer, plan: LightningModule, n_val: int | None) ->
                 f"{name} must be a metric that is logged, one of {', '.join(sorted(known))}, got "
                 f"{metric!r}"
             )
+    every = trainer.check_val_every_n_epoch
+    if "valid" in watched.get("lr_scheduler_metric", "") and every is not None and every > 1:
+        raise ValueError(
+            f"lr_scheduler_metric watches {watched['lr_scheduler_metric']!r}, which must be there "
+            f"after each epoch, got check_val_every_n_epoch={every}: choose 1, or leave it out"
+        )
     if n_val == 0 and trainer.check_val_every_n_epoch == 1 and trainer.limit_val_batches != 0:
         raise ValueError(
             "check_val_every_n_epoch=1 asks for validation, but no cells are held out for it: "

@@ -202,6 +202,10 @@ HELD_OUT = "'elbo_validation', but no cells are held out for validation"
         ({"callbacks": [EarlyStopping("x")]}, f"monitor of EarlyStopping{LOGGED} 'x'"),
         ({"plan_kwargs": {**PLATEAU, "lr_scheduler_metric": "x"}}, f"lr_scheduler{LOGGED} 'x'"),
         ({"plan_kwargs": PLATEAU, **ALL}, f"lr_scheduler_metric watches {HELD_OUT}"),
+        (
+            {"plan_kwargs": PLATEAU, "check_val_every_n_epoch": 2},
+            "after each epoch, got check_val_every_n_epoch=2: choose 1",
+        ),
         ({"early_stopping": True, "limit_val_batches": 0}, f"_monitor watches {HELD_OUT}"),
         (
             {**EPOCHLY, **ALL},

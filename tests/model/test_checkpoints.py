@@ -243,8 +243,37 @@ def _with_other(value, *path):
     return spoil
 
 
+def _with_moments(change):
+    def spoil(values):
+        for state in values["optimizer_states"][0]["state"].values():
+            state.update({name: change(state[name]) for name in ("exp_avg", "exp_avg_sq")})
+
+    return spoil
+
+
 OURS = ("mixscvi", "values")
+OPTIONS = ("optimizer_states", 0, "param_groups", 0)
+COUNTED = (*OURS, "loops", "fit_loop", "epoch_progress")
 TAMPERED = {
+    # With the strides of their parameters: the kernel would write beyond their ends.
+    "smaller moments": (
+        _with_moments(lambda value: torch.zeros((1, *value.shape[1:]))),
+        "exp_avg of an optimizer must be dense, real and of shape",
+    ),
+    "moments that are none": (_with_moments(lambda _: "x"), "exp_avg of an optimizer must be a"),
+    "betas": (_with_other((0.9, 0.9, 0.9), *OPTIONS, "betas"), "betas of an optimizer must be"),
+    "eps": (_with_other([1], *OPTIONS, "eps"), "eps of an optimizer must be like"),
+    "lr": (_with_other(float("nan"), *OPTIONS, "lr"), "lr of an optimizer must be like"),
+    "amsgrad": (_with_other(True, *OPTIONS, "amsgrad"), "optimizer lacks max_exp_avg_sq"),
+    "fused": (_with_other(False, *OPTIONS, "fused"), "fused of an optimizer must be like True"),
+    "epochs of loops": (
+        _with_other("x", *COUNTED, "total", "completed"),
+        "epoch_progress.total.completed must be a number of things, got 'x'",
+    ),
+    "fewer than none": (
+        _with_other(-1, *COUNTED, "current", "ready"),
+        "epoch_progress.current.ready must be a number of things, got -1",
+    ),
     "no identity": (_without(*OURS, "identity"), "KeyError: 'it lacks identity'"),
     "no loops": (_without(*OURS, "loops"), "it lacks loops"),
     "epochs a text": (_with_other("3", *OURS, "epochs"), "TypeError: epochs is '3'"),
@@ -278,8 +307,41 @@ def test_errors_of_the_training_itself_are_left_alone(tmp_path):
     trained(tmp_path)
     model = make_model(n_components=2)
     model.module.register_forward_hook(lambda *_: {}["nothing"])
-    with pytest.raises(KeyError, match="nothing"):
+    with pytest.raises(KeyError, match="nothing") as found:
         train(model, tmp_path, max_epochs=4, check_val_every_n_epoch=1)
+    (note,) = found.value.__notes__
+    assert f"training went on from {tmp_path / 'training.ckpt'}, which may be damaged" in note
+    model = make_model(n_components=2)
+    model.module.register_forward_hook(lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing") as found:
+        train(model, tmp_path / "anew", max_epochs=4, check_val_every_n_epoch=1)
+    assert not hasattr(found.value, "__notes__")
+
+
+def test_early_stopping_that_remembers_no_number_is_named(tmp_path):
+    options = {"early_stopping": True, "early_stopping_patience": 50}
+    trained(tmp_path, **options)
+    path = tmp_path / "training.ckpt"
+    stored = torch.load(path, weights_only=True)
+    (theirs,) = (v for key, v in stored["callbacks"].items() if "Stopping" in key)
+    theirs["best_score"] = None
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match="training.ckpt .*best_score of early stopping must be"):
+        trained(tmp_path, max_epochs=4, **options)
+    usual = {name: kwarg for name, kwarg in TRAINED.items() if name != "checkpoint_every"}
+    with pytest.raises(ValueError, match="ckpt_path.*best_score of early stopping must be"):
+        make_model(n_components=2).train(**{**usual, "max_epochs": 4, "ckpt_path": path, **options})
+
+
+def test_smaller_moments_of_a_checkpoint_of_lightning_are_named(tmp_path):
+    usual = {name: kwarg for name, kwarg in TRAINED.items() if name != "checkpoint_every"}
+    trained(tmp_path)
+    path = tmp_path / "training.ckpt"
+    stored = torch.load(path, weights_only=True)
+    _with_moments(lambda value: torch.zeros((1, *value.shape[1:])))(stored)
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match="ckpt_path=.*exp_avg of an optimizer must be dense"):
+        make_model(n_components=2).train(**{**usual, "max_epochs": 4, "ckpt_path": path})
 
 
 def test_misuse_is_named(tmp_path):

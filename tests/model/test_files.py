@@ -192,7 +192,9 @@ FROZEN = {
     "no dictionary": (3, "TypeError"),
     "no flags": ({"known": [2], "embeddings": {}}, "KeyError"),
     "flags of another type": ({"flags": {"unfrozen": 3}}, "TypeError"),
-    "other flags": ({"flags": {"frozen": True}}, "TypeError"),
+    "other flags": ({"flags": {"frozen": True}, "known": [2, 2]}, "TypeError"),
+    "more categories": ({"flags": {}, "known": [2, 10**6]}, "known must be a number of categories"),
+    "half a category": ({"flags": {}, "known": [1.5, 2]}, "known must be .*got 1.5"),
 }
 
 

@@ -153,6 +153,17 @@ def test_a_loaded_query_trains_what_it_trained_before(flags, options, make_adata
         assert moved < len(before) / 2
 
 
+@pytest.mark.parametrize("n", ["x", 1.5, None, -1, 10**6])
+def test_embeddings_that_a_file_freezes_are_those_that_there_are(n, make_adata, tmp_path):
+    reference = fit(MixSCVI, make_adata(), BATCH, batch_representation="embedding")
+    query = make_adata(n_obs=40, seed=3, batches=("new",))
+    mapped = MixSCVI.load_query_data(query, reference, accelerator="cpu")
+    mapped.surgery_["embeddings"] = dict.fromkeys(mapped.surgery_["embeddings"], n)
+    mapped.save(tmp_path / "mapped")
+    with pytest.raises(ValueError, match=r"model\.pt was tampered with.*number of categories"):
+        MixSCVI.load(tmp_path / "mapped", query, accelerator="cpu")
+
+
 def test_query_data_from_a_saved_reference(make_adata, tmp_path):
     model = fit(MixSCVI, make_adata(), BATCH, n_components=3, prior="mog", n_flow_steps=1)
     model.save(tmp_path / "model")

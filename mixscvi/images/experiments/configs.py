@@ -14,6 +14,7 @@ from mixscvi.images.networks.configs import (
     Sizes,
     check_at_least,
     check_choices,
+    check_types,
 )
 from mixscvi.images.networks.encoders import ComponentEncoder
 
@@ -75,6 +76,7 @@ class TrainingConfig:
     n_test: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_at_least(self, 1, "batch_size", "max_epochs", "n_train", "n_validation", "n_test")
         check_at_least(self, 0, "learning_rate", "warmup_epochs", "patience")
 
@@ -188,7 +190,9 @@ class RunConfig:
     budget: str = "custom"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
+        check_at_least(self, 1, "draws")
         check_seed(self.seed)
         if self.objective == "iwae" and self.ensemble:
             raise ValueError("objective='iwae' and ensemble=True are two different controls")

@@ -47,6 +47,7 @@ _IMAGES = 50
 _SAVE_EVERY = 50  # blocks
 # What is known of every image, with any proposal.
 _STATISTICS = {"siwae", "siwae_se", "iw_miselbo", "miselbo", "elbo", "jsd", "ess", "k_hat", "mean"}
+_OF_ADAPTED = {"evaluations", "siwae_encoder", "k_hat_encoder"}
 
 
 def image_statistics(
@@ -102,18 +103,24 @@ def _is_state(state: Any) -> bool:
     """Whether what a file holds is the finished part of an evaluation."""
     if not isinstance(state, dict) or not {"key", "done", "blocks"} <= state.keys():
         return False
-    done, blocks = state["done"], state["blocks"]
+    key, done, blocks = state["key"], state["done"], state["blocks"]
+    if not (isinstance(key, dict) and isinstance(done, list) and isinstance(blocks, list)):
+        return False
     return (
-        isinstance(done, list)
-        and isinstance(blocks, list)
-        and all(isinstance(group, dict) and group.keys() >= _STATISTICS for group in done)
-        and all(group.keys() == done[0].keys() for group in done)
-        and all(isinstance(value, Tensor) and value.dim() > 0 for g in done for value in g.values())
+        all(isinstance(value, (str, int)) for value in key.values())
+        and all(isinstance(group, dict) and group.keys() == done[0].keys() for group in done)
+        and all(group.keys() - _OF_ADAPTED == _STATISTICS for group in done)
+        and all(_are_numbers(v, 2 if k == "mean" else 1) for g in done for k, v in g.items())
         and all(len({len(value) for value in group.values()}) == 1 for group in done)
+        and len({group["mean"].shape[1] for group in done}) < 2
         and all(isinstance(block, tuple) and len(block) == 3 for block in blocks)
-        and all(isinstance(value, Tensor) for block in blocks for value in block)
-        and all(block[0].dim() == 3 and len({v.shape for v in block}) == 1 for block in blocks)
+        and all(_are_numbers(value, 3) for block in blocks for value in block)
+        and all(len({value.shape for value in block}) == 1 for block in blocks)
     )
+
+
+def _are_numbers(values: Any, n_dims: int) -> bool:
+    return isinstance(values, Tensor) and values.dim() == n_dims and values.is_floating_point()
 
 
 class _State:

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
-from mixscvi.checkpoint_file import naming_what_is_not_restored, read_checkpoint
+from mixscvi.checkpoint_file import (
+    check_counted,
+    check_stopping,
+    naming_what_is_not_restored,
+    read_checkpoint,
+)
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.images.datasets import ImageBatches, ImageData, epoch_seed
 from mixscvi.images.experiments.configs import RunConfig
@@ -40,7 +46,7 @@ from mixscvi.images.networks.layers import DenseTrunk
 from mixscvi.images.networks.priors import PseudoImages
 from mixscvi.images.networks.vae import ImageVAE
 from mixscvi.mixture import miselbo, siwae
-from mixscvi.optimizers import fused
+from mixscvi.optimizers import check_restored_optimizer, fused
 from mixscvi.system import write_beside
 from mixscvi.tables import csv_text
 from mixscvi.warning import warn_user
@@ -145,6 +151,9 @@ class ImageTraining(lightning.LightningModule):
                         moments[key] = trunk.of_this_version(moments[key], version)
 
 
+_LOGGED = {"epoch", "kl_weight", "train_bound", "validation_bound"}
+
+
 class _Recorder(Callback):
     """Writes log, best weights and checkpoint, in this order, at the end of every epoch."""
 
@@ -163,12 +172,18 @@ class _Recorder(Callback):
             if not isinstance(state_dict[name], kind):
                 raise TypeError(f"{name} is {state_dict[name]!r:.40}")
             setattr(self, name, state_dict[name])
+        for row in self.rows:
+            if not isinstance(row, dict) or row.keys() != _LOGGED:
+                raise ValueError(f"rows must have {', '.join(sorted(_LOGGED))}, got {row!r:.60}")
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         # A run that was interrupted after it had stopped early must not continue.
         trainer.should_stop = self.stopped
+        for optimizer in trainer.optimizers:
+            check_restored_optimizer(optimizer)
+        check_stopping(trainer.early_stopping_callbacks)
         self.started = True
         if math.isfinite(self.best):  # the run goes on, and may end with these
             read_weights(self.folder / "best.pt")
@@ -229,8 +244,8 @@ def _freeze_generative_half(model: ImageVAE, alone: ImageVAE) -> None:
         model.prior_encoder.requires_grad_(False)
 
 
-def _check_checkpoint(path: Path) -> None:
-    """Raise a ValueError if the state of a run is not that."""
+def _check_checkpoint(path: Path, max_epochs: int) -> dict[str, Any]:
+    """What loops have counted, of the state of a run; raises a ValueError if it is none."""
     state = read_checkpoint(path)
     expected = {"epoch", "global_step", "loops", "callbacks", "optimizer_states", "state_dict"}
     if (
@@ -240,6 +255,12 @@ def _check_checkpoint(path: Path) -> None:
         or len(state["optimizer_states"]) != 1  # Lightning restores as many as there are
     ):
         raise ValueError(f"{path} holds no state of a run: delete it to start the run anew")
+    epochs = state["epoch"]
+    if type(epochs) is not int or not 0 <= epochs <= max_epochs:
+        raise ValueError(
+            f"{path} is of epoch {epochs!r:.40}, of {max_epochs}: delete it to start the run anew"
+        )
+    return state["loops"]
 
 
 def train(
@@ -314,8 +335,9 @@ def train(
     if config.ensemble:
         check_images(folder / "alone", data)
     checkpoint = folder / "last.ckpt" if prepare(config, folder, data, resume=resume) else None
+    counted = None
     if checkpoint is not None:
-        _check_checkpoint(checkpoint)
+        counted = _check_checkpoint(checkpoint, training.max_epochs)
     # For an ensemble, the run of its decoder warns.
     if not config.ensemble and training.max_epochs < training.warmup_epochs:
         warn_user(
@@ -360,12 +382,21 @@ def train(
             log_every_n_steps=1,
             plugins=[AtomicCheckpointIO()],
         )
-        with naming_what_is_not_restored(
-            folder / "last.ckpt",
-            "the run",
-            "Delete it to start the run anew",
-            is_restored=lambda: checkpoint is None or recorder.started,
-        ):
+        naming: AbstractContextManager[None] = nullcontext()
+        if checkpoint is not None:
+            naming = naming_what_is_not_restored(
+                checkpoint,
+                "the run",
+                "Delete it to start the run anew",
+                is_restored=lambda: recorder.started,
+            )
+        with naming:
+            if counted is not None:
+                own = trainer.fit_loop.state_dict()
+                check_counted(counted["fit_loop"], own, "fit_loop")
+                completed = counted["fit_loop"]["epoch_progress"]["current"]["completed"]
+                if completed > training.max_epochs:
+                    raise ValueError(f"{completed} epochs of {training.max_epochs} are completed")
             trainer.fit(ImageTraining(model, config, data), ckpt_path=checkpoint)
     if trainer.interrupted:  # older versions of Lightning return
         raise KeyboardInterrupt

@@ -19,6 +19,9 @@ from mixscvi.images.networks.vae import ImageVAE
 
 __all__ = ["load_run", "read_weights", "weights_hash"]
 
+# Whole numbers are of orders, truth values of masks.
+_NUMBERS = (torch.float32, torch.float64, torch.int64, torch.bool)
+
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[RunConfig, ImageVAE]:
     """Configuration and best model of a finished run, in evaluation mode, on a device.
@@ -64,6 +67,9 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Ru
     weights = read_weights(path)
     _check_sizes(folder, config, summary["image_shape"], weights)
     model = build(config, tuple(summary["image_shape"]))
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{path} holds {name} of the type {weights[name].dtype}, no weights")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -151,6 +157,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(versions, dict) or not all(isinstance(v, dict) for v in versions.values()):
         raise ValueError(f"{path} must hold versions of modules by name, got {versions!r}")
     for name, value in weights.items():
+        if value.dtype not in _NUMBERS:
+            raise ValueError(f"{path} holds {name} of the type {value.dtype}, no weights")
         if not value.isfinite().all():
             raise ValueError(f"{path} holds values of {name} that are not finite")
     # Earlier versions had the codes in the encoders, not in their heads.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from mixscvi.images.networks.encoders import ComponentEncoder
 from mixscvi.mixture import Estimator
@@ -11,6 +15,37 @@ from mixscvi.mixture import Estimator
 __all__ = ["PRESETS", "MixtureConfig", "ModelConfig", "Preset", "Sizes"]
 
 Preset = Literal["vanilla", "flow", "vamp", "hierarchical", "pixelcnn", "composite"]
+
+
+def check_types(config: Any) -> None:
+    """Raise a TypeError if a field is not of its type, as a file may have it.
+
+    Fields with Literal types are left to :func:`check_choices`.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is_a(value, hint):
+            kind = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else hint
+            raise TypeError(f"{name} must be {kind}, got {value!r:.60}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; integers are numbers, and truth values are none."""
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) is UnionType:
+        return any(_is_a(value, kind) for kind in kinds)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(value) == len(each) and all(map(_is_a, value, each))
+    if hint in (int, float):
+        if isinstance(value, (bool, np.bool_)) or value != value:
+            return False
+        return isinstance(value, Integral if hint is int else Real)
+    return isinstance(value, NoneType if hint is None else hint)
 
 
 def check_choices(config: Any) -> None:
@@ -54,6 +89,7 @@ class ModelConfig:
     decoder: Literal["bernoulli", "pixelcnn"] = "bernoulli"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
         check_at_least(self, 0, "n_flow_steps")
 
@@ -94,6 +130,7 @@ class MixtureConfig:
     component_encoder: ComponentEncoder = "separate"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
         check_at_least(self, 1, "n_components")
         Estimator(self.estimator).n_drawn(self.n_components, self.n_sampled)
@@ -107,6 +144,13 @@ class MixtureConfig:
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the networks; by default those of the papers.
+
+    Raises
+    ------
+    TypeError
+        If a field is of another type.
+    ValueError
+        If there are no layers.
 
     Examples
     --------
@@ -135,3 +179,8 @@ class Sizes:
     pixelcnn_channels: int = 64
     encoder_width: float = 1.0
     """Factor on the encoder's widths; only the big IWAE has another than 1."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.hidden:
+            raise ValueError("hidden must have at least one layer, got none")

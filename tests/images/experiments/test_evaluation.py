@@ -319,6 +319,7 @@ def test_a_part_of_other_images_is_refused(n, tmp_path, data, monkeypatch):
     path = tmp_path / "evaluation.partial.pt"
     state = torch.load(path, weights_only=True)
     statistics = {name: torch.zeros(5 + n) for name in evaluation._STATISTICS}
+    statistics["mean"] = torch.zeros(5 + n, 3)
     draws = (torch.zeros(2, 5 + n, 1),) * 3
     for changes in ({"done": [statistics], "blocks": []}, {"done": [], "blocks": [draws]}):
         torch.save(state | changes, path)
@@ -326,7 +327,15 @@ def test_a_part_of_other_images_is_refused(n, tmp_path, data, monkeypatch):
             evaluate(tmp_path, data=data, draws=100)
 
 
+STATISTICS = {name: torch.zeros(5) for name in sorted(evaluation._STATISTICS)}
+STATISTICS["mean"] = torch.zeros(5, 3)
 DAMAGED = {
+    "means of other widths": {"done": [STATISTICS, STATISTICS | {"mean": torch.zeros(5, 2)}]},
+    "means of one dimension": {"done": [STATISTICS | {"mean": torch.zeros(5)}]},
+    "statistics that are none": {"done": [STATISTICS | {"siwae": torch.ones(5) > 0}]},
+    "complex numbers": {"done": [STATISTICS | {"k_hat": torch.ones(5, dtype=torch.complex64)}]},
+    "others": {"done": [STATISTICS | {"image": torch.zeros(5)}]},
+    "a tensor as key": {"key": {"seed": torch.zeros(2)}},
     "statistics are missing": {"done": [{"siwae": torch.zeros(5)}]},
     "draws of other shapes": {"blocks": [tuple(torch.zeros(2, n, 1) for n in (5, 5, 4))]},
     "draws without components": {"blocks": [(torch.zeros(2, 5),) * 3]},

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from image_runs import run, small_data
+from mixscvi.checkpoint_file import check_tensors
 from mixscvi.images import RunConfig, evaluate, load_run, train
 from mixscvi.images.experiments.devices import resolve_device
 from mixscvi.images.experiments.report import curves
@@ -56,7 +58,12 @@ def read_weights(folder):
 
 
 def resume(folder):
+    """Go on for an epoch more than the run had."""
     (folder / "summary.json").unlink()
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["training"]["max_epochs"] += 1
+    path.write_text(json.dumps(content))
     train(read_config(folder), folder, data=small_data(), resume=True)
 
 
@@ -83,9 +90,48 @@ def test_a_harmed_file_is_named_and_not_run(name, kind, folder, tmp_path):
     assert not mark.exists()
 
 
+def _moments(value):
+    def change(state):
+        for of_parameter in state["optimizer_states"][0]["state"].values():
+            of_parameter["exp_avg"] = value(of_parameter["exp_avg"])
+
+    return change
+
+
+def _of_loops(value):
+    def change(state):
+        state["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] = value
+
+    return change
+
+
+def _of_recorder(**values):
+    def change(state):
+        (theirs,) = (v for key, v in state["callbacks"].items() if "_Recorder" in key)
+        theirs.update(values)
+
+    return change
+
+
+def _of_patience(**values):
+    def change(state):
+        (theirs,) = (v for key, v in state["callbacks"].items() if "_Patience" in key)
+        theirs.update(values)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
+        # With the strides of their parameters: the kernel would write beyond their ends.
+        ("last.ckpt", _moments(lambda value: torch.zeros((1, *value.shape[1:])))),
+        ("last.ckpt", _moments(lambda _: None)),
+        ("last.ckpt", _of_loops("x")),
+        ("last.ckpt", _of_loops(2**40)),
+        ("last.ckpt", lambda state: state.update(epoch=2**40)),
+        ("last.ckpt", _of_recorder(rows=[[]])),
+        ("last.ckpt", _of_patience(best_score=float("nan"))),
         ("last.ckpt", lambda state: state.update(optimizer_states=[])),
         ("last.ckpt", lambda state: state["optimizer_states"][0].update(param_groups=[])),
         ("last.ckpt", lambda state: state["state_dict"].popitem()),
@@ -144,6 +190,10 @@ def test_weights_must_be_finite_and_fit(folder):
         ("config.json", {"sizes": {"hidden": [1]}}, "config.json does not describe a run"),
         ("config.json", {"surprise": 1}, "config.json does not describe a run: .*surprise"),
         ("config.json", {"training": {"batch_size": "x"}}, "config.json does not describe a run"),
+        ("config.json", {"dataset": 3}, "config.json does not .*: dataset must be str, got 3"),
+        ("config.json", {"draws": None}, "config.json does not .*: draws must be int, got None"),
+        ("config.json", {"draws": -1}, "config.json does not .*: draws must be at least 1, got -1"),
+        ("config.json", {"ensemble": 1}, "config.json does not .*: ensemble must be bool, got 1"),
         ("summary.json", "", "summary.json is truncated or damaged"),
         ("summary.json", {"image_shape": [0, 3]}, "summary.json must hold an image_shape of two"),
         ("summary.json", {"image_shape": "3x3"}, "summary.json must hold an image_shape of two"),
@@ -157,6 +207,50 @@ def test_json_that_was_tampered_with(name, content, match, folder):
     path.write_text(content)
     with pytest.raises(ValueError, match=match):
         load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "match"),
+    [
+        ("sizes", "n_latent", "3", "n_latent must be int, got '3'"),
+        ("sizes", "n_latent", True, "n_latent must be int, got True"),
+        ("sizes", "n_latent", 1.5, "n_latent must be int, got 1.5"),
+        ("sizes", "encoder_width", None, "encoder_width must be float, got None"),
+        ("sizes", "encoder_width", float("nan"), "encoder_width must be float, got nan"),
+        ("sizes", "hidden", [], "hidden must have at least one layer"),
+        ("sizes", "hidden", "x", "hidden must be"),
+        ("sizes", "conv_layers", [[1, 2]], "conv_layers must be"),
+        ("model", "n_flow_steps", 1.5, "n_flow_steps must be int, got 1.5"),
+        ("training", "n_test", 1.5, r"n_test must be int \| None, got 1.5"),
+        ("mixture", "n_components", 1.5, "n_components must be int, got 1.5"),
+    ],
+)
+def test_fields_of_other_types_are_named(part, name, value, match, folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content[part][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json does not describe a run: {match}"):
+        load_run(folder)
+
+
+def test_weights_that_are_no_numbers(folder):
+    path = folder / "best.pt"
+    weights = torch.load(path, weights_only=True)
+    name, value = next(iter(weights.items()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is to do without them
+        quantized = torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)
+    with pytest.raises(ValueError, match="weights is no dense tensor of numbers"):
+        check_tensors({"weights": quantized}, 10**6)
+    for wrong in (
+        value.to(torch.float8_e4m3fn),
+        value.to(torch.complex64),
+        value > 0,
+    ):
+        torch.save(weights | {name: wrong}, path)
+        with pytest.raises(ValueError, match=r"best.pt (holds|is damaged)"):
+            load_run(folder)
 
 
 @pytest.mark.parametrize(
