@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -40,11 +41,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        plain = _without_numpy(checkpoint)
         with naming_what_is_written(path):
-            write_beside(path, lambda beside: torch.save(checkpoint, beside))
+            write_beside(path, lambda beside: torch.save(plain, beside))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Read a checkpoint onto the CPU; see :func:`~mixscvi.checkpoint_file.read_checkpoint`."""
         return read_checkpoint(path)
+
+
+def _without_numpy(value: Any) -> Any:
+    """Nested values with numbers of Python's for those of NumPy's, which are objects to a file."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    if type(value) is dict:
+        return {name: _without_numpy(one) for name, one in value.items()}
+    return value

@@ -13,8 +13,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 __all__ = ["check_restored_optimizer", "fused"]
 
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
-# How an optimizer computes: a file has no say in it.
-_WAYS = ("capturable", "differentiable", "foreach", "fused")
+# What torch's fused kernels read of a parameter's state, as large as the parameter.
+_OF_KERNELS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
     """Raise if what a file gave back to an optimizer is not of its parameters.
 
     torch looks at none of it, and its fused kernels read and write beyond the end of moments that
-    are smaller than their parameters. Optimizers other than these four are left alone.
+    are smaller than their parameters. Of classes made from the four that have such kernels,
+    these moments alone are looked at; of others, nothing.
 
     Parameters
     ----------
@@ -120,6 +121,12 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
     """
     if not isinstance(optimizer, (Adam, AdamW, SGD, Adagrad)):
         return
+    of_torch = type(optimizer) in (Adam, AdamW, SGD, Adagrad)
+    if not of_torch and type(optimizer).__module__ != __name__:
+        for parameter, state in optimizer.state.items():
+            kept = {name: state[name] for name in _OF_KERNELS if name in state}
+            _check_state(kept, parameter, ())
+        return
     for group in optimizer.param_groups:
         for name, usual in optimizer.defaults.items():
             _check_option(name, group.get(name), usual)
@@ -134,10 +141,8 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
 
 def _check_option(name: str, value: Any, usual: Any) -> None:
     """Raise unless an option is like the usual one: a number where that is one, for instance."""
-    if name in _WAYS or usual is None:
-        good = value is usual
-    elif isinstance(usual, bool):
-        good = isinstance(value, bool)
+    if usual is None or isinstance(usual, bool):
+        good = value is None or isinstance(value, bool)
     elif isinstance(usual, tuple):
         good = isinstance(value, (list, tuple)) and len(value) == len(usual)
         good = good and all(map(_is_number, value))

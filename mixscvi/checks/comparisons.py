@@ -70,13 +70,16 @@ def check_comparison(
         raise ValueError("give groupby, a column of adata.obs, or the cells to compare as idx1")
     if key not in obs:
         raise KeyError(f"groupby={key!r} is no column of adata.obs, which has {[*obs.columns]}")
-    first, column = given.get("group1"), obs[key]
+    first, column = given.get("group1"), _compared(obs, given)
+    as_named = _naming(given)
     if isinstance(first, str) or not isinstance(first, Iterable):
         first = [first]
     for name, groups in (("group1", first), ("group2", [given.get("group2")])):
         for group in groups:
-            if group is not None and not (column == group).any():
-                values = column.unique()
+            if group is not None and not (column == as_named(group)).any():
+                if (obs[key].astype(str) == str(group)).any() and as_named is str:
+                    raise ValueError(f"{name}={group!r} has no cells in subset_idx")
+                values = obs[key].unique().tolist()
                 shown = ", ".join(repr(value) for value in values[:_NAMES_SHOWN])
                 more = ", ..." if len(values) > _NAMES_SHOWN else ""
                 raise ValueError(
@@ -109,7 +112,7 @@ def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, 
     Raises
     ------
     ValueError
-        If a group that was asked for has no cell in the subset, or nothing is left to compare.
+        If nothing is left to compare.
 
     Warns
     -----
@@ -119,27 +122,19 @@ def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, 
     Examples
     --------
     >>> import pandas as pd
-    >>> obs = pd.DataFrame({"type": ["B", "NK", "T"]}, index=["AAC", "AAG", "AAT"])
-    >>> groups_to_compare(obs, {"groupby": "type", "group1": "B", "subset_idx": [1, 2]})
-    Traceback (most recent call last):
-    ...
-    ValueError: group1='B' has no cells in subset_idx
+    >>> obs = pd.DataFrame({"type": [1, 2, 3]}, index=["AAC", "AAG", "AAT"])
+    >>> groups_to_compare(obs, {"groupby": "type", "group1": 2, "subset_idx": [1, 2]})
+    {'group1': ['2'], 'group2': None}
     """
     if given.get("idx1") is not None:
         return {}
-    subset, column = given.get("subset_idx"), obs[given["groupby"]]
+    subset, column, as_named = given.get("subset_idx"), _compared(obs, given), _naming(given)
     where = "" if subset is None else " in subset_idx"
-    as_named: Callable[[Any], Any] = _itself if subset is None else str
-    if subset is not None:
-        column = column.astype(str).where(_mask(subset, obs))
     groups: dict[str, list[Any]] = {}
     for name in ("group1", "group2"):
         value = given.get(name)
         several = name == "group1" and isinstance(value, Iterable) and not isinstance(value, str)
         groups[name] = [] if value is None else [*value] if several else [value]
-        for group in groups[name]:
-            if not (column == as_named(group)).any():
-                raise ValueError(f"{name}={group!r} has no cells{where}")
     if not groups["group1"]:
         levels = obs[given["groupby"]].astype("category").cat.categories
         without = [group for group in levels if not (column == as_named(group)).any()]
@@ -159,6 +154,20 @@ def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, 
         "group1": [as_named(group) for group in groups["group1"]],
         "group2": as_named(groups["group2"][0]) if groups["group2"] else None,
     }
+
+
+def _compared(obs: pd.DataFrame, given: Mapping[str, Any]) -> pd.Series:
+    """The column that scvi-tools compares with groups.
+
+    With a subset it is text, and "other" stands for cells outside of the subset.
+    """
+    column, subset = obs[given["groupby"]], given.get("subset_idx")
+    return column if subset is None else column.astype(str).where(_mask(subset, obs), "other")
+
+
+def _naming(given: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """What makes a group one of that column."""
+    return _itself if given.get("subset_idx") is None else str
 
 
 def _itself(value: Any) -> Any:

@@ -150,6 +150,8 @@ def _check_compressed(x: Any, source: str) -> None:
     if getattr(x, "format", None) not in ("csr", "csc") or indptr is None:
         return
     indptr = np.asarray(indptr)
+    if indptr.dtype.kind not in "iu":
+        raise ValueError(f"{source} is damaged: its indptr is of the type {indptr.dtype}")
     n, n_across = x.shape if x.format == "csr" else x.shape[::-1]
     n_stored = len(x.data) if sparse.issparse(x) else None
     what = "rows" if x.format == "csr" else "columns"
@@ -165,7 +167,8 @@ def _check_compressed(x: Any, source: str) -> None:
         raise ValueError(
             f"{source} is damaged: its {what} have {indptr[-1]} values, and {n_stored} are there"
         )
-    if len(x.indices) and not (0 <= x.indices.min() and x.indices.max() < n_across):
+    indices = x.indices[: indptr[-1]]
+    if len(indices) and not (0 <= indices.min() and indices.max() < n_across):
         raise ValueError(f"{source} is damaged: it has values outside its shape {x.shape}")
 
 

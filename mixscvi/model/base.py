@@ -263,7 +263,7 @@ class MixtureMixin(
         """Minibatches for every method; their cells are checked here for all of them."""
         positions = None if indices is None else check_indices(indices, adata.n_obs)
         if batch_size is not None:
-            check_positive_int("batch_size", batch_size)
+            batch_size = check_positive_int("batch_size", batch_size)
         if counts_are_gone(self.get_anndata_manager(adata, required=True)):
             raise ValueError(
                 "adata has latent posteriors in place of its counts: call minify_adata() first"

@@ -15,7 +15,7 @@ from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.minified import WITHOUT_COUNTS
-from mixscvi.model.training_arguments import check_training
+from mixscvi.model.training_arguments import check_training, in_python
 from mixscvi.model.weights import warn_of_weights
 from mixscvi.module.signatures import signed_as
 from mixscvi.warning import warn_user
@@ -142,7 +142,8 @@ class ComponentsMixin:
                     "'latent_posterior_parameters_with_counts'"
                 )
             self._validate_anndata()  # they may have been changed since the model was made
-        result = super().train(*args, **kwargs)
+        # A checkpoint holds no numbers of NumPy's, and torch's loaders take none.
+        result = super().train(*map(in_python, args), **in_python(kwargs))
         remedy = "choose a smaller learning rate, plan_kwargs={'lr': ...}"
         warn_of_weights(self.module, "the trained model", remedy)
         self.dead_components_ = self._find_dead_components(datamodule)

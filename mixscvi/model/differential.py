@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,8 @@ class DifferentialMixin:
         """
         self._check_if_trained(warn=False)
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
+        if isinstance(given.arguments.get("group1"), Iterator):
+            given.arguments["group1"] = [*given.arguments["group1"]]
         given.arguments.update(self._checked_groups(given.arguments))
         if self._counts_are_on_disk(given.arguments):
             self._check_pseudocounts(given.arguments)

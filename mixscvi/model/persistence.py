@@ -442,6 +442,11 @@ def naming_the_file(path: Path, load_alone: Callable[[], object] | None = None) 
             if isinstance(error, ValueError) or "adata" in str(error):
                 error.add_note(f"while making the model that {path} describes")
                 raise
+            if notes := getattr(error, "__notes__", ()):  # of the file that the data are of
+                raise ValueError(
+                    f"{path} describes a model that can be made, but not with its data "
+                    f"({brief(error)}): {'; '.join(notes)}"
+                ) from error
         what = "the model that it describes cannot be made"
         if str(error).startswith("Error(s) in loading state_dict"):
             what = "its weights are not those of the model it describes"

@@ -265,7 +265,7 @@ TAMPERED = {
     "eps": (_with_other([1], *OPTIONS, "eps"), "eps of an optimizer must be like"),
     "lr": (_with_other(float("nan"), *OPTIONS, "lr"), "lr of an optimizer must be like"),
     "amsgrad": (_with_other(True, *OPTIONS, "amsgrad"), "optimizer lacks max_exp_avg_sq"),
-    "fused": (_with_other(False, *OPTIONS, "fused"), "fused of an optimizer must be like True"),
+    "fused": (_with_other("x", *OPTIONS, "fused"), "fused of an optimizer must be like True"),
     "epochs of loops": (
         _with_other("x", *COUNTED, "total", "completed"),
         "epoch_progress.total.completed must be a number of things, got 'x'",
@@ -316,6 +316,45 @@ def test_errors_of_the_training_itself_are_left_alone(tmp_path):
     with pytest.raises(KeyError, match="nothing") as found:
         train(model, tmp_path / "anew", max_epochs=4, check_val_every_n_epoch=1)
     assert not hasattr(found.value, "__notes__")
+
+
+class OwnAdam(torch.optim.Adam):
+    """Somebody's own: with an option that is a text, and a count for each parameter."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        self.defaults["mode"] = "fast"
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for state in self.state.values():
+            state["count"] = state.get("count", 0) + 1
+        return loss
+
+
+def in_groups(parameters):
+    first, *others = parameters
+    return torch.optim.Adam([{"params": [first], "foreach": False}, {"params": others}], lr=0.01)
+
+
+HONEST = {
+    "numpy": {"lr": np.float64(0.01), "weight_decay": np.int64(0)},
+    "own": {"optimizer": "Custom", "optimizer_creator": lambda p: OwnAdam(p, lr=0.01)},
+    "groups": {"optimizer": "Custom", "optimizer_creator": in_groups},
+}
+
+
+@pytest.mark.parametrize("plan", HONEST.values(), ids=HONEST)
+def test_optimizers_that_are_given_back(plan, tmp_path):
+    options = {"plan_kwargs": plan, "early_stopping": True}
+    options["early_stopping_patience"] = np.int64(30)
+    whole = make_model(n_components=2)
+    train(whole, tmp_path / "whole", max_epochs=np.int64(4), batch_size=np.int64(16), **options)
+    options["batch_size"] = 16
+    train(make_model(n_components=2), tmp_path / "part", max_epochs=2, **options)
+    resumed = make_model(n_components=2)
+    train(resumed, tmp_path / "part", max_epochs=4, **options)
+    assert_same_state(resumed, whole)
 
 
 def test_early_stopping_that_remembers_no_number_is_named(tmp_path):

@@ -91,6 +91,13 @@ def test_groups_of_a_subset(grouped):
         groupby="group", group1=1, group2=2, subset_idx=half, silent=True
     )
     assert len(table) == 20
+    for kwargs in ({"group1": "1", "group2": "2"}, {"group1": 1, "group2": "other"}):
+        table = grouped.differential_expression(
+            groupby="group", subset_idx=half, silent=True, **kwargs
+        )
+        assert set(table["group1"]) == {"1"}
+    given = (group for group in (1, 2))
+    assert len(grouped.differential_expression(groupby="group", group1=given, silent=True)) == 40
     for kwargs, expected in (
         ({"group1": 2}, "group1=2 has no cells in subset_idx"),
         ({"group1": [1, 2]}, "group1=2 has no cells in subset_idx"),

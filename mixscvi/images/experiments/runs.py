@@ -334,4 +334,6 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     }.items():
         if not isinstance(summary.get(name), kind):
             raise ValueError(f"{path} must hold {name}, got {summary.get(name)!r}")
+    if not 0 <= summary["epochs"] < 2**63:
+        raise ValueError(f"{path} must hold a number of epochs, got {summary['epochs']!r:.40}")
     return summary

@@ -57,6 +57,8 @@ _RESULTS = (
     "draws",
     "n_images",
 )
+_TEXTS = ("dataset", "device", "machine", "python", "torch")
+_MOST = 1e300  # of a number
 _COST = ("seconds", "device", "threads", "machine", "python", "torch")
 _ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
@@ -301,6 +303,16 @@ def _values(values: dict[str, Any], names: Sequence[str], path: Path) -> dict[st
     """Some values of a file; a ValueError names those that it lacks."""
     if missing := [name for name in names if name not in values]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: delete it to have it made anew")
+    for name in names:
+        value, kind = values[name], str if name in _TEXTS else (int, float)
+        good = isinstance(value, kind)
+        if isinstance(value, (int, float)):
+            good = good and not abs(value) > _MOST  # NaN is a standard error of one image
+        if not good and not (value is None and name == "seconds"):  # of a run that was continued
+            raise ValueError(
+                f"{path} must hold a {'text' if kind is str else 'number'} as {name}, got "
+                f"{value!r:.40}: delete it to have it made anew"
+            )
     return {name: values[name] for name in names}
 
 

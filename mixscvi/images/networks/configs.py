@@ -17,6 +17,9 @@ __all__ = ["PRESETS", "MixtureConfig", "ModelConfig", "Preset", "Sizes"]
 Preset = Literal["vanilla", "flow", "vamp", "hierarchical", "pixelcnn", "composite"]
 
 
+_KINDS = {bool: "true or false", float: "a number", int: "an integer", str: "a text"}
+
+
 def check_types(config: Any) -> None:
     """Raise a TypeError if a field is not of its type, as a file may have it.
 
@@ -25,7 +28,7 @@ def check_types(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _is_a(value, hint):
-            kind = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else hint
+            kind = _KINDS.get(hint, hint)
             raise TypeError(f"{name} must be {kind}, got {value!r:.60}")
 
 
