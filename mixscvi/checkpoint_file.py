@@ -271,7 +271,14 @@ def check_stopping(callbacks: Iterable[Any]) -> None:
         score = callback.best_score
         if not isinstance(score, Tensor) or score.numel() != 1 or not score.is_floating_point():
             raise TypeError(f"best_score of early stopping must be a number, got {score!r:.60}")
-        for name in ("patience", "stopped_epoch", "wait_count"):
+        patience = callback.patience  # infinite for one that never stops
+        if (
+            isinstance(patience, bool)
+            or not isinstance(patience, (int, float))
+            or not patience >= 0
+        ):
+            raise TypeError(f"patience of early stopping must be a number, got {patience!r:.60}")
+        for name in ("stopped_epoch", "wait_count"):
             check_counted(getattr(callback, name), 0, f"{name} of early stopping")
 
 

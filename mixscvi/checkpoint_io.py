@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mixscvi.checkpoint_file import read_checkpoint
+from mixscvi.python_numbers import in_python
 from mixscvi.system import naming_what_is_written, write_beside
 
 __all__ = ["AtomicCheckpointIO"]
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        plain = _without_numpy(checkpoint)
+        plain = in_python(checkpoint)
         with naming_what_is_written(path):
             write_beside(path, lambda beside: torch.save(plain, beside))
 
@@ -50,14 +50,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint onto the CPU; see :func:`~mixscvi.checkpoint_file.read_checkpoint`."""
         return read_checkpoint(path)
-
-
-def _without_numpy(value: Any) -> Any:
-    """Nested values with numbers of Python's for those of NumPy's, which are objects to a file."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(_without_numpy, value))
-    if type(value) is dict:
-        return {name: _without_numpy(one) for name, one in value.items()}
-    return value

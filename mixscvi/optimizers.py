@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
@@ -91,7 +93,7 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
 
     torch looks at none of it, and its fused kernels read and write beyond the end of moments that
     are smaller than their parameters. Of classes made from the four that have such kernels,
-    these moments alone are looked at; of others, nothing.
+    these moments alone are looked at, where the kernels are asked for; of others, nothing.
 
     Parameters
     ----------
@@ -123,7 +125,9 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
         return
     of_torch = type(optimizer) in (Adam, AdamW, SGD, Adagrad)
     if not of_torch and type(optimizer).__module__ != __name__:
-        for parameter, state in optimizer.state.items():
+        by_kernels = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+        for parameter in chain.from_iterable(by_kernels):
+            state = optimizer.state.get(parameter, {})
             kept = {name: state[name] for name in _OF_KERNELS if name in state}
             _check_state(kept, parameter, ())
         return
@@ -141,17 +145,21 @@ def check_restored_optimizer(optimizer: Optimizer) -> None:
 
 def _check_option(name: str, value: Any, usual: Any) -> None:
     """Raise unless an option is like the usual one: a number where that is one, for instance."""
-    if usual is None or isinstance(usual, bool):
+    if usual is None or isinstance(usual, (bool, np.bool_)):
         good = value is None or isinstance(value, bool)
-    elif isinstance(usual, tuple):
+    elif isinstance(usual, (list, tuple)):
         good = isinstance(value, (list, tuple)) and len(value) == len(usual)
-        good = good and all(map(_is_number, value))
+        good = good and all(map(_is_one_number, value))
     elif isinstance(usual, Tensor):
         good = isinstance(value, Tensor) and value.shape == usual.shape
     else:
-        good = _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+        good = _is_one_number(value)
     if not good:
         raise ValueError(f"{name} of an optimizer must be like {usual!r}, got {value!r:.60}")
+
+
+def _is_one_number(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _is_number(value: Any) -> bool:

@@ -145,6 +145,44 @@ def test_damaged_sparse_counts_in_a_file_are_named_before_they_are_read(tmp_path
     adata.file.close()
 
 
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix])
+def test_places_by_unsigned_numbers_are_looked_at_as_well(form):
+    """Their differences are never negative: SciPy wrote beyond the end of its own memory."""
+    x = form(counts())
+    x.indptr = x.indptr.astype(np.uint32)
+    check_counts(x, names(9), source="adata.X")
+    x.indptr[2] = 4_000_000_000
+    with pytest.raises(ValueError, match=r"adata\.X is damaged: .* first at 2"):
+        check_counts(x, names(9), source="adata.X")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "expected"),
+    [
+        ("indptr", lambda v: np.concatenate([v[:2], [2**40], v[3:]]).astype(np.uint64), "rows do"),
+        ("indptr", lambda v: v > 0, "indptr are of the type bool"),
+        ("indptr", lambda v: np.stack([v, v]), r"indptr are of .* shape \(2, 10\)"),
+        ("indptr", lambda v: v[:0], "rows do not lie one after the other, first at 0"),
+        ("indptr", lambda v: np.append(v[:-1], 10**6), "rows have 1000000 values, and"),
+        ("indices", lambda v: v[:-2], r"rows have \d+ indices, and"),
+        ("indices", lambda v: v + 0.5, "indices are of the type float64"),
+        ("indices", lambda v: v + 10**6, "it has values outside its shape"),
+        ("data", lambda v: v[:-2], r"rows have \d+ values, and"),
+    ],
+)
+def test_damaged_parts_of_a_file_are_named(part, change, expected, tmp_path):
+    path = tmp_path / "cells.h5ad"
+    anndata.AnnData(csr_matrix(counts())).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        values = file["X"][part][:]
+        del file["X"][part]
+        file["X"][part] = change(values)
+    adata = anndata.read_h5ad(path, backed="r")
+    with pytest.raises(ValueError, match=rf"adata\.X is damaged: .*{expected}"):
+        check_counts(adata.X, adata.obs_names, source="adata.X")
+    adata.file.close()
+
+
 @pytest.mark.parametrize("form", [np.asarray, csr_matrix, csc_matrix])
 def test_cells_beyond_the_first_block_are_read(form, monkeypatch):
     monkeypatch.setattr("mixscvi.checks.counts._AT_ONCE", 16)

@@ -109,3 +109,17 @@ def test_a_state_that_is_missing_or_no_tensor():
     optimizer.state[weight] = good
     with pytest.raises(ValueError, match="state of an optimizer lacks exp_avg_sq"):
         check_restored_optimizer(optimizer)
+
+
+class LowRank(torch.optim.AdamW):
+    """Somebody's own, with smaller moments than parameters."""
+
+
+def test_moments_of_others_are_looked_at_where_torchs_kernels_would_read_them():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = LowRank([weight])
+    optimizer.state[weight] = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    check_restored_optimizer(optimizer)
+    optimizer.param_groups[0]["fused"] = True
+    with pytest.raises(ValueError, match=r"exp_avg .* \(3, 2\), got \(2,\)"):
+        check_restored_optimizer(optimizer)

@@ -26,6 +26,7 @@ from mixscvi.checks.arguments import (
     check_text,
 )
 from mixscvi.checks.comparisons import check_comparison, groups_to_compare
+from mixscvi.checks.compressed import check_compressed
 from mixscvi.checks.counts import check_counts, check_numbers, has_fractions, is_in_memory
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "check_choice",
     "check_column",
     "check_comparison",
+    "check_compressed",
     "check_counts",
     "check_finite",
     "check_function",

@@ -59,39 +59,56 @@ def check_comparison(
         if given.get(name) is not None:
             _check_cells(name, given[name], obs)
     if given.get("idx1") is not None:
-        one = _mask(given["idx1"], obs)
-        if given.get("idx2") is None:
-            _check_rest("idx1", one)
-        elif not (one & ~_mask(given["idx2"], obs)).any():
-            raise ValueError("idx2 must not hold all cells of idx1, which leaves none to compare")
+        _check_chosen(obs, given)
         return
     key = given.get("groupby")
     if key is None:
         raise ValueError("give groupby, a column of adata.obs, or the cells to compare as idx1")
     if key not in obs:
         raise KeyError(f"groupby={key!r} is no column of adata.obs, which has {[*obs.columns]}")
-    first, column = given.get("group1"), _compared(obs, given)
-    as_named = _naming(given)
-    if isinstance(first, str) or not isinstance(first, Iterable):
-        first = [first]
-    for name, groups in (("group1", first), ("group2", [given.get("group2")])):
-        for group in groups:
-            if group is not None and not (column == as_named(group)).any():
-                if (obs[key].astype(str) == str(group)).any() and as_named is str:
-                    raise ValueError(f"{name}={group!r} has no cells in subset_idx")
-                values = obs[key].unique().tolist()
-                shown = ", ".join(repr(value) for value in values[:_NAMES_SHOWN])
-                more = ", ..." if len(values) > _NAMES_SHOWN else ""
-                raise ValueError(
-                    f"{name}={group!r} is no value of adata.obs[{key!r}], which has {shown}{more}"
-                )
-    first = [group for group in first if group is not None]
+    subset = given.get("subset_idx")
+    if subset is None and any(value is pd.NA for value in obs[key][obs[key].isna()]):
+        raise ValueError(
+            f"groupby={key!r} has missing values, pd.NA, which are equal to no group and not "
+            f"unequal: convert it, as with adata.obs[{key!r}].astype('category')"
+        )
+    first, column = _as_groups(given.get("group1")), _compared(obs, given)
     if given.get("group1") is not None and not first:
         raise ValueError(f"group1 must name at least one value of adata.obs[{key!r}], got none")
-    if given.get("subset_idx") is None and given.get("group2") is None:
+    named = _naming(obs, given)
+    second = given.get("group2")
+    for name, groups in (("group1", first), ("group2", [] if second is None else [second])):
+        for group in groups:
+            if (column == named(group)).any():
+                continue
+            if subset is not None and (obs[key].astype(str) == named(group)).any():
+                raise ValueError(f"{name}={group!r} has no cells in subset_idx")
+            values = obs[key].unique().tolist()
+            shown = ", ".join(repr(value) for value in values[:_NAMES_SHOWN])
+            more = ", ..." if len(values) > _NAMES_SHOWN else ""
+            raise ValueError(
+                f"{name}={group!r} is no value of adata.obs[{key!r}], which has {shown}{more}"
+            )
+    if subset is None and second is None:
         for group in first or column.dropna().unique()[:1]:
             of = f"group1={group!r}" if first else f"groupby={key!r}"
             _check_rest(of, (column == group).to_numpy())
+
+
+def _check_chosen(obs: pd.DataFrame, given: Mapping[str, Any]) -> None:
+    """Raise if ``idx1``, ``idx2`` and ``subset_idx`` leave a group without cells."""
+    one, subset = _mask(given["idx1"], obs), given.get("subset_idx")
+    inside = np.ones(len(obs), dtype=bool) if subset is None else _mask(subset, obs)
+    if not (one & inside).any():
+        raise ValueError("idx1 must have cells in subset_idx, and has none there")
+    if given.get("idx2") is None:
+        _check_rest("idx1", one & inside)
+        return
+    two = _mask(given["idx2"], obs)
+    if not (two & inside).any():
+        raise ValueError("idx2 must have cells in subset_idx, and has none there")
+    if not (one & inside & ~two).any():
+        raise ValueError("idx2 must not hold all cells of idx1, which leaves none to compare")
 
 
 def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,32 +145,42 @@ def groups_to_compare(obs: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, 
     """
     if given.get("idx1") is not None:
         return {}
-    subset, column, as_named = given.get("subset_idx"), _compared(obs, given), _naming(given)
+    subset, column, named = given.get("subset_idx"), _compared(obs, given), _naming(obs, given)
     where = "" if subset is None else " in subset_idx"
-    groups: dict[str, list[Any]] = {}
-    for name in ("group1", "group2"):
-        value = given.get(name)
-        several = name == "group1" and isinstance(value, Iterable) and not isinstance(value, str)
-        groups[name] = [] if value is None else [*value] if several else [value]
-    if not groups["group1"]:
+    first, second = _as_groups(given.get("group1")), given.get("group2")
+    if not first:
         levels = obs[given["groupby"]].astype("category").cat.categories
-        without = [group for group in levels if not (column == as_named(group)).any()]
-        groups["group1"] = [group for group in levels if group not in without]
+        without = [group for group in levels if not (column == named(group)).any()]
+        first = [group for group in levels if group not in without]
         of = f"groupby={given['groupby']!r}"
-        if not groups["group1"]:
+        if not first:
             raise ValueError(f"{of} has no group with cells{where}")
         if without:
             shown = f"{[str(group) for group in without[:_NAMES_SHOWN]]}"
             warn_user(f"{of} has groups without cells{where}, which are left out: {shown}")
         elif subset is None:
             return {}
-    if not groups["group2"]:
-        for group in groups["group1"]:
-            _check_rest(f"group1={group!r}", (column == as_named(group)).to_numpy())
+    if second is None:
+        for group in first:
+            _check_rest(f"group1={group!r}", (column == named(group)).to_numpy())
     return {
-        "group1": [as_named(group) for group in groups["group1"]],
-        "group2": as_named(groups["group2"][0]) if groups["group2"] else None,
+        "group1": [named(group) for group in first],
+        "group2": None if second is None else named(second),
     }
+
+
+def _as_groups(value: Any) -> list[Any]:
+    """What ``group1`` names, which may be one group or several."""
+    if value is None:
+        return []
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [value]
+    groups = [*value]
+    if len(groups) > 1 and any(group is None for group in groups):
+        raise ValueError(f"group1 must name groups, got None among {groups!r:.60}")
+    return [group for group in groups if group is not None]
 
 
 def _compared(obs: pd.DataFrame, given: Mapping[str, Any]) -> pd.Series:
@@ -165,13 +192,18 @@ def _compared(obs: pd.DataFrame, given: Mapping[str, Any]) -> pd.Series:
     return column if subset is None else column.astype(str).where(_mask(subset, obs), "other")
 
 
-def _naming(given: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """What makes a group one of that column."""
-    return _itself if given.get("subset_idx") is None else str
+def _naming(obs: pd.DataFrame, given: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """What makes a group one of that column: with a subset, the text of the values equal to it."""
+    if given.get("subset_idx") is None:
+        return lambda group: group
+    column = obs[given["groupby"]]
+    text = column.astype(str)
 
+    def named(group: Any) -> str:
+        equal = (column == group).fillna(False).to_numpy(dtype=bool)
+        return text[equal].iloc[0] if equal.any() else str(group)
 
-def _itself(value: Any) -> Any:
-    return value
+    return named
 
 
 def _check_test(given: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from mixscvi.checks.annotation import FINITE, is_finite, name_cells
+from mixscvi.checks.compressed import check_compressed, check_places
 
 __all__ = ["check_counts", "check_numbers", "has_fractions", "is_in_memory"]
 
@@ -101,14 +102,14 @@ def check_counts(
     ...
     ValueError: adata.X has negative values in 1 of 1 cells, first: 'AAC': expected raw counts
     """
-    _check_compressed(x, source)
+    check_compressed(x, source)
     if is_in_memory(x) and _are_counts(x, above=above, allow_empty=allow_empty):
         return
     n_cells = len(obs_names)
     not_finite = np.zeros(n_cells, dtype=bool)
     negative = np.zeros(n_cells, dtype=bool)
     total = np.zeros(n_cells)
-    for cell, value in _entries(x, n_cells):
+    for cell, value in _entries(x, n_cells, source):
         finite = is_finite(value)
         if not finite.all():
             not_finite[cell[~finite]] = True
@@ -139,37 +140,6 @@ def check_counts(
                 f"{source} has {what} in {name_cells(obs_names, np.flatnonzero(offending))}: "
                 f"expected {expected}"
             )
-
-
-def _check_compressed(x: Any, source: str) -> None:
-    """Raise if the rows of a sparse matrix, in memory or in a file, do not lie one after the other.
-
-    SciPy looks at none of it, and reads what lies elsewhere.
-    """
-    indptr = getattr(x, "indptr", getattr(x, "_indptr", None))
-    if getattr(x, "format", None) not in ("csr", "csc") or indptr is None:
-        return
-    indptr = np.asarray(indptr)
-    if indptr.dtype.kind not in "iu":
-        raise ValueError(f"{source} is damaged: its indptr is of the type {indptr.dtype}")
-    n, n_across = x.shape if x.format == "csr" else x.shape[::-1]
-    n_stored = len(x.data) if sparse.issparse(x) else None
-    what = "rows" if x.format == "csr" else "columns"
-    (wrong,) = np.nonzero(np.diff(indptr) < 0)
-    if len(indptr) != n + 1 or indptr[0] != 0 or len(wrong):
-        at = wrong[0] if len(wrong) else 0
-        raise ValueError(
-            f"{source} is damaged: its {what} do not lie one after the other, first at {at} of {n}"
-        )
-    if n_stored is None:
-        return
-    if indptr[-1] > min(n_stored, len(x.indices)):
-        raise ValueError(
-            f"{source} is damaged: its {what} have {indptr[-1]} values, and {n_stored} are there"
-        )
-    indices = x.indices[: indptr[-1]]
-    if len(indices) and not (0 <= indices.min() and indices.max() < n_across):
-        raise ValueError(f"{source} is damaged: it has values outside its shape {x.shape}")
 
 
 def is_in_memory(x: Any) -> bool:
@@ -225,7 +195,7 @@ def _are_counts(x: Any, *, above: float | None, allow_empty: bool) -> bool:
     return bool(least >= 0 if above is None else least > above)
 
 
-def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _entries(x: Any, n_cells: int, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cells and values of the entries that are not zero, or are stored; some at a time."""
     if getattr(x, "format", "csr") not in ("csr", "csc"):
         x = x.tocsr()  # others have no rows to slice
@@ -236,6 +206,7 @@ def _entries(x: Any, n_cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, n, step):
         some = slice(start, min(start + step, n))
         block = x[:, some] if by_gene else x[some]
+        check_places(block, source)
         if block.dtype.kind == "f" and block.dtype.itemsize not in (4, 8):
             block = block.astype(np.float64)  # which SciPy and NumPy can count
         elif not block.dtype.isnative:  # of another byte order, of which SciPy has no matrices

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scvi.model import SCVI
 
 from mixscvi.checkpoint_file import (
+    NOT_MADE,
     check_counted,
     check_restored_paths,
     check_stopping,
@@ -254,10 +255,15 @@ def _own_part(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
             missing = sorted(_ENTRIES - own["values"].keys())
             if missing:
                 raise KeyError(f"it lacks {', '.join(missing)}")
-            for name, kind in (("identity", dict), ("versions", dict), ("epochs", int)):
+            for name, kind in (
+                ("identity", dict),
+                ("versions", dict),
+                ("epochs", int),
+                ("stopped", bool),
+            ):
                 if not isinstance(own["values"][name], kind):
                     raise TypeError(f"{name} is {own['values'][name]!r:.40}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except NOT_MADE as error:
         raise ValueError(
             f"{path} is not a checkpoint of a training, or was tampered with "
             f"({type(error).__name__}: {error}): delete it to start anew"

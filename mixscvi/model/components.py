@@ -15,9 +15,10 @@ from mixscvi.mixture.death import dead_components, name_dead, often_dead
 from mixscvi.model.checkpoints import CheckpointsMixin
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.minified import WITHOUT_COUNTS
-from mixscvi.model.training_arguments import check_training, in_python
+from mixscvi.model.training_arguments import check_training
 from mixscvi.model.weights import warn_of_weights
 from mixscvi.module.signatures import signed_as
+from mixscvi.python_numbers import in_python
 from mixscvi.warning import warn_user
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class ComponentsMixin:
         >>> model.is_trained
         True
         """
+        # torch's loaders take no numbers of NumPy's.
+        args, kwargs = tuple(map(in_python, args)), in_python(kwargs)
         # Not that of the next train, which may take its arguments in another order.
         by_scvi_tools = getattr(scvi.model, self._by_scvi_tools).train
         given = inspect.signature(by_scvi_tools).bind(self, *args, **kwargs)
@@ -142,8 +145,7 @@ class ComponentsMixin:
                     "'latent_posterior_parameters_with_counts'"
                 )
             self._validate_anndata()  # they may have been changed since the model was made
-        # A checkpoint holds no numbers of NumPy's, and torch's loaders take none.
-        result = super().train(*map(in_python, args), **in_python(kwargs))
+        result = super().train(*args, **kwargs)
         remedy = "choose a smaller learning rate, plan_kwargs={'lr': ...}"
         warn_of_weights(self.module, "the trained model", remedy)
         self.dead_components_ = self._find_dead_components(datamodule)

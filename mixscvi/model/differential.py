@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scvi.model import SCVI
 
 from mixscvi.checks import check_anndata, check_comparison, groups_to_compare
@@ -18,6 +20,8 @@ from mixscvi.model.rows import is_on_disk
 from mixscvi.module.signatures import signed_as
 
 __all__ = ["DifferentialMixin"]
+
+_TEMPORARY = "_scvi_temp_de"
 
 
 class DifferentialMixin:
@@ -40,6 +44,9 @@ class DifferentialMixin:
             Values of that column.
         idx1, idx2
             Instead of them, the cells: positions, a mask, or a query of ``obs``.
+        subset_idx
+            Cells, in the same way, to which `group1` and `group2` are confined. All others are of
+            a group named ``"other"``; without `group2`, a group is compared with these as well.
         mode
             ``"vanilla"``: which of two cells, one of each group, expresses a gene more.
             ``"change"``: whether the log2 fold change between them exceeds `delta`.
@@ -77,6 +84,11 @@ class DifferentialMixin:
             of the column, or an argument of the test is out of range; or as
             :meth:`get_normalized_expression`.
 
+        Warns
+        -----
+        UserWarning
+            Of groups of the column that have no cells, or none in `subset_idx`: they are left out.
+
         Examples
         --------
         >>> import mixscvi, scvi
@@ -96,6 +108,20 @@ class DifferentialMixin:
         if isinstance(given.arguments.get("group1"), Iterator):
             given.arguments["group1"] = [*given.arguments["group1"]]
         given.arguments.update(self._checked_groups(given.arguments))
+        with self._without_temporary_column(given.arguments.get("adata")):
+            return self._compare(given)
+
+    @contextmanager
+    def _without_temporary_column(self, adata: AnnData | None) -> Iterator[None]:
+        """Take out the column of ``obs`` that scvi-tools leaves there where it is interrupted."""
+        obs = getattr(self.adata if adata is None else adata, "obs", None)
+        try:
+            yield
+        finally:
+            if isinstance(obs, pd.DataFrame) and _TEMPORARY in obs:
+                del obs[_TEMPORARY]
+
+    def _compare(self, given: inspect.BoundArguments) -> pd.DataFrame:
         if self._counts_are_on_disk(given.arguments):
             self._check_pseudocounts(given.arguments)
             if given.arguments.get("all_stats", True):

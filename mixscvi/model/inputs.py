@@ -20,6 +20,7 @@ from mixscvi.checks import (
     check_categories,
     check_choice,
     check_column,
+    check_compressed,
     check_genes,
     check_mapping,
     check_numbers,
@@ -163,6 +164,7 @@ def _check_matrix(adata: AnnData, layer: str | None) -> None:
     if not adata.n_obs:
         raise ValueError(f"adata must have cells, got shape {adata.shape}")
     check_numbers(x, adata.obs_names, adata.var_names, source=source)
+    check_compressed(x, source)
 
 
 def _check_columns(

@@ -336,9 +336,10 @@ class LatentsMixin:
             If the sample of a cell is missing, an argument is out of range, or `adata` is a
             collection without ``obsm``.
         """
-        given = inspect.signature(SCVI.differential_abundance).bind(self, *args, **kwargs).arguments
+        bound = inspect.signature(SCVI.differential_abundance).bind(self, *args, **kwargs)
+        given = bound.arguments
         if "batch_size" in given:
-            check_positive_int("batch_size", given["batch_size"])
+            given["batch_size"] = check_positive_int("batch_size", given["batch_size"])
         if given.get("num_cells_posterior") is not None:
             check_positive_int("num_cells_posterior", given["num_cells_posterior"])
         if given.get("dof") is not None:
@@ -359,4 +360,4 @@ class LatentsMixin:
                     "make it with AnnCollection(..., join_obsm='inner') of parts that have an "
                     "obsm, or give adata"
                 )
-        return super().differential_abundance(*args, **kwargs)
+        return super().differential_abundance(*bound.args[1:], **bound.kwargs)

@@ -83,16 +83,17 @@ def _comparisons(
     table: pd.DataFrame, obs: pd.DataFrame, arguments: Mapping[str, Any]
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each comparison: its rows of the table, and which cells are of its two groups."""
+    subset = arguments.get("kwargs", {}).get("subset_idx")
+    inside = np.ones(len(obs), dtype=bool) if subset is None else _mask(subset, obs)
     if arguments.get("idx1") is not None:
-        first = _mask(arguments["idx1"], obs)
+        first = _mask(arguments["idx1"], obs) & inside
         if arguments.get("idx2") is None:
             return [(np.ones(len(table), dtype=bool), first, ~first)]
-        second = _mask(arguments["idx2"], obs)
+        second = _mask(arguments["idx2"], obs) & inside
         return [(np.ones(len(table), dtype=bool), first & ~second, second)]
     groups = obs[arguments["groupby"]]
-    subset = arguments.get("kwargs", {}).get("subset_idx")
     if subset is not None:
-        groups = groups.astype(str).where(_mask(subset, obs), "other")
+        groups = groups.astype(str).where(inside, "other")
     comparisons = []
     for group1 in table["group1"].unique():
         first = (groups == group1).to_numpy()

@@ -29,7 +29,7 @@ from mixscvi.checks import (
 from mixscvi.model.inputs import check_keywords
 from mixscvi.model.loader_arguments import CHOSEN, check_loader_values
 
-__all__ = ["check_data_module", "check_training", "in_python"]
+__all__ = ["check_data_module", "check_training"]
 
 _Check = Callable[[str, Any], object]
 _PARTS = ("training", "validation", "test")
@@ -211,30 +211,6 @@ def check_training(
     of_splitter = _keywords(given, "datasplitter_kwargs")
     if splitter is not None:
         _check_splitter(of_splitter, splitter, given, n_obs)
-
-
-def in_python(value: Any) -> Any:
-    """A number of NumPy's as Python's own, which torch and Lightning take everywhere.
-
-    Parameters
-    ----------
-    value
-        An argument, or a dictionary of them.
-
-    Returns
-    -------
-    The same, with numbers of Python's; arrays and all else as they are.
-
-    Examples
-    --------
-    >>> in_python({"lr": np.float64(0.5), "optimizer": "Adam"})
-    {'lr': 0.5, 'optimizer': 'Adam'}
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {name: in_python(one) for name, one in value.items()}
-    return value
 
 
 def check_data_module(datamodule: Any) -> None:

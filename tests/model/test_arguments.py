@@ -47,6 +47,13 @@ WRONG = {
 }
 
 
+def test_differential_abundance_takes_numbers_of_numpys(models):
+    for model in models:
+        if model.adata is not None and "latent" not in str(model.minified_data_type):
+            model.differential_abundance(sample_key="batch", batch_size=np.int64(7))
+            assert len(model.adata.obsm.pop("da_log_probs")) == len(model.adata)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values_are_named(name, models):
     values, methods = WRONG[name]

@@ -11,7 +11,7 @@ import pytest
 import scvi
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from scvi.train import SaveCheckpoint
 
 import killed_training
@@ -277,6 +277,8 @@ TAMPERED = {
     "no identity": (_without(*OURS, "identity"), "KeyError: 'it lacks identity'"),
     "no loops": (_without(*OURS, "loops"), "it lacks loops"),
     "epochs a text": (_with_other("3", *OURS, "epochs"), "TypeError: epochs is '3'"),
+    "a flag of several": (_with_other(torch.ones(3), *OURS, "stopped"), "TypeError: stopped is"),
+    "a version of several": (_with_other(torch.ones(3), "mixscvi", "format"), "RuntimeError"),
     "split a number": (_with_other(3, *OURS, "split"), "TypeError"),
     "no random numbers": (_with_other([], *OURS, "random"), "IndexError"),
     "no weights": (_without("state_dict"), "training cannot go on .*KeyError: 'state_dict'"),
@@ -337,8 +339,20 @@ def in_groups(parameters):
     return torch.optim.Adam([{"params": [first], "foreach": False}, {"params": others}], lr=0.01)
 
 
+def with_tensors(parameters):
+    betas = torch.tensor(0.9), torch.tensor(0.999)
+    return torch.optim.Adam(parameters, betas=betas, foreach=False)
+
+
+def with_numpy(parameters):
+    return torch.optim.Adam(parameters, lr=np.array(0.01), amsgrad=np.bool_(True))
+
+
 HONEST = {
     "numpy": {"lr": np.float64(0.01), "weight_decay": np.int64(0)},
+    "extended": {"lr": np.longdouble(0.01)},
+    "numpy's own": {"optimizer": "Custom", "optimizer_creator": with_numpy},
+    "tensors": {"optimizer": "Custom", "optimizer_creator": with_tensors},
     "own": {"optimizer": "Custom", "optimizer_creator": lambda p: OwnAdam(p, lr=0.01)},
     "groups": {"optimizer": "Custom", "optimizer_creator": in_groups},
 }
@@ -354,6 +368,20 @@ def test_optimizers_that_are_given_back(plan, tmp_path):
     train(make_model(n_components=2), tmp_path / "part", max_epochs=2, **options)
     resumed = make_model(n_components=2)
     train(resumed, tmp_path / "part", max_epochs=4, **options)
+    assert_same_state(resumed, whole)
+
+
+@pytest.mark.parametrize("patience", [float("inf"), 2.0])
+def test_patience_may_be_any_number(patience, tmp_path):
+    def options():  # a callback is of one training
+        callback = EarlyStopping("elbo_validation", patience=patience)
+        return {"callbacks": [callback], "check_val_every_n_epoch": 1}
+
+    whole = make_model(n_components=2)
+    train(whole, tmp_path / "whole", max_epochs=4, **options())
+    train(make_model(n_components=2), tmp_path / "part", max_epochs=2, **options())
+    resumed = make_model(n_components=2)
+    train(resumed, tmp_path / "part", max_epochs=4, **options())
     assert_same_state(resumed, whole)
 
 

@@ -105,3 +105,72 @@ def test_groups_of_a_subset(grouped):
     ):
         with pytest.raises(ValueError, match=expected):
             grouped.differential_expression(groupby="group", subset_idx=ones, silent=True, **kwargs)
+
+
+def test_groups_of_a_subset_by_values_that_are_written_otherwise(model):
+    obs = model.adata.obs
+    days = pd.to_datetime(["2020-01-01", "2020-01-02"])
+    columns = {
+        "day": days[np.arange(72) % 2],
+        "single": np.array([0.1, 0.2], dtype=np.float32)[np.arange(72) % 2],
+        "double": (np.arange(72) % 2).astype(float),
+        "flag": np.arange(72) % 2 == 0,
+    }
+    half = np.arange(72) < 36
+    try:
+        for name, values in columns.items():
+            obs[name] = values
+            table = model.differential_expression(groupby=name, subset_idx=half, silent=True)
+            assert table["group1"].nunique() == 2
+        for name, group, text in (("day", days[0], "2020-01-01"), ("double", 1, "1.0")):
+            table = model.differential_expression(
+                groupby=name, group1=group, subset_idx=half, silent=True
+            )
+            assert set(table["group1"]) == {text}
+    finally:
+        for name in columns.keys() & {*obs}:
+            del obs[name]
+
+
+def test_chosen_cells_and_a_subset(model):
+    for kwargs, expected in (
+        ({"idx1": [0, 1]}, "idx1 must have cells in subset_idx, and has none there"),
+        ({"idx1": [12], "idx2": [1]}, "idx2 must have cells in subset_idx, and has none there"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            model.differential_expression(subset_idx=np.arange(10, 30), silent=True, **kwargs)
+    table = model.differential_expression(
+        idx1=[1, 12, 13], idx2=[2, 14], subset_idx=np.arange(10, 30), silent=True
+    )
+    x = model.adata.X[[12, 13]]
+    gene = model.adata.var_names[0]
+    assert table.loc[gene, "raw_mean1"] == pytest.approx(np.asarray(x.mean(0)).ravel()[0])
+
+
+def test_an_interrupted_comparison_leaves_no_column(model, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "get_normalized_expression", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.differential_expression(idx1=[0, 1], idx2=[2, 3], silent=True)
+    assert "_scvi_temp_de" not in model.adata.obs
+
+
+def test_groups_that_cannot_be_told(model):
+    obs = model.adata.obs
+    obs["missing"] = pd.array([pd.NA, *np.arange(71) % 2], dtype="Int64")
+    obs["two"] = pd.Categorical(np.array(["a", "b"])[np.arange(72) % 2])
+    try:
+        for kwargs, expected in (
+            ({"groupby": "missing"}, "groupby='missing' has missing values, pd.NA"),
+            ({"groupby": "two", "group1": ["a", None]}, "group1 must name groups, got None among"),
+        ):
+            with pytest.raises(ValueError, match=expected):
+                model.differential_expression(silent=True, **kwargs)
+        table = model.differential_expression(
+            groupby="missing", group1=np.array(1), subset_idx=np.arange(36), silent=True
+        )
+        assert set(table["group1"]) == {"1"}
+    finally:
+        del obs["missing"], obs["two"]

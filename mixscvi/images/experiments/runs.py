@@ -17,6 +17,7 @@ A run is a folder:
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -332,8 +333,13 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         "images": str,
         "parameters": dict,
     }.items():
-        if not isinstance(summary.get(name), kind):
+        if type(summary.get(name)) is not kind:
             raise ValueError(f"{path} must hold {name}, got {summary.get(name)!r}")
-    if not 0 <= summary["epochs"] < 2**63:
-        raise ValueError(f"{path} must hold a number of epochs, got {summary['epochs']!r:.40}")
+    if not math.isfinite(summary["best_validation_bound"]):
+        bound = summary["best_validation_bound"]
+        raise ValueError(f"{path} must hold a finite best_validation_bound, got {bound}")
+    counts = {"epochs": summary["epochs"], "total": None, **summary["parameters"]}
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"{path} must hold {name} as a count, got {count!r:.40}")
     return summary

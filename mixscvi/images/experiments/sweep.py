@@ -59,6 +59,8 @@ _RESULTS = (
 )
 _TEXTS = ("dataset", "device", "machine", "python", "torch")
 _MOST = 1e300  # of a number
+# NaN of one image, or of a few draws; k-hat is infinite where one draw outweighs all others.
+_UNKNOWN = ("nll_se", "nll_monte_carlo_se", "k_hat_median")
 _COST = ("seconds", "device", "threads", "machine", "python", "torch")
 _ADAPTED_RESULTS = ("nll_encoder", "k_hat_above_0.7_encoder", "evaluations")
 
@@ -305,9 +307,9 @@ def _values(values: dict[str, Any], names: Sequence[str], path: Path) -> dict[st
         raise ValueError(f"{path} lacks {', '.join(missing)}: delete it to have it made anew")
     for name in names:
         value, kind = values[name], str if name in _TEXTS else (int, float)
-        good = isinstance(value, kind)
-        if isinstance(value, (int, float)):
-            good = good and not abs(value) > _MOST  # NaN is a standard error of one image
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, (int, float)) and name not in _UNKNOWN:
+            good = good and abs(value) <= _MOST
         if not good and not (value is None and name == "seconds"):  # of a run that was continued
             raise ValueError(
                 f"{path} must hold a {'text' if kind is str else 'number'} as {name}, got "

@@ -206,6 +206,18 @@ def test_weights_must_be_finite_and_fit(folder):
         ("summary.json", {"image_shape": [0, 3]}, "summary.json must hold an image_shape of two"),
         ("summary.json", {"image_shape": "3x3"}, "summary.json must hold an image_shape of two"),
         ("summary.json", {"images": None}, "summary.json must hold images, got None"),
+        ("summary.json", {"epochs": True}, "summary.json must hold epochs, got True"),
+        (
+            "summary.json",
+            {"best_validation_bound": float("nan")},
+            "summary.json must hold a finite best_validation_bound, got nan",
+        ),
+        ("summary.json", {"parameters": {}}, "summary.json must hold total as a count, got None"),
+        (
+            "summary.json",
+            {"parameters": {"total": "x"}},
+            "summary.json must hold total as a count, got 'x'",
+        ),
     ],
 )
 def test_json_that_was_tampered_with(name, content, match, folder):
@@ -286,6 +298,15 @@ def test_a_sweep_names_the_results_that_it_cannot_read(name, folder):
     with pytest.raises(ValueError, match=f"{name} is truncated or damaged"):
         run_once(config, folder, small_data(), draws=30)
     values = json.loads(text)
+    number = "nll" if name == "evaluation.json" else "seconds"
+    for wrong in (True, float("nan"), "x"):
+        (folder / name).write_text(json.dumps(values | {number: wrong}))
+        with pytest.raises(ValueError, match=f"{name} must hold a number as {number}, got"):
+            run_once(config, folder, small_data(), draws=30)
+    if name == "evaluation.json":  # what honest evaluations hold
+        few = {"nll_se": float("nan"), "k_hat_median": float("inf")}
+        (folder / name).write_text(json.dumps(values | few))
+        assert run_once(config, folder, small_data(), draws=30)["k_hat_median"] == float("inf")
     del values["device"]
     (folder / name).write_text(json.dumps(values))
     if name == "cost.json":
