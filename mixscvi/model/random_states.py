@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import scvi.dataloaders
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
-__all__ = ["get_random_states", "set_random_states"]
+__all__ = ["OrderOfAnnbatch", "get_random_states", "set_random_states"]
 
 
 def get_random_states(device: torch.device) -> dict[str, Any]:
@@ -40,3 +43,20 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states["device"])
+
+
+class OrderOfAnnbatch(Callback):
+    """Has annbatch draw the order of cells as torch's loaders do: from the seed.
+
+    scvi-tools gives it a generator that nobody has seeded. Here each epoch has one of its own,
+    seeded from NumPy's generator, whose state checkpoints hold; other data modules are left alone.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed the order of the epoch, in each process another."""
+        kind = getattr(scvi.dataloaders, "AnnbatchDataModule", None)  # from scvi-tools 1.5 on
+        if kind is None or not isinstance(trainer.datamodule, kind):
+            return
+        sampler = cast(Any, trainer.train_dataloader)._batch_sampler
+        seed = int(np.random.randint(2**32, dtype=np.uint32))
+        sampler._rng = np.random.default_rng([trainer.global_rank, seed])

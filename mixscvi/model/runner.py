@@ -29,6 +29,7 @@ from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 from mixscvi.model.given import check_minibatch
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
+from mixscvi.model.random_states import OrderOfAnnbatch
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
 from mixscvi.module import MixVAE
 from mixscvi.optimizers import check_restored_optimizer
@@ -150,6 +151,7 @@ class Runner(TrainRunner):
         module = self.model.module
         if not isinstance(self.data_splitter, SplitAlike):
             self.trainer.callbacks.insert(0, FirstMinibatch(module))
+            self.trainer.callbacks.insert(0, OrderOfAnnbatch())  # after checkpoints, if there are
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))

@@ -9,7 +9,7 @@ import scvi
 import torch
 from lightning import LightningDataModule
 
-from fitting import SMALL
+from fitting import SMALL, assert_same_state
 from mixscvi import MixSCANVI, MixSCVI
 
 
@@ -299,6 +299,51 @@ def test_annbatch(make_adata, n_components, tmp_path):
     loaded = MixSCVI.load(tmp_path / "model", adata=False)
     again = loaded.get_latent_representation(dataloader=module.inference_dataloader())
     np.testing.assert_array_equal(again, latents)
+
+
+@with_annbatch
+@pytest.mark.parametrize("prior", ["normal", "vamp"])
+def test_annbatch_draws_from_the_seed_and_goes_on_to_the_very_weights(make_adata, prior, tmp_path):
+    make_adata(sparse=True).write_h5ad(tmp_path / "cells.h5ad")
+
+    def module():
+        return MixSCVI.setup_annbatch(
+            collection_path=str(tmp_path / "cells.zarr"),
+            paths=[str(tmp_path / "cells.h5ad")],
+            batch_key="batch",
+            rebuild=False,
+            batch_size=12,
+            chunk_size=6,
+            preload_nchunks=2,
+            preload_to_gpu=False,
+        )
+
+    module()  # written: that draws random numbers as well
+
+    def trained(max_epochs, **checkpoints):
+        cells = module()
+        scvi.settings.seed = 0
+        model = MixSCVI(registry=cells.registry, n_components=2, prior=prior, **SMALL)
+        first = []
+        model.module.register_forward_pre_hook(
+            lambda module, args: first.append(args[0]["X"]) if module.training else None
+        )
+        model.train(
+            max_epochs=max_epochs,
+            datamodule=cells,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            logger=None,
+            **checkpoints,
+        )
+        return model, first
+
+    whole, minibatches = trained(4)
+    assert not minibatches[0].equal(minibatches[6])  # of the second epoch
+    assert_same_state(trained(4)[0], whole)
+    folder = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 1}
+    trained(2, **folder)
+    assert_same_state(trained(4, **folder)[0], whole)
 
 
 @with_annbatch
