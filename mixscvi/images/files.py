@@ -51,6 +51,7 @@ _CONTENTS = {
     "991baa1070496e0a": ("fashion-mnist", "test_images"),
     "91602d8c52e4381e": ("fashion-mnist", "test_labels"),
 }
+_MOST_AXES = 3  # of images, their height and their width
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -92,8 +93,8 @@ def read_idx(path: str | Path) -> np.ndarray:
             f"{path} is a truncated or damaged gzip file ({error}): {again}"
         ) from error
     start = 4 + 4 * raw[3] if len(raw) > 4 else 5
-    if raw[:3] != b"\0\0\x08" or len(raw) < start:
-        raise ValueError(f"{path} is not an idx file of unsigned bytes: {again}")
+    if raw[:3] != b"\0\0\x08" or raw[3] > _MOST_AXES or len(raw) < start:
+        raise ValueError(f"{path} is not an idx file of images or labels in bytes: {again}")
     shape = tuple(int(n) for n in np.frombuffer(raw[4:start], ">u4"))
     if len(raw) - start != math.prod(shape):
         raise ValueError(

@@ -29,7 +29,9 @@ def test_truncated_file_is_named_and_how_to_get_it(tmp_path, array, name):
         read_idx(tmp_path / name)
 
 
-@pytest.mark.parametrize("raw", [b"", b"<html>", b"\0\0\x08\x03\0\0"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"<html>", b"\0\0\x08\x03\0\0", b"\0\0\x08\x50" + 80 * b"\0\0\0\x01" + b"a"]
+)
 def test_no_idx_file(tmp_path, raw):
     (tmp_path / "page").write_bytes(raw)
     with pytest.raises(ValueError, match="page is"):
