@@ -19,7 +19,7 @@ def check_compressed(x: Any, source: str) -> None:
     Parameters
     ----------
     x
-        Any matrix; all but compressed ones pass.
+        Any matrix; all but compressed ones pass, and so does what stands for several of them.
     source
         Its name for the message.
 
@@ -43,7 +43,7 @@ def check_compressed(x: Any, source: str) -> None:
         return
     data, indices, indptr = parts
     for name, part in (("data", data), ("indices", indices), ("indptr", indptr)):
-        if part.ndim != 1 or part.dtype.kind not in ("iu" if part is not data else "biufc"):
+        if part.ndim != 1 or (part is not data and part.dtype.kind not in "iu"):
             raise ValueError(
                 f"{source} is damaged: its {name} are of the type {part.dtype} and the shape "
                 f"{part.shape}"
@@ -91,10 +91,12 @@ def check_places(x: Any, source: str) -> None:
     ...
     ValueError: adata.X is damaged: it has values outside its shape (2, 2)
     """
-    if not sparse.issparse(x) or x.format not in ("csr", "csc"):
+    parts = _parts(x)
+    if parts is None or not sparse.issparse(x):
         return
+    _, indices, indptr = parts
     n_across = x.shape[1] if x.format == "csr" else x.shape[0]
-    indices = x.indices[: x.indptr[-1]]
+    indices = indices[: indptr[-1]]
     if len(indices) and not (0 <= indices.min() and indices.max() < n_across):
         raise ValueError(f"{source} is damaged: it has values outside its shape {x.shape}")
 
@@ -104,7 +106,8 @@ def _parts(x: Any) -> tuple[Any, Any, np.ndarray] | None:
     if getattr(x, "format", None) not in ("csr", "csc"):
         return None
     if sparse.issparse(x):
-        return x.data, x.indices, x.indptr
+        # A collection of files makes something that passes for a matrix, and has no pointers.
+        return (x.data, x.indices, x.indptr) if hasattr(x, "indptr") else None
     group = getattr(x, "group", None)  # of a file that anndata reads
     if group is None:
         return None

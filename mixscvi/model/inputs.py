@@ -163,8 +163,11 @@ def _check_matrix(adata: AnnData, layer: str | None) -> None:
         raise ValueError(f"adata must have genes, got shape {adata.shape}")
     if not adata.n_obs:
         raise ValueError(f"adata must have cells, got shape {adata.shape}")
-    check_numbers(x, adata.obs_names, adata.var_names, source=source)
     check_compressed(x, source)
+    for i, part in enumerate(getattr(adata, "adatas", ())):  # of a collection
+        of_part = part.X if layer is None else part.layers[layer]
+        check_compressed(of_part, f"{source} of part {i}")
+    check_numbers(x, adata.obs_names, adata.var_names, source=source)
 
 
 def _check_columns(

@@ -321,3 +321,19 @@ def test_entries_of_one_place_are_added_up(tmp_path):
     with h5py.File(tmp_path / "file.h5", "r") as file:
         dense = rows._CsrFile(sparse_dataset(file["X"])).rows(np.array([0, 1]))
     np.testing.assert_array_equal(dense, matrix.toarray())
+
+
+def test_a_damaged_part_of_a_collection_is_named(make_adata, tmp_path):
+    adata = make_adata(sparse=True)
+    parts = []
+    for some in (slice(0, 30), slice(30, None)):
+        part = adata[some].copy()
+        part.layers["counts"] = part.X.copy()
+        parts.append(part)
+    parts[1].layers["counts"].indptr = parts[1].layers["counts"].indptr.astype(np.uint32)
+    parts[1].layers["counts"].indptr[2] = 4_000_000_000
+    cells = CollectionAdapter(AnnCollection(parts, join_vars="inner", label="file"))
+    cells.uns = {}
+    expected = r"adata\.layers\['counts'\] of part 1 is damaged: its rows do not lie .* first at 2"
+    with pytest.raises(ValueError, match=expected):
+        MixSCVI.setup_anndata(cells, layer="counts")
