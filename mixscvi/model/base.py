@@ -36,7 +36,7 @@ from mixscvi.model.data import MINIFY_UNS_KEY, check_data, counts_have_fractions
 from mixscvi.model.differential import DifferentialMixin
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
-from mixscvi.model.given import GivenMinibatches
+from mixscvi.model.given import GivenMinibatches, is_of_a_data_module
 from mixscvi.model.inputs import (
     check_dispersion,
     check_keywords,
@@ -220,6 +220,11 @@ class MixtureMixin(
             if self.adata is None:
                 raise ValueError("the model holds no data: give adata")
             adata = self.adata
+        elif self.adata is None and is_of_a_data_module(self.registry):
+            raise ValueError(
+                "the model was made of a data module, which says nothing of an AnnData: give "
+                "dataloader=datamodule.inference_dataloader(), or load the saved model with adata"
+            )
         check_anndata(adata)
         if self.var_names_ is not None:
             check_genes(adata.var_names, self.var_names_)

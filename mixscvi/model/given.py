@@ -10,9 +10,20 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch import Tensor
 
-__all__ = ["GivenMinibatches", "check_minibatch"]
+__all__ = ["GivenMinibatches", "check_minibatch", "is_of_a_data_module"]
 
 _NEEDED = (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.BATCH_KEY)
+
+
+def is_of_a_data_module(registry: Mapping[str, Any]) -> bool:
+    """Whether a model was made of a data module, and not of an AnnData.
+
+    Examples
+    --------
+    >>> is_of_a_data_module({"setup_method_name": "setup_anndata"})
+    False
+    """
+    return registry.get("setup_method_name") == "setup_datamodule"
 
 
 class GivenMinibatches:

@@ -28,6 +28,7 @@ from mixscvi.model.files import (
     staged,
     write_model,
 )
+from mixscvi.model.given import is_of_a_data_module
 from mixscvi.model.legacy import read_legacy
 from mixscvi.model.surgery import freeze, n_columns
 from mixscvi.model.training_arguments import check_data_module
@@ -102,6 +103,10 @@ class PersistenceMixin:
             check_boolean(name, value)
         check_mapping("save_kwargs", save_kwargs or {})
         target = _free_folder("dir_path", dir_path, overwrite=overwrite)
+        if datamodule is None and self.adata is None and is_of_a_data_module(self.registry):
+            raise ValueError(
+                "save() needs datamodule, the data module that the model was made of, got None"
+            )
         if save_anndata and self.adata is None:
             raise ValueError("save_anndata=True saves the model's data, but it holds none")
         if save_anndata and not hasattr(self.adata, "X"):

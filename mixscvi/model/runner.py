@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from scvi import settings
+from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.module import VAE
 from scvi.train import TrainRunner
@@ -29,11 +29,12 @@ from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
 from mixscvi.model.given import check_minibatch
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
-from mixscvi.model.random_states import OrderOfAnnbatch
+from mixscvi.model.random_states import OrderOfAnnbatch, is_of_annbatch
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
 from mixscvi.module import MixVAE
 from mixscvi.optimizers import check_restored_optimizer
 from mixscvi.system import naming_what_takes_memory
+from mixscvi.warning import warn_user
 
 __all__ = ["Runner", "WithoutData"]
 
@@ -69,13 +70,16 @@ class PseudoCellsStart(Callback):
                 torch.distributed.broadcast(values, src=0)
 
 
-class FirstMinibatch(Callback):
-    """Looks at the first minibatch of a data module of the user's own, before it is used.
+class GivenToTrain(Callback):
+    """Looks at the minibatches of a data module of the user's own, before they are used.
+
+    A single NaN among the cells makes all weights NaN. On an accelerator, which a look waits for,
+    only the first minibatch of each epoch is looked at.
 
     Parameters
     ----------
     module
-        What trains on it.
+        What trains on them.
     """
 
     def __init__(self, module: VAE) -> None:
@@ -84,10 +88,25 @@ class FirstMinibatch(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Raise if the module cannot use it."""
-        if trainer.current_epoch == 0 and batch_idx == 0:
-            cells = batch[0] if isinstance(batch, list | tuple) else batch
-            check_minibatch(cells, self.module, source="the first minibatch of datamodule")
+        """Raise if the module cannot use one; warn if the first has values that are no counts."""
+        cells = batch[0] if isinstance(batch, list | tuple) else batch
+        if batch_idx > 0 and cells[REGISTRY_KEYS.X_KEY].device.type != "cpu":
+            return
+        which = f"minibatch {batch_idx} of epoch {trainer.current_epoch}"
+        if trainer.current_epoch == batch_idx == 0:
+            which = "the first minibatch"
+        check_minibatch(cells, self.module, source=f"{which} of datamodule")
+        x = cells[REGISTRY_KEYS.X_KEY]
+        if (
+            trainer.current_epoch == batch_idx == 0
+            and self.module.gene_likelihood != "normal"
+            and x.layout == torch.strided
+            and bool((x % 1 != 0).any())
+        ):
+            warn_user(
+                "the first minibatch of datamodule has values that are no whole numbers: the model "
+                "needs raw counts"
+            )
 
 
 class Started(Callback):
@@ -143,6 +162,11 @@ class Runner(TrainRunner):
             )
         if ranks > 1:
             self._check_distributed(ranks)
+            if is_of_annbatch(self.data_splitter):
+                warn_user(
+                    f"scvi-tools does not share the cells of annbatch among processes: each of "
+                    f"{ranks} goes through all of them in every epoch"
+                )
         self._batch_size = self._cells_of_a_step()
         if self.device.type == "cpu":
             check_step(self.model, self._batch_size)
@@ -150,7 +174,7 @@ class Runner(TrainRunner):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         module = self.model.module
         if not isinstance(self.data_splitter, SplitAlike):
-            self.trainer.callbacks.insert(0, FirstMinibatch(module))
+            self.trainer.callbacks.insert(0, GivenToTrain(module))
             self.trainer.callbacks.insert(0, OrderOfAnnbatch())  # after checkpoints, if there are
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))

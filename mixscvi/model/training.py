@@ -26,20 +26,30 @@ class WithoutSingleCellSteps:
     """A training plan of scvi-tools that leaves minibatches of one cell out, as data modules have.
 
     Batch normalization has no variance to divide by there, and training would stop. Several ranks
-    take their steps together, so there nothing is left out.
+    take their steps together, so there nothing is left out, and the cell is normalized by the
+    statistics of the minibatches before it.
     """
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Loss of a minibatch, or ``None`` for none."""
-        return None if self._leaves_out(batch) else super().training_step(batch, batch_idx)
-
-    def _leaves_out(self, batch: Any) -> bool:
         cells = batch if isinstance(batch, Mapping) else batch[0]
-        if len(cells[REGISTRY_KEYS.X_KEY]) > 1 or self.trainer.world_size > 1:
-            return False
-        return any(
-            isinstance(part, nn.BatchNorm1d) and part.training for part in self.module.modules()
-        )
+        normalizing = [
+            part
+            for part in (self.module.modules() if len(cells[REGISTRY_KEYS.X_KEY]) == 1 else ())
+            if isinstance(part, nn.BatchNorm1d) and part.training
+        ]
+        if normalizing and self.trainer.world_size == 1:
+            return None
+        for part in normalizing:
+            part.eval()
+        try:
+            return self._step(batch, batch_idx)
+        finally:
+            for part in normalizing:
+                part.train()
+
+    def _step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return super().training_step(batch, batch_idx)
 
 
 class ScviTrainingPlan(WithoutSingleCellSteps, TrainingPlan):
@@ -90,12 +100,9 @@ class LeanTrainingPlan(ScviTrainingPlan):
             self._last_kl_weight = epoch, super().kl_weight
         return self._last_kl_weight[1]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
-        """Loss of a minibatch, or ``None`` for none."""
-        if self._leaves_out(batch):
-            return None
+    def _step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         if self.on_step or self.module.extra_payload_autotune:
-            return super().training_step(batch, batch_idx)
+            return super()._step(batch, batch_idx)
         self.loss_kwargs["kl_weight"] = self.kl_weight
         if self._is_logged(batch_idx):
             self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=True, on_epoch=False)

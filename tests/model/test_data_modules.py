@@ -105,6 +105,10 @@ def test_a_data_module_with_a_registry(make_adata, n_components, tmp_path):
     assert likelihood.shape == (adata.n_obs,)
     expression = model.get_normalized_expression(dataloader=module.inference_dataloader())
     np.testing.assert_allclose(expression.sum(1), 1, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"save\(\) needs datamodule, .* got None"):
+        model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="dataloader"):
+        model.get_latent_representation(make_adata(sparse=True))
     model.save(tmp_path / "model", datamodule=module)
     loaded = MixSCVI.load(tmp_path / "model", adata=False)
     again = loaded.get_latent_representation(dataloader=module.inference_dataloader())
@@ -295,6 +299,10 @@ def test_annbatch(make_adata, n_components, tmp_path):
     latents = model.get_latent_representation(dataloader=module.inference_dataloader())
     assert latents.shape == (72, SMALL["n_latent"])
     assert np.isfinite(latents).all()
+    with pytest.raises(ValueError, match=r"save\(\) needs datamodule, .* got None"):
+        model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="dataloader"):
+        model.get_latent_representation(make_adata(sparse=True))
     model.save(tmp_path / "model", datamodule=module)
     loaded = MixSCVI.load(tmp_path / "model", adata=False)
     again = loaded.get_latent_representation(dataloader=module.inference_dataloader())
@@ -344,6 +352,31 @@ def test_annbatch_draws_from_the_seed_and_goes_on_to_the_very_weights(make_adata
     folder = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 1}
     trained(2, **folder)
     assert_same_state(trained(4, **folder)[0], whole)
+
+
+@with_annbatch
+def test_loaders_of_the_users_own_around_annbatchs(make_adata, tmp_path):
+    make_adata(sparse=True).write_h5ad(tmp_path / "cells.h5ad")
+    module = MixSCVI.setup_annbatch(
+        collection_path=str(tmp_path / "cells.zarr"),
+        paths=[str(tmp_path / "cells.h5ad")],
+        batch_key="batch",
+        batch_size=12,
+        chunk_size=6,
+        preload_nchunks=2,
+        preload_to_gpu=False,
+    )
+    make = module.train_dataloader
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(make(), batch_size=None)
+    model = MixSCVI(registry=module.registry, n_components=2, **SMALL)
+    model.train(
+        max_epochs=1,
+        datamodule=module,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        logger=None,
+    )
+    assert model.is_trained
 
 
 @with_annbatch

@@ -1,9 +1,11 @@
 """Minibatches of the user's own that a model cannot use."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 
 from fitting import BATCH, SMALL, fit, train
 from mixscvi import MixSCVI
@@ -128,6 +130,61 @@ def test_a_data_module_is_looked_at_before_it_is_trained_on(model, wrong):
         train(untrained, datamodule=Given([change(part) for part in parts]), train_size=None)
     after = untrained.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_every_minibatch_of_a_data_module_is_looked_at(model):
+    """One NaN would make all weights NaN."""
+    parts = minibatches(model)
+    parts[-1] = parts[-1] | {"X": with_value(parts[-1]["X"], float("nan"))}
+    untrained = MixSCVI(model.adata, n_components=2, **SMALL)
+    expected = f"minibatch {len(parts) - 1} of epoch 0 of datamodule must have finite counts"
+    with pytest.raises(ValueError, match=expected):
+        train(untrained, datamodule=Given(parts), train_size=None)
+    assert all(value.isfinite().all() for value in untrained.module.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_data_module_of_values_that_are_no_counts_is_warned_of(model):
+    parts = [part | {"X": part["X"].log1p()} for part in minibatches(model)]
+    untrained = MixSCVI(model.adata, n_components=2, **SMALL)
+    with warnings.catch_warnings(record=True) as told:  # Lightning has others to tell
+        warnings.simplefilter("always")
+        train(untrained, datamodule=Given(parts), train_size=None)
+    expected = "the first minibatch of datamodule has values that are no whole numbers"
+    assert [str(warning.message).startswith(expected) for warning in told].count(True) == 1
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("on_step", [False, True])
+def test_among_several_processes_a_minibatch_of_one_cell_is_not_left_out(
+    model, on_step, monkeypatch
+):
+    """All take their steps together: it is normalized by the statistics before it."""
+    parts = minibatches(model)
+    alone = {name: value[:1] for name, value in parts[0].items()}
+    sizes = []
+    for world_size in (1, 2):
+        untrained = MixSCVI(model.adata, n_components=2, **SMALL)
+        steps, forward = [], untrained.module.forward
+
+        def noted(tensors, *args, steps=steps, forward=forward, **kwargs):
+            steps.append(len(tensors["X"]))
+            return forward(tensors, *args, **kwargs)
+
+        monkeypatch.setattr(untrained.module, "forward", noted)
+        monkeypatch.setattr(Trainer, "world_size", world_size)
+        train(
+            untrained,
+            datamodule=Given([*parts, alone]),
+            train_size=None,
+            plan_kwargs={"on_step": on_step, "on_epoch": True},
+        )
+        sizes.append(set(steps))
+        assert all(value.isfinite().all() for value in untrained.module.state_dict().values())
+        assert untrained.module.training is False
+    assert 1 not in sizes[0]
+    assert 1 in sizes[1]
 
 
 def test_a_loader_that_was_made_anew_for_several_processes(model, monkeypatch):
