@@ -7,7 +7,7 @@ one thread (OMP_NUM_THREADS=1), as threads that wait count as well.
     python benchmarks/adaptation.py               # resumes results/adaptation.csv
     python benchmarks/adaptation.py --data ifnb --n-latent 30 --seeds 1
     python benchmarks/adaptation.py --data pbmc4k --n-latent 10 --draws 3000
-    python benchmarks/adaptation.py --n-latent 10 --standard-error 0.03
+    python benchmarks/adaptation.py --n-latent 10 --standard-error 0.025 --seeds 20
     python benchmarks/adaptation.py --summary     # means over the seeds, from the CSV
 """
 
