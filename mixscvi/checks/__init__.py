@@ -8,6 +8,7 @@ from mixscvi.checks.annotation import (
     check_genes,
     check_positive,
     check_unique,
+    name_cells,
     warn_of_repeated,
 )
 from mixscvi.checks.arguments import (
@@ -57,5 +58,6 @@ __all__ = [
     "groups_to_compare",
     "has_fractions",
     "is_in_memory",
+    "name_cells",
     "warn_of_repeated",
 ]

@@ -10,7 +10,7 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch import Tensor
 
-__all__ = ["GivenMinibatches", "check_minibatch", "is_of_a_data_module"]
+__all__ = ["GivenMinibatches", "check_genes_of_module", "check_minibatch", "is_of_a_data_module"]
 
 _NEEDED = (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.BATCH_KEY)
 
@@ -24,6 +24,45 @@ def is_of_a_data_module(registry: Mapping[str, Any]) -> bool:
     False
     """
     return registry.get("setup_method_name") == "setup_datamodule"
+
+
+def check_genes_of_module(datamodule: Any, registry: Mapping[str, Any]) -> None:
+    """Raise if a data module names other genes than a model, or the same in another order.
+
+    Parameters
+    ----------
+    datamodule
+        Any; those that name none pass.
+    registry
+        Of the model.
+
+    Raises
+    ------
+    ValueError
+        Naming the first gene that differs.
+
+    Examples
+    --------
+    >>> check_genes_of_module(None, {})
+    """
+    theirs, ours = _genes_of(getattr(datamodule, "registry", None)), _genes_of(registry)
+    if theirs is None or ours is None or theirs == ours:
+        return
+    if len(theirs) != len(ours):
+        raise ValueError(f"datamodule must have the model's {len(ours)} genes, got {len(theirs)}")
+    at = next(i for i, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
+    raise ValueError(
+        f"datamodule must have the model's genes in their order: {ours[at]!r} at {at}, got "
+        f"{theirs[at]!r}"
+    )
+
+
+def _genes_of(registry: Any) -> list[str] | None:
+    """Names of the genes in a registry, if it has any."""
+    found: Any = registry
+    for name in ("field_registries", REGISTRY_KEYS.X_KEY, "state_registry", "column_names"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return None if found is None else [str(gene) for gene in found]
 
 
 class GivenMinibatches:

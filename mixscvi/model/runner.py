@@ -24,12 +24,16 @@ from mixscvi.checkpoint_file import (
 )
 from mixscvi.checkpoint_io import AtomicCheckpointIO
 from mixscvi.model.accelerators import naming_trainer_settings
+from mixscvi.model.annbatch import (
+    OrderOfAnnbatch,
+    check_annotation_of_annbatch,
+    is_of_annbatch,
+)
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
-from mixscvi.model.given import check_minibatch
+from mixscvi.model.given import check_genes_of_module, check_minibatch
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
-from mixscvi.model.random_states import OrderOfAnnbatch, is_of_annbatch
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
 from mixscvi.module import MixVAE
 from mixscvi.optimizers import check_restored_optimizer
@@ -151,6 +155,9 @@ class Runner(TrainRunner):
             kwargs["callbacks"] = [*kwargs["callbacks"]]
         with naming_trainer_settings(kwargs):
             super().__init__(*args, **kwargs)
+        if not isinstance(self.data_splitter, SplitAlike):
+            check_genes_of_module(self.data_splitter, self.model.registry)
+            check_annotation_of_annbatch(self.data_splitter)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
         if n_train is not None and n_train < 2 * ranks:

@@ -418,3 +418,44 @@ def test_annbatch_with_a_last_minibatch_of_one_cell(make_adata, cls, tmp_path):
     if labels:
         predicted = model.predict(dataloader=module.inference_dataloader())
         assert set(predicted) <= {"type0", "type1", "type2"}
+
+
+@with_annbatch
+@pytest.mark.parametrize("key", ["batch", "age"])
+def test_annbatch_with_missing_annotation(make_adata, key, tmp_path):
+    """scvi-tools makes a batch of them."""
+    adata = make_adata(sparse=True)
+    adata.obs[key] = adata.obs[key].where(adata.obs_names != adata.obs_names[3])
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    more = {} if key == "batch" else {"continuous_covariate_keys": [key]}
+    module = MixSCVI.setup_annbatch(
+        collection_path=str(tmp_path / "cells.zarr"),
+        paths=[str(tmp_path / "cells.h5ad")],
+        batch_key="batch",
+        batch_size=12,
+        chunk_size=6,
+        preload_nchunks=2,
+        preload_to_gpu=False,
+        **more,
+    )
+    model = MixSCVI(registry=module.registry, n_components=2, **SMALL)
+    expected = f"column '{key}' of datamodule has missing values in 1 of 72 cells, first: "
+    with pytest.raises(ValueError, match=expected):
+        model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
+
+
+def test_genes_of_another_order(make_adata):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    registry = MixSCVI(adata, **SMALL).registry
+    model = MixSCVI(registry=registry, n_components=2, **SMALL)
+    genes = registry["field_registries"]["X"]["state_registry"]["column_names"].tolist()
+    module = Blocks(adata, registry)
+    for others, expected in (
+        ([genes[0], genes[2], genes[1], *genes[3:]], f"'{genes[1]}' at 1, got '{genes[2]}'"),
+        (genes[1:], f"the model's {len(genes)} genes, got {len(genes) - 1}"),
+    ):
+        module.registry = {"field_registries": {"X": {"state_registry": {"column_names": others}}}}
+        with pytest.raises(ValueError, match=expected):
+            model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
