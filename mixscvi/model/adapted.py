@@ -118,9 +118,9 @@ class AdaptedMixin:
                     f"adapt_kwargs must not hold {name!r}: n_mc_samples is the number of final "
                     "draws, n_mc_samples_per_pass bounds the memory, scvi.settings.seed seeds"
                 )
+        minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
         if self.module.gene_likelihood == "normal":
             warn_user(_ABOUT_NORMAL)
-        minibatches = self._minibatches(adata, indices, batch_size, dataloader, data_loader_kwargs)
         n_cells = None
         if dataloader is None:
             n_cells = len(self._names_of(adata, indices))

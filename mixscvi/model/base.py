@@ -36,7 +36,7 @@ from mixscvi.model.data import MINIFY_UNS_KEY, check_data, counts_have_fractions
 from mixscvi.model.differential import DifferentialMixin
 from mixscvi.model.evaluation import EvaluationMixin
 from mixscvi.model.expression import ExpressionMixin
-from mixscvi.model.given import GivenMinibatches, is_of_a_data_module
+from mixscvi.model.given import GivenMinibatches, is_of_a_data_module, registry_of
 from mixscvi.model.inputs import (
     check_dispersion,
     check_keywords,
@@ -220,7 +220,13 @@ class MixtureMixin(
             if self.adata is None:
                 raise ValueError("the model holds no data: give adata")
             adata = self.adata
-        elif self.adata is None and is_of_a_data_module(self.registry):
+        elif self.adata is None and not registry_of(self):
+            self._check_if_trained(warn=False)
+            raise ValueError(
+                "the model was made without data, so that it knows no genes, batches or covariates "
+                "of an AnnData: give dataloader, or make the model with adata or registry"
+            )
+        elif self.adata is None and is_of_a_data_module(registry_of(self)):
             raise ValueError(
                 "the model was made of a data module, which says nothing of an AnnData: give "
                 "dataloader=datamodule.inference_dataloader(), or load the saved model with adata"
@@ -231,7 +237,7 @@ class MixtureMixin(
             if self.adata is not None and adata is not self.adata:
                 check_known_categories(adata, self.registry)
         _check_if_view(adata, copy_if_view=copy_if_view)  # as scvi-tools does next
-        take_sparse_array(adata, self.registry.get(_SETUP_ARGS_KEY, {}).get("layer"))
+        take_sparse_array(adata, registry_of(self).get(_SETUP_ARGS_KEY, {}).get("layer"))
         adata = super()._validate_anndata(adata, copy_if_view=copy_if_view)
         manager = self.get_anndata_manager(adata, required=True)
         if self._has_counts(manager):

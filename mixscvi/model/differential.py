@@ -107,6 +107,8 @@ class DifferentialMixin:
         given = inspect.signature(super().differential_expression).bind(*args, **kwargs)
         if isinstance(given.arguments.get("group1"), Iterator):
             given.arguments["group1"] = [*given.arguments["group1"]]
+        if self.adata is None and given.arguments.get("dataloader") is None:
+            self._validate_anndata(given.arguments.get("adata"))  # knows why there may be none
         given.arguments.update(self._checked_groups(given.arguments))
         with self._without_temporary_column(given.arguments.get("adata")):
             return self._compare(given)

@@ -62,7 +62,8 @@ class ComponentDiagnostics(NamedTuple):
 class EvaluationMixin:
     """Methods of :class:`mixscvi.MixSCVI` that importance-sample its cells.
 
-    The model provides ``module``, ``adata``, ``_minibatches``, ``_names_of`` and ``_adaptations``.
+    The model provides ``module``, ``adata``, ``_check_if_trained``, ``_minibatches``, ``_names_of``
+    and ``_adaptations``.
     """
 
     def _importance_draws(
@@ -85,6 +86,7 @@ class EvaluationMixin:
         )
 
     def _n_per_component(self, n_mc_samples: int) -> int:
+        self._check_if_trained(warn=False)  # one without data has no module before
         return -(-n_mc_samples // self.module.n_components)
 
     @unsupported_if_adata_minified

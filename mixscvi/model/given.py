@@ -10,9 +10,29 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch import Tensor
 
-__all__ = ["GivenMinibatches", "check_genes_of_module", "check_minibatch", "is_of_a_data_module"]
+__all__ = [
+    "GivenMinibatches",
+    "check_genes_of_module",
+    "check_minibatch",
+    "is_of_a_data_module",
+    "registry_of",
+]
 
 _NEEDED = (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.BATCH_KEY)
+
+
+def registry_of(model: Any) -> Mapping[str, Any]:
+    """Registry of a model, empty where it has none yet.
+
+    A model made without data has none, trained on a data module or not.
+
+    Examples
+    --------
+    >>> registry_of(None)
+    {}
+    """
+    registry: Mapping[str, Any] = getattr(model, "registry_", {})
+    return registry
 
 
 def is_of_a_data_module(registry: Mapping[str, Any]) -> bool:

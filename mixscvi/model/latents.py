@@ -198,6 +198,8 @@ class LatentsMixin:
                 return loc
             return np.concatenate([loc, np.square(scale).reshape(len(loc), -1)], axis=1)
 
+        if self.module is None:
+            self._check_if_trained(warn=False)
         module = self.module
         if module.mixture.is_scvi or not (give_mean or return_dist):
             check_loader_arguments(data_loader_kwargs)

@@ -28,7 +28,7 @@ from mixscvi.model.files import (
     staged,
     write_model,
 )
-from mixscvi.model.given import is_of_a_data_module
+from mixscvi.model.given import is_of_a_data_module, registry_of
 from mixscvi.model.legacy import read_legacy
 from mixscvi.model.surgery import freeze, n_columns
 from mixscvi.model.training_arguments import check_data_module
@@ -103,7 +103,13 @@ class PersistenceMixin:
             check_boolean(name, value)
         check_mapping("save_kwargs", save_kwargs or {})
         target = _free_folder("dir_path", dir_path, overwrite=overwrite)
-        if datamodule is None and self.adata is None and is_of_a_data_module(self.registry):
+        if self.adata is None and not registry_of(self):
+            self._check_if_trained(warn=False)
+            raise ValueError(
+                "save() writes the genes, batches and covariates that the model was made for, but "
+                "it was made without data: make it with adata, or with registry of its data module"
+            )
+        if datamodule is None and self.adata is None and is_of_a_data_module(registry_of(self)):
             raise ValueError(
                 "save() needs datamodule, the data module that the model was made of, got None"
             )

@@ -31,7 +31,7 @@ from mixscvi.model.annbatch import (
 )
 from mixscvi.model.checkpoints import Checkpoints
 from mixscvi.model.distributed import Ranks, SplitAlike, as_first_rank
-from mixscvi.model.given import check_genes_of_module, check_minibatch
+from mixscvi.model.given import check_genes_of_module, check_minibatch, registry_of
 from mixscvi.model.loaders import training_minibatches
 from mixscvi.model.memory import check_step, too_large_a_step
 from mixscvi.model.watched import check_checkpoint, check_watched, naming_limits
@@ -156,7 +156,7 @@ class Runner(TrainRunner):
         with naming_trainer_settings(kwargs):
             super().__init__(*args, **kwargs)
         if not isinstance(self.data_splitter, SplitAlike):
-            check_genes_of_module(self.data_splitter, self.model.registry)
+            check_genes_of_module(self.data_splitter, registry_of(self.model))
             check_annotation_of_annbatch(self.data_splitter)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)

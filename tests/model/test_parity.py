@@ -36,6 +36,41 @@ def test_a_model_without_data(n_components, make_adata):
     assert model.is_trained
 
 
+METHODS_THAT_READ_CELLS = (
+    "differential_expression",
+    "get_active_units",
+    "get_adapted_posterior",
+    "get_component_diagnostics",
+    "get_latent_representation",
+    "get_marginal_ll",
+    "get_posterior_diagnostics",
+)
+
+
+@pytest.mark.filterwarnings("ignore:Model was initialized without `adata`:UserWarning")
+def test_a_model_without_data_says_what_it_lacks(make_adata, tmp_path):
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    manager = MixSCVI._get_most_recent_anndata_manager(adata)
+    module = DataSplitter(manager, train_size=0.75, batch_size=32)
+    module.n_vars, module.n_batch = adata.n_vars, 2
+    model = MixSCVI(n_components=2, **SMALL)
+    for name in METHODS_THAT_READ_CELLS:
+        with pytest.raises(RuntimeError, match="untrained"):
+            getattr(model, name)(adata)
+    with pytest.raises(RuntimeError, match="untrained"):
+        model.save(tmp_path / "model")
+    train(model, datamodule=module, max_epochs=1)
+    for name in METHODS_THAT_READ_CELLS:
+        with pytest.raises(ValueError, match="made without data.*give dataloader"):
+            getattr(model, name)(adata)
+    with pytest.raises(ValueError, match="made without data"):
+        model.save(tmp_path / "model", datamodule=module)
+    assert not list(tmp_path.iterdir())
+    latent = model.get_latent_representation(dataloader=module.train_dataloader())
+    assert latent.shape == (len(model.train_indices), SMALL["n_latent"])
+
+
 @pytest.mark.filterwarnings("ignore:Model was initialized without `adata`:UserWarning")
 def test_a_model_without_data_keeps_all_its_arguments():
     model = MixSCVI(use_observed_lib_size=False)
