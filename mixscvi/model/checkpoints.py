@@ -174,6 +174,13 @@ class Checkpoints(Callback):
         for name, n_expected in zip(_OF_OPTIMIZERS, counts, strict=True):
             if self._n_restored[name] != n_expected:
                 raise ValueError(f"it has {self._n_restored[name]} {name}, expected {n_expected}")
+        # Options are compared before; how many cells a data module gives is known now.
+        minibatches = state.get("minibatches", trainer.num_training_batches)
+        if minibatches != trainer.num_training_batches:
+            raise ValueError(
+                f"an epoch has {minibatches} minibatches there and {trainer.num_training_batches} "
+                "here"
+            )
         for optimizer in trainer.optimizers:
             check_restored_optimizer(optimizer)
         loop = trainer.fit_loop
@@ -223,6 +230,7 @@ class Checkpoints(Callback):
             "stopped": bool(trainer.should_stop),
             "random": of_all_ranks(get_random_states(pl_module.device), trainer.world_size),
             "split": {k: getattr(cells, k) for k in _SPLIT if hasattr(cells, k)},
+            "minibatches": trainer.num_training_batches,
             "metrics": dict(trainer.callback_metrics),
             "history": _history(trainer) or {},
             "stopping": [

@@ -8,8 +8,9 @@ import pytest
 import scvi
 import torch
 from lightning import LightningDataModule
+from scvi.dataloaders import DataSplitter
 
-from fitting import SMALL, assert_same_state
+from fitting import SMALL, assert_same_state, train
 from mixscvi import MixSCANVI, MixSCVI
 
 
@@ -459,3 +460,22 @@ def test_genes_of_another_order(make_adata):
         module.registry = {"field_registries": {"X": {"state_registry": {"column_names": others}}}}
         with pytest.raises(ValueError, match=expected):
             model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
+
+
+@pytest.mark.filterwarnings("ignore:Model was initialized without `adata`:UserWarning")
+def test_a_checkpoint_of_other_minibatches_is_named(make_adata, tmp_path):
+    adata = make_adata()
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    manager = MixSCVI._get_most_recent_anndata_manager(adata)
+    for batch_size, max_epochs in ((32, 1), (32, 2), (64, 3)):
+        module = DataSplitter(manager, train_size=0.75, batch_size=batch_size)
+        module.n_vars, module.n_batch = adata.n_vars, 2
+        scvi.settings.seed = 0
+        model = MixSCVI(n_components=2, **SMALL)
+        given = {"datamodule": module, "max_epochs": max_epochs, "checkpoint_dir": tmp_path}
+        if batch_size == 32:
+            train(model, **given)
+            assert len(model.history["elbo_train"]) == max_epochs
+            continue
+        with pytest.raises(ValueError, match=r"training.ckpt.*an epoch has \d minibatches there"):
+            train(model, **given)
