@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "NOT_MADE",
+    "OfAnotherTrainingError",
     "UNPICKLED",
     "UNREADABLE",
     "brief",
@@ -33,6 +34,17 @@ _REMEMBERED = ("best_model_path", "kth_best_model_path", "last_model_path")
 # What the makers of a model, or of a state of its training, raise where it cannot be made as it is
 # described.
 NOT_MADE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class OfAnotherTrainingError(ValueError):
+    """A checkpoint is good, and of a training of other cells or options.
+
+    Examples
+    --------
+    >>> issubclass(OfAnotherTrainingError, ValueError)
+    True
+    """
+
 
 # What damaged bytes make the readers of archives, and torch in them, raise.
 UNREADABLE = (
@@ -198,6 +210,8 @@ def naming_what_is_not_restored(
     """
     try:
         yield
+    except OfAnotherTrainingError as error:
+        raise ValueError(f"{path} is of another training: {error}. {remedy}") from error
     except NOT_MADE as error:
         if is_restored():
             error.add_note(f"{what} went on from {path}, which may be damaged. {remedy}")
@@ -275,7 +289,7 @@ def check_stopping(callbacks: Iterable[Any]) -> None:
         if (
             isinstance(patience, bool)
             or not isinstance(patience, (int, float))
-            or not patience >= 0
+            or patience != patience
         ):
             raise TypeError(f"patience of early stopping must be a number, got {patience!r:.60}")
         for name in ("stopped_epoch", "wait_count"):

@@ -58,34 +58,48 @@ def fused(optimizer_cls: Any) -> Callable[..., Optimizer]:
     tensor([[0.9000, 0.9000, 0.9000],
             [0.9000, 0.9000, 0.9000]])
     """
+    return partial(_FUSED[optimizer_cls], fused=True)
 
-    class InMemoryOrder(optimizer_cls):
-        def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
-            result = super()._init_group(group, *tensors)
-            parameters, gradients, *moments, _steps = tensors
-            for i, parameter in enumerate(parameters):
-                strides = parameter.stride()
-                if gradients[i].stride() != strides:
-                    gradients[i] = _copy_lying_as(parameter, gradients[i])
-                for listed in filter(None, moments):  # one list is of "amsgrad" alone
-                    if listed[i].stride() != strides:
-                        listed[i].data = _copy_lying_as(parameter, listed[i])  # the optimizer's own
-                    listed[i] = _in_memory_order(listed[i])
-                gradients[i] = _in_memory_order(gradients[i])
-                parameters[i] = _in_memory_order(parameter)
-            return result
 
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            # torch's own is a tenth of the update, for what it could do besides.
-            if not set_to_none:
-                super().zero_grad(set_to_none=False)
-                return
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+class _InMemoryOrder(Optimizer):
+    """What comes ahead of torch's class."""
 
-    InMemoryOrder.__name__ = optimizer_cls.__name__  # by which learning rates are recorded
-    return partial(InMemoryOrder, fused=True)
+    def _init_group(self, group: Any, *tensors: list[Tensor]) -> Any:
+        result = super()._init_group(group, *tensors)  # type: ignore[misc]
+        parameters, gradients, *moments, _steps = tensors
+        for i, parameter in enumerate(parameters):
+            strides = parameter.stride()
+            if gradients[i].stride() != strides:
+                gradients[i] = _copy_lying_as(parameter, gradients[i])
+            for listed in filter(None, moments):  # one list is of "amsgrad" alone
+                if listed[i].stride() != strides:
+                    listed[i].data = _copy_lying_as(parameter, listed[i])  # the optimizer's own
+                listed[i] = _in_memory_order(listed[i])
+            gradients[i] = _in_memory_order(gradients[i])
+            parameters[i] = _in_memory_order(parameter)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        # torch's own is a tenth of the update, for what it could do besides.
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+class _FusedAdam(_InMemoryOrder, Adam):
+    """As :class:`torch.optim.Adam`."""
+
+
+class _FusedAdamW(_InMemoryOrder, AdamW):
+    """As :class:`torch.optim.AdamW`."""
+
+
+_FUSED: dict[Any, Any] = {Adam: _FusedAdam, AdamW: _FusedAdamW}
+for _base, _class in _FUSED.items():
+    _class.__name__ = _base.__name__  # by which learning rates are recorded
 
 
 def check_restored_optimizer(optimizer: Optimizer) -> None:

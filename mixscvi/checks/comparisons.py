@@ -67,7 +67,8 @@ def check_comparison(
     if key not in obs:
         raise KeyError(f"groupby={key!r} is no column of adata.obs, which has {[*obs.columns]}")
     subset = given.get("subset_idx")
-    if subset is None and any(value is pd.NA for value in obs[key][obs[key].isna()]):
+    # Compared with a group, such columns alone give neither true nor false.
+    if subset is None and getattr(obs[key].dtype, "na_value", None) is pd.NA and obs[key].hasnans:
         raise ValueError(
             f"groupby={key!r} has missing values, pd.NA, which are equal to no group and not "
             f"unequal: convert it, as with adata.obs[{key!r}].astype('category')"
@@ -77,6 +78,8 @@ def check_comparison(
         raise ValueError(f"group1 must name at least one value of adata.obs[{key!r}], got none")
     named = _naming(obs, given)
     second = given.get("group2")
+    if isinstance(second, (list, set, np.ndarray, pd.Series, pd.Index)):
+        raise TypeError(f"group2 must be one value of adata.obs[{key!r}], got {second!r:.60}")
     for name, groups in (("group1", first), ("group2", [] if second is None else [second])):
         for group in groups:
             if (column == named(group)).any():

@@ -9,12 +9,14 @@ from scipy import sparse
 
 __all__ = ["check_compressed", "check_places"]
 
+_AT_ONCE = 2**22  # indices that are read from a file
+
 
 def check_compressed(x: Any, source: str) -> None:
     """Raise if the rows of a sparse matrix, in memory or in a file, do not lie one after the other.
 
-    SciPy looks at none of it, and reads and writes what lies elsewhere. Of a matrix in a file, the
-    places of its values are looked at where they are read; see :func:`check_places`.
+    SciPy looks at none of it, and reads and writes what lies elsewhere. Of rows in a file, the
+    places of values are looked at where they are read; see :func:`check_places`.
 
     Parameters
     ----------
@@ -65,6 +67,9 @@ def check_compressed(x: Any, source: str) -> None:
             )
     if sparse.issparse(x):
         check_places(x, source)
+    elif x.format == "csc":  # whose rows SciPy gathers before anything can be looked at
+        for start in range(0, int(indptr[-1]), _AT_ONCE):
+            _check_within(indices[start : min(start + _AT_ONCE, indptr[-1])], x, source)
 
 
 def check_places(x: Any, source: str) -> None:
@@ -95,8 +100,12 @@ def check_places(x: Any, source: str) -> None:
     if parts is None or not sparse.issparse(x):
         return
     _, indices, indptr = parts
+    _check_within(indices[: indptr[-1]], x, source)
+
+
+def _check_within(indices: np.ndarray, x: Any, source: str) -> None:
+    """Raise if some of a matrix's indices are outside of its shape."""
     n_across = x.shape[1] if x.format == "csr" else x.shape[0]
-    indices = indices[: indptr[-1]]
     if len(indices) and not (0 <= indices.min() and indices.max() < n_across):
         raise ValueError(f"{source} is damaged: it has values outside its shape {x.shape}")
 

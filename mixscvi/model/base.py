@@ -229,7 +229,8 @@ class MixtureMixin(
         elif self.adata is None and is_of_a_data_module(registry_of(self)):
             raise ValueError(
                 "the model was made of a data module, which says nothing of an AnnData: give "
-                "dataloader=datamodule.inference_dataloader(), or load the saved model with adata"
+                "dataloader=datamodule.inference_dataloader(), or load the saved model with an "
+                "adata that is set up with the same batches"
             )
         check_anndata(adata)
         if self.var_names_ is not None:

@@ -21,6 +21,7 @@ from scvi.model import SCVI
 
 from mixscvi.checkpoint_file import (
     NOT_MADE,
+    OfAnotherTrainingError,
     check_counted,
     check_restored_paths,
     check_stopping,
@@ -89,7 +90,7 @@ class Checkpoints(Callback):
         self._writing: dict[str, Any] | None = None
         self._to_restore: dict[str, Any] | None = None
         self.found = _read(path) if path.exists() else None
-        self._is_restored = self.found is None
+        self.is_restored = self.found is None
         if self.found is not None:
             self._check(self.found)
 
@@ -152,7 +153,7 @@ class Checkpoints(Callback):
             self.path,
             "training",
             "Delete it to start anew",
-            is_restored=lambda: self._is_restored,
+            is_restored=lambda: self.is_restored,
         )
 
     def on_load_checkpoint(
@@ -177,7 +178,7 @@ class Checkpoints(Callback):
         # Options are compared before; how many cells a data module gives is known now.
         minibatches = state.get("minibatches", trainer.num_training_batches)
         if minibatches != trainer.num_training_batches:
-            raise ValueError(
+            raise OfAnotherTrainingError(
                 f"an epoch has {minibatches} minibatches there and {trainer.num_training_batches} "
                 "here"
             )
@@ -217,7 +218,7 @@ class Checkpoints(Callback):
         state, self._to_restore = self._to_restore, None
         if state is not None:
             set_random_states(state["random"][trainer.global_rank], pl_module.device)
-            self._is_restored = True
+            self.is_restored = True
             check_restored_paths(trainer.callbacks)
         return state is not None
 

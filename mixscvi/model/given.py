@@ -10,14 +10,18 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch import Tensor
 
+from mixscvi.warning import warn_user
+
 __all__ = [
     "GivenMinibatches",
+    "check_batches_of_adata",
     "check_genes_of_module",
     "check_minibatch",
     "is_of_a_data_module",
     "registry_of",
 ]
 
+_NAMES_SHOWN = 5
 _NEEDED = (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.BATCH_KEY)
 
 
@@ -52,7 +56,7 @@ def check_genes_of_module(datamodule: Any, registry: Mapping[str, Any]) -> None:
     Parameters
     ----------
     datamodule
-        Any; those that name none pass.
+        Any; those that name none pass, and those that number them.
     registry
         Of the model.
 
@@ -60,6 +64,11 @@ def check_genes_of_module(datamodule: Any, registry: Mapping[str, Any]) -> None:
     ------
     ValueError
         Naming the first gene that differs.
+
+    Warns
+    -----
+    UserWarning
+        If the two have no name in common, as where one has symbols and the other has ids.
 
     Examples
     --------
@@ -70,19 +79,78 @@ def check_genes_of_module(datamodule: Any, registry: Mapping[str, Any]) -> None:
         return
     if len(theirs) != len(ours):
         raise ValueError(f"datamodule must have the model's {len(ours)} genes, got {len(theirs)}")
+    numbers = [str(i) for i in range(len(ours))]
+    if numbers in (theirs, ours):
+        return
     at = next(i for i, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
+    if not set(theirs) & set(ours):
+        warn_user(
+            f"datamodule has other names of genes than the model, {theirs[0]!r} at 0 for "
+            f"{ours[0]!r}: whether the genes are in the same order cannot be told"
+        )
+        return
     raise ValueError(
         f"datamodule must have the model's genes in their order: {ours[at]!r} at {at}, got "
         f"{theirs[at]!r}"
     )
 
 
+def check_batches_of_adata(adata: Mapping[str, Any], registry: Mapping[str, Any]) -> None:
+    """Raise if an AnnData codes its batches otherwise than the data module that a model is of.
+
+    scvi-tools transfers no setup from a data module, and decodes by code.
+
+    Parameters
+    ----------
+    adata
+        Registry of the AnnData.
+    registry
+        Of the model; those without batches pass.
+
+    Raises
+    ------
+    ValueError
+        Naming the batches.
+
+    Examples
+    --------
+    >>> def registry_with(batches):
+    ...     state = {"categorical_mapping": batches}
+    ...     return {"field_registries": {"batch": {"state_registry": state}}}
+    >>> check_batches_of_adata(registry_with(["a", "b"]), registry_with(["a", "b"]))
+    >>> check_batches_of_adata(registry_with([0]), registry_with(["a", "b"]))
+    Traceback (most recent call last):
+    ...
+    ValueError: adata must be set up with the batches of the model, 'a', 'b', got '0'
+    """
+    key, name = REGISTRY_KEYS.BATCH_KEY, "categorical_mapping"
+    theirs, ours = _names_in(adata, key, name), _names_in(registry, key, name)
+    if ours is None or theirs == ours:
+        return
+    raise ValueError(
+        f"adata must be set up with the batches of the model, {_shown(ours)}, got "
+        f"{_shown(theirs or [])}"
+    )
+
+
+def _shown(names: list[str]) -> str:
+    more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + more
+
+
 def _genes_of(registry: Any) -> list[str] | None:
     """Names of the genes in a registry, if it has any."""
+    return _names_in(registry, REGISTRY_KEYS.X_KEY, "column_names")
+
+
+def _names_in(registry: Any, key: str, names: str) -> list[str] | None:
+    """Names in a field of a registry, as text, if it has any."""
     found: Any = registry
-    for name in ("field_registries", REGISTRY_KEYS.X_KEY, "state_registry", "column_names"):
+    for name in ("field_registries", key, "state_registry", names):
         found = found.get(name) if isinstance(found, Mapping) else None
-    return None if found is None else [str(gene) for gene in found]
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return None
+    return [str(name) for name in found]
 
 
 class GivenMinibatches:
@@ -124,7 +192,7 @@ class _Minibatch(dict[str, Tensor]):
         raise KeyError(f"the minibatches of dataloader must have {key!r}, got {[*self]}")
 
 
-def check_minibatch(tensors: Any, module: VAE, *, source: str) -> None:
+def check_minibatch(tensors: Any, module: VAE, *, source: str, to_train: bool = False) -> None:
     """Raise if a module cannot use a minibatch of the user's own.
 
     Parameters
@@ -135,6 +203,9 @@ def check_minibatch(tensors: Any, module: VAE, *, source: str) -> None:
         What it is for.
     source
         Name of the minibatch for messages.
+    to_train
+        Whether it needs all that the module trains on: covariates, and where labels are learned,
+        these.
 
     Raises
     ------
@@ -143,18 +214,14 @@ def check_minibatch(tensors: Any, module: VAE, *, source: str) -> None:
     KeyError
         If there are no counts or codes.
     ValueError
-        If it is of other genes or of batches that there are not, or if there are negative counts,
-        ones that are NaN or infinite, or cells with none.
+        If it is of other genes, or of batches, covariates or labels that there are not, or if there
+        are negative counts, numbers that are NaN or infinite, or cells with no counts.
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(f"{source} must be a dictionary of tensors, got a {type(tensors).__name__}")
-    for key in _NEEDED:
-        if key not in tensors:
-            raise KeyError(f"{source} must have {key!r}, got {[*tensors]}")
-        if not isinstance(tensors[key], Tensor):
-            kind = type(tensors[key]).__name__
-            raise TypeError(f"{source} must hold tensors, got {key!r} of {kind}")
-    x, batch = (tensors[key] for key in _NEEDED)
+    x, batch = (_tensor(tensors, key, source) for key in _NEEDED)
+    if to_train and x.layout != torch.strided:
+        raise TypeError(f"{source} must have {_NEEDED[0]!r} as a dense tensor, got {x.layout}")
     n_genes = module.n_input
     if x.ndim != 2 or x.shape[1] != n_genes:
         how = ""
@@ -171,17 +238,68 @@ def check_minibatch(tensors: Any, module: VAE, *, source: str) -> None:
     precision = next(module.parameters()).dtype
     if x.dtype.is_complex or (x.is_floating_point() and x.dtype != precision):
         raise TypeError(f"{source} must have {_NEEDED[0]!r} of {precision}, got {x.dtype}")
-    if batch.shape != (len(x), 1):
-        raise ValueError(
-            f"{source} must have {_NEEDED[1]!r} of shape ({len(x)}, 1), got {tuple(batch.shape)}"
-        )
-    if not bool(((batch >= 0) & (batch < max(module.n_batch, 1))).all()):
-        raise ValueError(
-            f"{source} must have codes from 0 to {max(module.n_batch, 1) - 1} as {_NEEDED[1]!r}, "
-            f"got {batch.min().item():g} to {batch.max().item():g}"
-        )
+    if not len(x):
+        raise ValueError(f"{source} must have cells, got none")
+    _check_codes(batch, len(x), [module.n_batch], f"{source} must have {_NEEDED[1]!r}")
+    _check_covariates(tensors, module, len(x), source, needed=to_train)
+    if to_train:
+        key = REGISTRY_KEYS.LABELS_KEY
+        labels = _tensor(tensors, key, source)
+        if hasattr(module, "y_prior"):  # the last code is that of cells whose labels are not known
+            _check_codes(labels, len(x), [module.n_labels + 1], f"{source} must have {key!r}")
     if module.minified_data_type is None and x.layout == torch.strided:
         _check_values(x, module, source)
+
+
+def _tensor(tensors: Mapping[str, Any], key: str, source: str) -> Tensor:
+    if key not in tensors:
+        raise KeyError(f"{source} must have {key!r}, got {[*tensors]}")
+    tensor = tensors[key]
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{source} must hold tensors, got {key!r} of {type(tensor).__name__}")
+    return tensor
+
+
+def _check_codes(codes: Tensor, n_cells: int, n_categories: list[int], what: str) -> None:
+    """Raise unless each column holds codes of its categories, of which there are so many."""
+    shape = (n_cells, len(n_categories))
+    if codes.shape != shape:
+        raise ValueError(f"{what} of shape {shape}, got {tuple(codes.shape)}")
+    for column, n in zip(codes.T, n_categories, strict=True):
+        if not bool(((column >= 0) & (column < max(n, 1)) & (column == column.long())).all()):
+            raise ValueError(
+                f"{what} with codes from 0 to {max(n, 1) - 1}, whole numbers, got "
+                f"{column.min().item():g} to {column.max().item():g}"
+            )
+
+
+def _check_covariates(
+    tensors: Mapping[str, Any], module: VAE, n_cells: int, source: str, *, needed: bool
+) -> None:
+    """Raise if covariates are not those that the decoder takes."""
+    layers = module.decoder.px_decoder
+    n_continuous = layers.fc_layers[0][0].in_features - layers.n_cov - module.n_latent
+    n_categories = [*layers.n_cat_list]
+    if module.batch_representation == "embedding":
+        n_continuous -= module.get_embedding(REGISTRY_KEYS.BATCH_KEY).embedding_dim
+    else:
+        n_categories = n_categories[1:]
+    key = REGISTRY_KEYS.CONT_COVS_KEY
+    if tensors.get(key) is not None or (needed and n_continuous):
+        values = _tensor(tensors, key, source)
+        if values.shape != (n_cells, n_continuous):
+            raise ValueError(
+                f"{source} must have {key!r} of shape ({n_cells}, {n_continuous}), got "
+                f"{tuple(values.shape)}"
+            )
+        wrong = ~values.isfinite().all(dim=1)
+        if bool(wrong.any()):
+            first = torch.nonzero(wrong)[0].item()
+            raise ValueError(f"{source} must have finite {key!r}: wrong is its row {first}")
+    key = REGISTRY_KEYS.CAT_COVS_KEY
+    if n_categories and (needed or tensors.get(key) is not None):
+        codes = _tensor(tensors, key, source)
+        _check_codes(codes, n_cells, n_categories, f"{source} must have {key!r}")
 
 
 def _check_values(x: Tensor, module: VAE, source: str) -> None:

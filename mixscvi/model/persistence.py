@@ -28,7 +28,7 @@ from mixscvi.model.files import (
     staged,
     write_model,
 )
-from mixscvi.model.given import is_of_a_data_module, registry_of
+from mixscvi.model.given import check_batches_of_adata, is_of_a_data_module, registry_of
 from mixscvi.model.legacy import read_legacy
 from mixscvi.model.surgery import freeze, n_columns
 from mixscvi.model.training_arguments import check_data_module
@@ -254,6 +254,9 @@ class PersistenceMixin:
             # What was frozen when a query was mapped stays so when it trains again.
             if model.surgery_ is not None:
                 freeze(model.module, model.surgery_, n_columns(model.registry), by_scvi=True)
+        registry = stored.attributes["registry_"]
+        if model.adata is not None and is_of_a_data_module(registry):
+            check_batches_of_adata(model.adata_manager.registry, registry)
         warn_of_weights(model.module, str(stored.path), "fetch it again, or train it anew")
         return model
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,7 @@ from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import BaseMinifiedModeModelClass
 from scvi.module import VAE
 from scvi.train import TrainRunner
-from torch import nn
+from torch import Tensor, nn
 
 from mixscvi.checkpoint_file import (
     check_restored_paths,
@@ -84,27 +86,53 @@ class GivenToTrain(Callback):
     ----------
     module
         What trains on them.
+    registry
+        Of the model.
     """
 
-    def __init__(self, module: VAE) -> None:
-        self.module = module
+    def __init__(self, module: VAE, registry: Mapping[str, Any]) -> None:
+        self.module, self.registry = module, registry
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise if genes differ; the data module is set up by now."""
+        check_genes_of_module(trainer.datamodule, self.registry)
+
+    def _look(self, trainer: Trainer, batch: Any, batch_idx: int, of: str) -> Any:
+        """Raise if the module cannot use a minibatch; its cells if that was looked at."""
+        both = isinstance(batch, list | tuple) and len(batch) and hasattr(self.module, "y_prior")
+        cells = batch[0] if both else batch  # those with labels come once more
+        x = cells.get(REGISTRY_KEYS.X_KEY) if isinstance(cells, Mapping) else None
+        if batch_idx > 0 and isinstance(x, Tensor) and x.device.type != "cpu":
+            return None
+        which = f"minibatch {batch_idx} of epoch {trainer.current_epoch}"
+        if trainer.current_epoch == batch_idx == 0:
+            which = "the first minibatch"
+        source = f"{which}{of} of datamodule"
+        check_minibatch(cells, self.module, source=source, to_train=True)
+        return cells
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Raise if the module cannot use one of held-out cells."""
+        self._look(trainer, batch, batch_idx, " for validation")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Raise if the module cannot use one; warn if the first has values that are no counts."""
-        cells = batch[0] if isinstance(batch, list | tuple) else batch
-        if batch_idx > 0 and cells[REGISTRY_KEYS.X_KEY].device.type != "cpu":
+        cells = self._look(trainer, batch, batch_idx, "")
+        if cells is None:
             return
-        which = f"minibatch {batch_idx} of epoch {trainer.current_epoch}"
-        if trainer.current_epoch == batch_idx == 0:
-            which = "the first minibatch"
-        check_minibatch(cells, self.module, source=f"{which} of datamodule")
         x = cells[REGISTRY_KEYS.X_KEY]
         if (
             trainer.current_epoch == batch_idx == 0
             and self.module.gene_likelihood != "normal"
-            and x.layout == torch.strided
             and bool((x % 1 != 0).any())
         ):
             warn_user(
@@ -125,6 +153,25 @@ class Started(Callback):
         check_stopping(trainer.early_stopping_callbacks)
         self.has_started = True
         check_restored_paths(trainer.callbacks)
+
+
+@contextmanager
+def as_it_was_unless(is_restored: Callable[[], bool], module: nn.Module) -> Iterator[None]:
+    """Leave a module as it was where a file cannot be given back to its training.
+
+    Lightning restores the weights first, before it can be told whether the rest fits.
+    """
+    state = copy.deepcopy(module.state_dict())
+    modes = [(part, part.training) for part in module.modules()]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed and not is_restored():
+            module.load_state_dict(state)
+            for part, mode in modes:
+                part.training = mode
 
 
 class Runner(TrainRunner):
@@ -156,7 +203,6 @@ class Runner(TrainRunner):
         with naming_trainer_settings(kwargs):
             super().__init__(*args, **kwargs)
         if not isinstance(self.data_splitter, SplitAlike):
-            check_genes_of_module(self.data_splitter, registry_of(self.model))
             check_annotation_of_annbatch(self.data_splitter)
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         n_train = getattr(self.data_splitter, "n_train", None)
@@ -181,23 +227,25 @@ class Runner(TrainRunner):
             self.trainer.callbacks.insert(0, Ranks(self.model.module))
         module = self.model.module
         if not isinstance(self.data_splitter, SplitAlike):
-            self.trainer.callbacks.insert(0, GivenToTrain(module))
+            self.trainer.callbacks.insert(0, GivenToTrain(module, registry_of(self.model)))
             self.trainer.callbacks.insert(0, OrderOfAnnbatch())  # after checkpoints, if there are
         if isinstance(module, MixVAE) and module.has_random_pseudo_cells:
             self.trainer.callbacks.insert(0, PseudoCellsStart(module))
         check_watched(self.trainer, self.training_plan, getattr(self.data_splitter, "n_val", None))
         self._naming: AbstractContextManager[None] = nullcontext()
+        self._is_restored: Callable[[], bool] | None = None  # where training goes on from a file
         if checkpoints is not None:
             self._use(checkpoints)
         elif self.ckpt_path is not None:
             check_checkpoint(self.ckpt_path)
             started = Started()
             self.trainer.callbacks.append(started)
+            self._is_restored = lambda: started.has_started
             self._naming = naming_what_is_not_restored(
                 f"ckpt_path={str(self.ckpt_path)!r}",
                 "this training",
                 "Give the checkpoint of a training of the same model",
-                is_restored=lambda: started.has_started,
+                is_restored=self._is_restored,
             )
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 # Lightning reads what comes from elsewhere with pickle, which can run any code.
@@ -231,6 +279,7 @@ class Runner(TrainRunner):
         self.trainer.callbacks.insert(0, checkpoints)
         if checkpoints.found is not None:
             checkpoints.tell(self.trainer.max_epochs)
+            self._is_restored = lambda: checkpoints.is_restored
             self.ckpt_path = checkpoints.path
 
     def _check_resumable(self) -> None:
@@ -264,12 +313,16 @@ class Runner(TrainRunner):
             # Thus scvi-tools freezes the running statistics.
             if isinstance(part, nn.BatchNorm1d) and part.momentum == 0:
                 part.eval()
+        unchanged: AbstractContextManager[None] = nullcontext()
+        if self._is_restored is not None:
+            unchanged = as_it_was_unless(self._is_restored, self.model.module)
         too_large = naming_what_takes_memory(too_large_a_step(self.model, self._batch_size))
         limits = naming_limits(self.trainer)
         with (
             too_large,
             limits,
             self._naming,
+            unchanged,
             as_first_rank(self.trainer),
             warnings.catch_warnings(),
         ):

@@ -1,5 +1,6 @@
 """Cells from data modules: of the user's own, and of annbatch."""
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -445,6 +446,7 @@ def test_annbatch_with_missing_annotation(make_adata, key, tmp_path):
         model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
 
 
+@marked
 def test_genes_of_another_order(make_adata):
     adata = make_adata()
     adata.obs["batch"] = adata.obs["batch"].astype("category")
@@ -479,3 +481,84 @@ def test_a_checkpoint_of_other_minibatches_is_named(make_adata, tmp_path):
             continue
         with pytest.raises(ValueError, match=r"training.ckpt.*an epoch has \d minibatches there"):
             train(model, **given)
+
+
+@marked
+def test_genes_that_cannot_be_compared_are_warned_of(make_adata):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    registry = MixSCVI(adata, **SMALL).registry
+    for names, warned in (
+        (range(adata.n_vars), False),
+        ([f"E{i}" for i in range(adata.n_vars)], True),
+    ):
+        module = Blocks(adata, registry)
+        others = {"X": {"state_registry": {"column_names": [*names]}}}
+        module.registry = {"field_registries": others}
+        model = MixSCVI(registry=registry, n_components=2, **SMALL)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
+        assert any("cannot be told" in str(w.message) for w in caught) == warned
+
+
+@marked
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_minibatches_for_validation_are_looked_at(make_adata, n_components):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    registry = MixSCVI(adata, **SMALL).registry
+
+    class HeldOut(Blocks):
+        def val_dataloader(self):
+            bad = {**self.parts[0], "X": torch.full_like(self.parts[0]["X"], torch.nan)}
+            return torch.utils.data.DataLoader([self.parts[0], bad], batch_size=None)
+
+    model = MixSCVI(registry=registry, n_components=n_components, **SMALL)
+    with pytest.raises(ValueError, match=r"minibatch 1 .*for validation .*finite counts"):
+        model.train(
+            max_epochs=1,
+            datamodule=HeldOut(adata, registry),
+            check_val_every_n_epoch=1,
+            accelerator="cpu",
+            logger=None,
+        )
+
+
+@marked
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(make_adata, tmp_path):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    registry = MixSCVI(adata, **SMALL).registry
+
+    def made():
+        scvi.settings.seed = 0
+        return MixSCVI(registry=registry, n_components=2, **SMALL)
+
+    given = {"checkpoint_dir": tmp_path, "accelerator": "cpu", "logger": None}
+    made().train(max_epochs=1, datamodule=Blocks(adata, registry, size=20), **given)
+    model, untouched = made(), made()
+    with pytest.raises(ValueError, match="is of another training: an epoch has"):
+        model.train(max_epochs=2, datamodule=Blocks(adata, registry, size=10), **given)
+    assert_same_state(model, untouched)
+
+
+@marked
+def test_a_model_of_a_data_module_takes_an_anndata_of_its_batches_alone(make_adata, tmp_path):
+    adata = make_adata()
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    MixSCVI.setup_anndata(adata, batch_key="batch")
+    registry = of_data_module(MixSCVI(adata, **SMALL).registry)
+    module = Blocks(adata, registry)
+    model = MixSCVI(registry=registry, n_components=2, **SMALL)
+    model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
+    model.save(tmp_path / "model", datamodule=module)
+    assert MixSCVI.load(tmp_path / "model", adata).adata is adata
+    other = make_adata()
+    other.obs["batch"] = other.obs["batch"].map({"b0": "z", "b1": "a"})
+    MixSCVI.setup_anndata(other, batch_key="batch")
+    with pytest.raises(ValueError, match="batches of the model, 'b0', 'b1', got 'a', 'z'"):
+        MixSCVI.load(tmp_path / "model", other)

@@ -172,5 +172,10 @@ def test_groups_that_cannot_be_told(model):
             groupby="missing", group1=np.array(1), subset_idx=np.arange(36), silent=True
         )
         assert set(table["group1"]) == {"1"}
+        obs["missing"] = obs["missing"].astype("string").astype("category")  # as the message says
+        table = model.differential_expression(groupby="missing", group1="1", silent=True)
+        assert set(table["comparison"]) == {"1 vs Rest"}
+        with pytest.raises(TypeError, match=r"group2 must be one value of .*, got \['b'\]"):
+            model.differential_expression(groupby="two", group1="a", group2=["b"], silent=True)
     finally:
         del obs["missing"], obs["two"]

@@ -337,3 +337,22 @@ def test_a_damaged_part_of_a_collection_is_named(make_adata, tmp_path):
     expected = r"adata\.layers\['counts'\] of part 1 is damaged: its rows do not lie .* first at 2"
     with pytest.raises(ValueError, match=expected):
         MixSCVI.setup_anndata(cells, layer="counts")
+
+
+def test_a_damaged_column_in_a_file_of_a_collection_is_named(make_adata, tmp_path):
+    """SciPy gathers rows of it before they can be looked at: the process crashed."""
+    adata = make_adata(sparse=True)
+    parts = []
+    for i, some in enumerate((slice(0, 30), slice(30, None))):
+        part = adata[some].copy()
+        part.X = part.X.tocsc()
+        part.layers["counts"] = part.X.copy()
+        part.write_h5ad(tmp_path / f"{i}.h5ad")
+    with h5py.File(tmp_path / "1.h5ad", "r+") as file:
+        file["layers/counts/indices"][3] = 10**6
+    parts = [anndata.read_h5ad(tmp_path / f"{i}.h5ad", backed="r") for i in range(2)]
+    cells = CollectionAdapter(AnnCollection(parts, join_vars="inner", label="file"))
+    cells.uns = {}
+    expected = r"adata\.layers\['counts'\] of part 1 is damaged: it has values outside its shape"
+    with pytest.raises(ValueError, match=expected):
+        MixSCVI.setup_anndata(cells, layer="counts")

@@ -1,6 +1,7 @@
 """Saving a model is one step: whatever interrupts it, one whole model is there."""
 
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -140,3 +141,13 @@ def test_data_are_looked_for_beside_the_model_alone(two_models, tmp_path):
     assert files.data_file(stored, None) == tmp_path / "model" / "adata.h5ad"
     with pytest.raises(ValueError, match="holds none"):
         MixSCVI.load(tmp_path / "model", adata=False).save(tmp_path / "x", save_anndata=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # Lightning's, when read
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_a_trained_model_can_be_pickled(make_adata, n_components):
+    model = fit(MixSCVI, make_adata(), n_components=n_components)
+    again = pickle.loads(pickle.dumps(model))
+    assert_same_state(again, model)
+    latents = (one.get_latent_representation() for one in (again, model))
+    np.testing.assert_array_equal(*latents)
