@@ -268,7 +268,7 @@ def _check_codes(codes: Tensor, n_cells: int, n_categories: list[int], what: str
     for column, n in zip(codes.T, n_categories, strict=True):
         if not bool(((column >= 0) & (column < max(n, 1)) & (column == column.long())).all()):
             raise ValueError(
-                f"{what} with codes from 0 to {max(n, 1) - 1}, whole numbers, got "
+                f"{what} with whole numbers from 0 to {max(n, 1) - 1} as codes, got "
                 f"{column.min().item():g} to {column.max().item():g}"
             )
 
