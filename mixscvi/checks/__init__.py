@@ -9,6 +9,7 @@ from mixscvi.checks.annotation import (
     check_positive,
     check_unique,
     name_cells,
+    name_first,
     warn_of_repeated,
 )
 from mixscvi.checks.arguments import (
@@ -59,5 +60,6 @@ __all__ = [
     "has_fractions",
     "is_in_memory",
     "name_cells",
+    "name_first",
     "warn_of_repeated",
 ]

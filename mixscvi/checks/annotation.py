@@ -22,6 +22,7 @@ __all__ = [
     "check_unique",
     "is_finite",
     "name_cells",
+    "name_first",
     "warn_of_repeated",
 ]
 
@@ -39,6 +40,18 @@ def is_finite(values: np.ndarray) -> np.ndarray:
     array([ True, False, False])
     """
     return np.abs(values) <= _SINGLE.max
+
+
+def name_first(values: Sequence[Any]) -> str:
+    """The first of some values, as messages list them.
+
+    Examples
+    --------
+    >>> name_first(["a", "b"])
+    "'a', 'b'"
+    """
+    more = ", ..." if len(values) > _NAMES_SHOWN else ""
+    return ", ".join(repr(value) for value in values[:_NAMES_SHOWN]) + more
 
 
 def name_cells(obs_names: pd.Index, offending: np.ndarray) -> str:
@@ -142,11 +155,9 @@ def check_categories(column: pd.Series, known: Sequence[Any], *, source: str) ->
     unknown = ~column.isin(list(known)).to_numpy()
     if unknown.any():
         named = ", ".join(repr(value) for value in column[unknown].unique()[:_NAMES_SHOWN])
-        shown = ", ".join(repr(value) for value in list(known)[:_NAMES_SHOWN])
-        more = ", ..." if len(known) > _NAMES_SHOWN else ""
         raise ValueError(
             f"{source} is {named} in {name_cells(column.index, np.flatnonzero(unknown))}, but the "
-            f"model was trained on {shown}{more}: map new ones with load_query_data"
+            f"model was trained on {name_first([*known])}: map new ones with load_query_data"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixscvi.checks.annotation import name_first
 from mixscvi.checks.arguments import (
     check_batches,
     check_choice,
@@ -86,11 +87,9 @@ def check_comparison(
                 continue
             if subset is not None and (obs[key].astype(str) == named(group)).any():
                 raise ValueError(f"{name}={group!r} has no cells in subset_idx")
-            values = obs[key].unique().tolist()
-            shown = ", ".join(repr(value) for value in values[:_NAMES_SHOWN])
-            more = ", ..." if len(values) > _NAMES_SHOWN else ""
+            shown = name_first(obs[key].unique().tolist())
             raise ValueError(
-                f"{name}={group!r} is no value of adata.obs[{key!r}], which has {shown}{more}"
+                f"{name}={group!r} is no value of adata.obs[{key!r}], which has {shown}"
             )
     if subset is None and second is None:
         for group in first or column.dropna().unique()[:1]:

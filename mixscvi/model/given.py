@@ -10,6 +10,7 @@ from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from torch import Tensor
 
+from mixscvi.checks import name_first
 from mixscvi.warning import warn_user
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "registry_of",
 ]
 
-_NAMES_SHOWN = 5
 _NEEDED = (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.BATCH_KEY)
 
 
@@ -128,14 +128,9 @@ def check_batches_of_adata(adata: Mapping[str, Any], registry: Mapping[str, Any]
     if ours is None or theirs == ours:
         return
     raise ValueError(
-        f"adata must be set up with the batches of the model, {_shown(ours)}, got "
-        f"{_shown(theirs or [])}"
+        f"adata must be set up with the batches of the model, {name_first(ours)}, got "
+        f"{name_first(theirs or [])}"
     )
-
-
-def _shown(names: list[str]) -> str:
-    more = ", ..." if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + more
 
 
 def _genes_of(registry: Any) -> list[str] | None:

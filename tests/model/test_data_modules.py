@@ -446,12 +446,17 @@ def test_annbatch_with_missing_annotation(make_adata, key, tmp_path):
         model.train(max_epochs=1, datamodule=module, accelerator="cpu", logger=None)
 
 
-@marked
-def test_genes_of_another_order(make_adata):
+@pytest.fixture
+def cells_and_registry(make_adata):
     adata = make_adata()
     adata.obs["batch"] = adata.obs["batch"].astype("category")
     MixSCVI.setup_anndata(adata, batch_key="batch")
-    registry = MixSCVI(adata, **SMALL).registry
+    return adata, MixSCVI(adata, **SMALL).registry
+
+
+@marked
+def test_genes_of_another_order(cells_and_registry):
+    adata, registry = cells_and_registry
     model = MixSCVI(registry=registry, n_components=2, **SMALL)
     genes = registry["field_registries"]["X"]["state_registry"]["column_names"].tolist()
     module = Blocks(adata, registry)
@@ -484,11 +489,8 @@ def test_a_checkpoint_of_other_minibatches_is_named(make_adata, tmp_path):
 
 
 @marked
-def test_genes_that_cannot_be_compared_are_warned_of(make_adata):
-    adata = make_adata()
-    adata.obs["batch"] = adata.obs["batch"].astype("category")
-    MixSCVI.setup_anndata(adata, batch_key="batch")
-    registry = MixSCVI(adata, **SMALL).registry
+def test_genes_that_cannot_be_compared_are_warned_of(cells_and_registry):
+    adata, registry = cells_and_registry
     for names, warned in (
         (range(adata.n_vars), False),
         ([f"E{i}" for i in range(adata.n_vars)], True),
@@ -505,11 +507,8 @@ def test_genes_that_cannot_be_compared_are_warned_of(make_adata):
 
 @marked
 @pytest.mark.parametrize("n_components", [1, 2])
-def test_minibatches_for_validation_are_looked_at(make_adata, n_components):
-    adata = make_adata()
-    adata.obs["batch"] = adata.obs["batch"].astype("category")
-    MixSCVI.setup_anndata(adata, batch_key="batch")
-    registry = MixSCVI(adata, **SMALL).registry
+def test_minibatches_for_validation_are_looked_at(cells_and_registry, n_components):
+    adata, registry = cells_and_registry
 
     class HeldOut(Blocks):
         def val_dataloader(self):
@@ -528,11 +527,8 @@ def test_minibatches_for_validation_are_looked_at(make_adata, n_components):
 
 
 @marked
-def test_a_refused_checkpoint_leaves_the_model_as_it_was(make_adata, tmp_path):
-    adata = make_adata()
-    adata.obs["batch"] = adata.obs["batch"].astype("category")
-    MixSCVI.setup_anndata(adata, batch_key="batch")
-    registry = MixSCVI(adata, **SMALL).registry
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(cells_and_registry, tmp_path):
+    adata, registry = cells_and_registry
 
     def made():
         scvi.settings.seed = 0
